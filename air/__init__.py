@@ -1,0 +1,35 @@
+"""AIR: images as sums of 2D Gaussians.
+
+    import air
+
+    result = air.fit(image, steps=100)
+    picture = air.render(result.gaussians, height, width)
+
+Everything here loads on first use, so `import air` costs nothing and needs no more than torch, numpy and numba.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "AirError": "air.errors",
+    "Gaussians": "air.gaussians",
+    "fit": "air.optimize",
+    "render": "air.render",
+}
+
+__all__ = ["AirError", "Gaussians", "__version__", "fit", "render"]
+
+if TYPE_CHECKING:
+    from air.errors import AirError
+    from air.gaussians import Gaussians
+    from air.optimize import fit
+    from air.render import render
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'air' has no attribute {name!r}")
+    return getattr(import_module(_EXPORTS[name]), name)

@@ -1,0 +1,20 @@
+"""The errors this project raises on purpose: one base class, so that a caller can tell ours from a defect.
+
+Messages say what was wrong, where, and what to do. The command line prints them without a traceback.
+"""
+
+
+class AirError(Exception):
+    """Base of every error that the project raises for a cause the user can act on."""
+
+
+class InvalidGaussiansError(AirError, ValueError):
+    """Gaussians that cannot be rendered: wrong shapes, non-finite numbers, scales that are not positive."""
+
+
+class NonFiniteLossError(AirError, ArithmeticError):
+    """An optimisation whose loss stopped being a number."""
+
+
+class BackendUnavailableError(AirError, RuntimeError):
+    """A renderer that this machine cannot run, asked for by name."""

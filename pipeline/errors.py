@@ -1,0 +1,41 @@
+"""What can go wrong with data in motion, beyond `air.errors`: each class is one thing the operator can act on."""
+
+from air.errors import AirError
+
+
+class StorageError(AirError):
+    """A path that cannot be read, listed or written."""
+
+
+class ConfigError(AirError):
+    """A configuration that names an unknown key or a value out of bounds."""
+
+
+class PlanMismatchError(AirError):
+    """The output folder belongs to another plan. The message lists what differs."""
+
+
+class DamagedDataError(AirError):
+    """A file is not what a manifest or a plan says it is."""
+
+
+class JobFailedError(AirError):
+    """A job that ended with work undone. What was committed stays; the same command goes on from there."""
+
+
+class Rejected(AirError):
+    """One sample that cannot be used. It goes to quarantine, and the job goes on.
+
+    Attributes:
+        reason: A short code out of a fixed set, such as `truncated`.
+        message: What exactly was found.
+    """
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(f"{reason}: {message}")
+        self.reason = reason
+        self.message = message
+
+    def __reduce__(self) -> tuple[type["Rejected"], tuple[str, str]]:
+        """Both parts survive pickling between processes."""
+        return Rejected, (self.reason, self.message)
