@@ -71,6 +71,11 @@ class ImageInfo(NamedTuple):
     height: int
     frames: int
 
+    @property
+    def extension(self) -> str:
+        """The format's usual file ending, without a dot."""
+        return {"JPEG": "jpg", "TIFF": "tif"}.get(self.format, self.format.lower())
+
 
 # Classes and not Image.open(): that one hides the cause of a failure, and its limit on pixels is a global.
 _READERS: dict[str, type[ImageFile.ImageFile]] = {
@@ -162,13 +167,17 @@ def decode(data: bytes, *, background: tuple[int, int, int] = WHITE, max_pixels:
         return np.array(rgb if upright is None else rgb.transpose(upright))
 
 
-def probe(data: bytes) -> ImageInfo:
+def probe(data: bytes, *, max_pixels: int | None = None) -> ImageInfo:
     """What the header says, without decoding pixels: a damaged body goes unnoticed.
 
+    Args:
+        data: The whole file.
+        max_pixels: Largest width x height accepted; None accepts any.
+
     Raises:
-        Rejected: empty, not_an_image, unsupported, or a header that cannot be read.
+        Rejected: empty, not_an_image, unsupported, too_many_pixels, or a header that cannot be read.
     """
-    image = _open(data, max_pixels=None)
+    image = _open(data, max_pixels)
     with _refusing(data, image.format or ""):
         width, height = image.size
         if _orientation(image, data) >= 5:

@@ -1,0 +1,196 @@
+"""Stage control and the stage loop (method.md section 3), shared by distilling, encoding and training.
+
+Each stage looks at what the Gaussians so far leave over and adds one Gaussian to every patch that is still bad. Earlier
+ones are frozen, so they enter a stage only as their render, the canvas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from air.gaussians import Gaussians, activate, anchors, grid_shape
+from air.grid import grid_initialization
+from air.optimize import OptimizeConfig, optimize
+from air.render import render
+
+_SSIM_C1 = 0.01**2
+_SSIM_C2 = 0.03**2
+
+
+@dataclass(frozen=True)
+class StageControl:
+    """When a patch is still bad: if either error is above its bound (method.md section 3).
+
+    Attributes:
+        max_mse: Mean squared error over the patch's pixels and channels; 10^-3.5 is 35 dB.
+        max_dssim: 1 - SSIM from plain means and variances over the patch's pixels, averaged over channels.
+    """
+
+    max_mse: float = 10**-3.5
+    max_dssim: float = 0.05
+
+
+def active_patches(canvas: Tensor, image: Tensor, patch_size: int, control: StageControl) -> Tensor:
+    """Which patches need another Gaussian.
+
+    Args:
+        canvas: Unclamped render so far, shape (3, H, W).
+        image: What it should be, shape (3, H, W).
+        patch_size: Pixels.
+        control: Bounds on the error.
+
+    Returns:
+        Boolean, shape (rows · columns,), row-major. Both images are continued by their border to whole patches.
+    """
+    x = _patches(canvas.detach(), patch_size)
+    y = _patches(image.detach(), patch_size)
+    mse = (x - y).square().mean(dim=(0, 2))
+    mean_x, mean_y = x.mean(dim=2), y.mean(dim=2)
+    variance_x = x.square().mean(dim=2) - mean_x.square()
+    variance_y = y.square().mean(dim=2) - mean_y.square()
+    covariance = (x * y).mean(dim=2) - mean_x * mean_y
+    ssim = ((2 * mean_x * mean_y + _SSIM_C1) * (2 * covariance + _SSIM_C2)) / (
+        (mean_x.square() + mean_y.square() + _SSIM_C1) * (variance_x + variance_y + _SSIM_C2)
+    )
+    return (mse > control.max_mse) | (1 - ssim.mean(dim=0) > control.max_dssim)
+
+
+def _patches(image: Tensor, patch_size: int) -> Tensor:
+    """(3, patches, pixels of a patch), in float64: variances are differences of large numbers."""
+    _, height, width = image.shape
+    rows, columns = grid_shape(height, width, patch_size)
+    padding = (0, columns * patch_size - width, 0, rows * patch_size - height)
+    padded = F.pad(image.double()[None], padding, mode="replicate")[0]
+    tiles = padded.reshape(3, rows, patch_size, columns, patch_size).permute(0, 1, 3, 2, 4)
+    return tiles.reshape(3, rows * columns, patch_size * patch_size)
+
+
+class Predictor(Protocol):
+    """Anything that turns what is missing into Gaussians.
+
+    Attributes:
+        patch_size: Pixels between anchors.
+    """
+
+    patch_size: int
+
+    def __call__(self, residual: Tensor, stage: int) -> Tensor:
+        """Raw Gaussians for every patch.
+
+        Args:
+            residual: Image minus canvas, shape (3, H, W).
+            stage: From 0.
+
+        Returns:
+            Shape (rows · columns, 8), patches in row-major order.
+        """
+        ...
+
+
+class GridPredictor:
+    """The built-in predictor: closed form, no network. The baseline, and the first round's predictor.
+
+    Every Gaussian sits on its anchor, is round, as wide as the patch asks for, and takes its colour from the residual.
+    """
+
+    def __init__(self, patch_size: int) -> None:
+        self.patch_size = patch_size
+
+    def __call__(self, residual: Tensor, stage: int) -> Tensor:
+        """As `Predictor`; all stages are alike."""
+        return grid_initialization(residual, self.patch_size)
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What one stage added to an image.
+
+    Attributes:
+        stage: From 0.
+        patch: Row-major patch indices of its Gaussians, shape (N,), int64, ascending.
+        anchor: Their anchors in pixels, shape (N, 2).
+        predicted: Raw Gaussians as predicted, shape (N, 8).
+        target: Raw Gaussians as optimised, shape (N, 8); the predicted ones where there were no steps.
+        steps: Optimisation steps taken.
+        loss: 0.7 L1 + 0.3 (1 - SSIM) of all Gaussians so far, with this stage's as predicted and as optimised.
+        psnr: The same in dB.
+    """
+
+    stage: int
+    patch: Tensor
+    anchor: Tensor
+    predicted: Tensor
+    target: Tensor
+    steps: int
+    loss: tuple[float, float]
+    psnr: tuple[float, float]
+
+    def __len__(self) -> int:
+        return self.patch.shape[0]
+
+
+def run_stages(
+    image: Tensor,
+    predictor: Predictor,
+    optimization: Sequence[OptimizeConfig],
+    *,
+    control: StageControl | None = None,
+    canvas: Literal["target", "predicted"] = "target",
+    threads: int = 1,
+) -> Iterator[StageResult]:
+    """Predicts and optimises stage after stage; ends early when no patch is bad any more.
+
+    Args:
+        image: Shape (3, H, W), float32 in [0, 1].
+        predictor: Called with the residual of each stage.
+        optimization: One per stage; their number is the number of stages. Zero steps leave a stage as predicted.
+        control: Which patches get a Gaussian.
+        canvas: What the next stage builds on. The paper trains with `predicted`, the canvas that its network will meet;
+            `target` gives the best picture, and is right where no network is to be matched.
+        threads: CPU threads at most.
+
+    Yields:
+        One result per stage that added Gaussians.
+
+    Raises:
+        NonFiniteLossError: From the optimiser.
+    """
+    control = control or StageControl()
+    _, height, width = image.shape
+    all_anchors = anchors(height, width, predictor.patch_size)
+    background = torch.zeros_like(image)
+    for stage, config in enumerate(optimization):
+        patch = active_patches(background, image, predictor.patch_size, control).nonzero()[:, 0]
+        if not len(patch):
+            return
+        anchor = all_anchors[patch]
+        predicted = predictor(image - background, stage)[patch].contiguous()
+        result = optimize(
+            predicted, anchor, image, predictor.patch_size, config, canvas=background, threads=threads
+        )
+        trajectory = result.trajectory
+        yield StageResult(
+            stage=stage,
+            patch=patch,
+            anchor=anchor,
+            predicted=predicted,
+            target=result.raw,
+            steps=config.steps,
+            loss=(float(trajectory.loss[0]), float(trajectory.loss[-1])),
+            psnr=(float(trajectory.psnr[0]), float(trajectory.psnr[-1])),
+        )
+        if stage + 1 < len(optimization):
+            chosen = result.raw if canvas == "target" else predicted
+            gaussians = activate(chosen, anchor, predictor.patch_size)
+            background = background + render(gaussians, height, width, threads=threads)
+
+
+def all_gaussians(stages: Sequence[StageResult], patch_size: int, which: Literal["target", "predicted"]) -> Gaussians:
+    """The Gaussians of all stages as one table, in order of stage and patch."""
+    return Gaussians.concatenate([activate(getattr(stage, which), stage.anchor, patch_size) for stage in stages])

@@ -1,0 +1,76 @@
+"""`air COMMAND ...`: finds the command's module and turns its errors into messages and exit codes."""
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+import air
+from air.errors import AirError
+from pipeline.config import suggestion
+from pipeline.errors import ConfigError
+
+COMMANDS = {
+    "demo": "the whole way on pictures that packages ship",
+    "shard": "images in folders, globs, tars, Parquet -> WebDataset shards",
+    "distill": "shards -> distillation targets in Parquet",
+    "fit": "one image -> Gaussians, with progress and a picture",
+    "stats": "summary of targets, or your own SQL over them",
+    "status": "how far a job is",
+    "verify": "recount and rechecksum everything a job committed",
+    "gc": "remove what killed attempts left behind",
+}
+
+EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; the entry point of `air`.
+
+    Returns:
+        The exit status: 0 done, 1 failed, 2 wrong usage.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return EXIT_DONE if arguments else EXIT_USAGE
+    command, *rest = arguments
+    if command in ("-V", "--version"):
+        print(f"air {air.__version__}")
+        return EXIT_DONE
+    if command not in COMMANDS:
+        print(f"air: unknown command '{command}'{suggestion(command, COMMANDS)}\n\n{_overview()}", file=sys.stderr)
+        return EXIT_USAGE
+    logging.basicConfig(format="%(message)s", level=os.environ.get("AIR_LOG_LEVEL", "WARNING").upper())
+    try:
+        return import_module(f"jobs.{command}").main(rest)
+    except ConfigError as error:
+        print(f"air {command}: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    except AirError as error:
+        print(f"air {command}: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    except BrokenPipeError:
+        # The reader of our output left, as in `air stats ... | head`: no failure. Python would complain at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_DONE
+    except KeyboardInterrupt:
+        print(f"air {command}: interrupted; run the same command again to go on", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {summary}" for name, summary in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: air COMMAND ...\n\nImages as sums of 2D Gaussians, at scale.\n\ncommands:",
+            *lines,
+            "\n`air COMMAND --help` shows its options. AIR_LOG_LEVEL=DEBUG shows the cause of what failed.",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,105 @@
+"""Command lines made from configuration models: every key of a job's section is an option, and an option wins.
+
+parser = make_parser("shard", __doc__, ShardConfig, RunnerConfig)
+...
+arguments = parser.parse_args(argv)
+config, runner = configure(arguments, shard=ShardConfig, runner=RunnerConfig)
+"""
+
+import argparse
+import types
+import typing
+from typing import Any
+
+from pydantic.fields import FieldInfo
+
+from pipeline.config import Config, RunnerConfig, build, read_sections
+
+
+def sections() -> dict[str, type[Config]]:
+    """The sections of a configuration file: one per configurable command, and `runner` for all."""
+    from jobs.demo import DemoConfig
+    from pipeline.distill import DistillConfig
+    from pipeline.shards import ShardConfig
+
+    return {"demo": DemoConfig, "shard": ShardConfig, "distill": DistillConfig, "runner": RunnerConfig}
+
+
+def make_parser(command: str, description: str | None, *models: type[Config]) -> argparse.ArgumentParser:
+    """A parser with `--config` and an option for every field of the models."""
+    parser = argparse.ArgumentParser(
+        prog=f"air {command}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    if models:
+        parser.add_argument("--config", metavar="FILE", help="YAML file; its keys are these options, which win over it")
+    for model in models:
+        title = "where and how it runs" if model is RunnerConfig else "what it does"
+        group = parser.add_argument_group(title)
+        for name, field in model.model_fields.items():
+            _add_option(group, name, field)
+    return parser
+
+
+def _add_option(group: Any, name: str, field: FieldInfo) -> None:
+    options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS}
+    kind = _plain(field.annotation)
+    text = f"{field.description} ({_bounds(field)}default: {_shown(field.default)})"
+    options["help"] = text.replace("%", "%%")
+    flag = "--" + name.replace("_", "-")
+    if kind is bool:
+        group.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
+    elif typing.get_origin(kind) is typing.Literal:
+        group.add_argument(flag, choices=typing.get_args(kind), **options)
+    elif typing.get_origin(kind) is tuple:
+        group.add_argument(flag, type=lambda text: tuple(text.split(",")), metavar="N,N,...", **options)
+    else:
+        metavar = {int: "N", float: "X"}.get(kind, "TEXT")
+        group.add_argument(flag, metavar=metavar, **options)
+
+
+def _plain(annotation: Any) -> Any:
+    """The type without `| None`."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return next(kind for kind in typing.get_args(annotation) if kind is not type(None))
+    return annotation
+
+
+def _bounds(field: FieldInfo) -> str:
+    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+    parts = [
+        f"{sign} {_shown(getattr(bound, name))}"
+        for bound in field.metadata
+        for name, sign in signs.items()
+        if hasattr(bound, name)
+    ]
+    return " and ".join(parts) + "; " if parts else ""
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def configure(arguments: argparse.Namespace, **models: type[Config]) -> list[Any]:
+    """One configuration per section: the file's keys, overridden by the options that were given.
+
+    Args:
+        arguments: Parsed by `make_parser`.
+        models: Configuration classes by the section of the file that holds them.
+
+    Raises:
+        ConfigError: An unknown key or a value out of bounds.
+    """
+    file = read_sections(arguments.config, sections()) if arguments.config else {}
+    built = []
+    for section, model in models.items():
+        values = dict(file.get(section) or {})
+        values.update({name: getattr(arguments, name) for name in model.model_fields if hasattr(arguments, name)})
+        built.append(build(model, values, section))
+    return built

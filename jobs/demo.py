@@ -1,0 +1,120 @@
+"""The whole way on photographs that scikit-image and scikit-learn ship: shard, distill, verify, summarise, look.
+
+Everything goes to OUT (default: demo-out), and the last line printed is a picture to open.
+
+  air demo
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Sequence
+from importlib.resources import as_file, files
+from pathlib import Path
+
+from pydantic import Field
+
+from jobs.command import configure, make_parser
+from pipeline.config import Config, RunnerConfig
+from pipeline.distill import DistillConfig
+from pipeline.errors import ConfigError, DamagedDataError
+from pipeline.shards import ShardConfig
+from pipeline.storage import open_storage
+
+_PICTURES = (
+    ("sklearn.datasets.images", "china.jpg"),
+    ("sklearn.datasets.images", "flower.jpg"),
+    ("skimage.data", "astronaut.png"),
+    ("skimage.data", "coffee.png"),
+    ("skimage.data", "chelsea.png"),
+    ("skimage.data", "rocket.jpg"),
+    ("skimage.data", "motorcycle_left.png"),
+    ("skimage.data", "hubble_deep_field.jpg"),
+    ("skimage.data", "camera.png"),
+    ("skimage.data", "coins.png"),
+    ("skimage.data", "moon.png"),
+    ("skimage.data", "gravel.png"),
+)
+
+
+class DemoConfig(Config):
+    """What `air demo` shows."""
+
+    pictures: int = Field(len(_PICTURES), ge=1, le=len(_PICTURES), description="how many of the pictures")
+
+
+def collect_pictures(folder: Path, count: int) -> int:
+    """Copies the first `count` packaged photographs into a folder.
+
+    Returns:
+        How many.
+
+    Raises:
+        ConfigError: The packages that ship them are not installed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for package, name in _PICTURES[:count]:
+        try:
+            with as_file(files(package).joinpath(name)) as source:
+                shutil.copyfile(source, folder / name)
+        except (ModuleNotFoundError, FileNotFoundError):
+            raise ConfigError(
+                f"the demo's picture {name} is missing: install scikit-image and scikit-learn "
+                "(pip install 'air-gaussians[demo]')"
+            ) from None
+    return count
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The command."""
+    parser = make_parser("demo", __doc__, DemoConfig)
+    parser.add_argument("out", nargs="?", default="demo-out", metavar="OUT", help="local folder (default: demo-out)")
+    given = parser.parse_args(arguments)
+    models = {"demo": DemoConfig, "shard": ShardConfig, "distill": DistillConfig, "runner": RunnerConfig}
+    run_demo(Path(given.out), *configure(given, **models))
+    return 0
+
+
+def run_demo(
+    out: Path, demo: DemoConfig, shard_config: ShardConfig, distill_config: DistillConfig, runner: RunnerConfig
+) -> None:
+    """All the steps, each with the command that does it alone."""
+    from jobs import distill, shard, stats, verify
+    from jobs.report import print_outcome
+    from pipeline.sheet import save_sheet
+
+    begin = time.monotonic()
+    pictures, shards, targets = (str(out / name) for name in ("pictures", "shards", "targets"))
+    count = collect_pictures(out / "pictures", demo.pictures)
+    print(f"{count} photographs that scikit-image and scikit-learn ship are in {pictures}/.")
+
+    _announce(f"air shard {pictures} {shards}", "Pack them, untouched, into WebDataset shards.")
+    tally = shard.shard([pictures], shards, shard_config, runner)
+    print_outcome(shard.describe(tally), shards, tally)
+
+    _announce(
+        f"air distill {shards} {targets}",
+        f"Fit Gaussians: {distill_config.stages} stages, each adding Gaussians only where the picture is still bad.",
+    )
+    tally = distill.distill(shards, targets, distill_config, runner)
+    print_outcome(distill.describe(tally), targets, tally)
+
+    _announce(f"air verify {targets}", "Hold every file against its checksum and its count.")
+    if verify.main([targets]) != 0:
+        raise DamagedDataError(f"{targets} did not verify; delete {out} and run the demo again")
+
+    _announce(f"air stats {targets}", "What is in the Parquet files.")
+    stats.main([targets])
+
+    picture = out / "contact-sheet.png"
+    save_sheet(open_storage(targets), distill_config.canvas, picture)
+    print(
+        f"\nDone in {time.monotonic() - begin:.0f} s. Originals, predictions, optimised Gaussians and where the stages"
+    )
+    print("added them, side by side:")
+    print(picture.resolve())
+
+
+def _announce(command: str, purpose: str) -> None:
+    print(f"\n$ {command}\n{purpose}", flush=True)

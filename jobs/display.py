@@ -1,0 +1,89 @@
+"""What a person sees of a running job: a live line on a terminal, a line now and then in a log."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+from pipeline.runner import Display, Silent, Tally
+
+_LOG_EVERY_SECONDS = 60.0
+
+
+class LiveDisplay:
+    """A progress bar over samples: images/s, mean PSNR so far, quarantined, time left."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._begin = time.monotonic()
+        self._task = progress.add_task("starting", total=None, detail="")
+
+    def update(self, tally: Tally) -> None:
+        """Shows the tally."""
+        self._progress.update(
+            self._task,
+            description=f"shards {tally.units_done}/{tally.units_total}",
+            total=tally.samples_total,
+            completed=tally.samples_so_far,
+            detail=_detail(tally, time.monotonic() - self._begin),
+        )
+
+
+class LogDisplay:
+    """A line a minute, for logs."""
+
+    def __init__(self, console: Console, job: str) -> None:
+        self._console = console
+        self._job = job
+        self._begin = self._last = time.monotonic()
+
+    def update(self, tally: Tally) -> None:
+        """Prints the tally if the last line is a minute old."""
+        now = time.monotonic()
+        if now - self._last >= _LOG_EVERY_SECONDS:
+            self._last = now
+            total = f"/{tally.samples_total}" if tally.samples_total else ""
+            shards = f"shards {tally.units_done}/{tally.units_total}"
+            detail = _detail(tally, now - self._begin)
+            self._console.print(
+                f"{self._job}: {shards}, images {tally.samples_so_far}{total}, {detail}", highlight=False
+            )
+
+
+def _detail(tally: Tally, elapsed: float) -> str:
+    parts = []
+    fresh = tally.samples_so_far - tally.samples_before
+    if fresh and elapsed > 0:
+        parts.append(f"{fresh / elapsed:.1f} images/s")
+    views = tally.summary_so_far("psnr_views")
+    if views:
+        parts.append(f"{tally.summary_so_far('psnr_target_sum') / views:.2f} dB")
+    if tally.rejected_so_far:
+        parts.append(f"{tally.rejected_so_far} quarantined")
+    return ", ".join(parts)
+
+
+@contextmanager
+def show(job: str, quiet: bool = False) -> Iterator[Display]:
+    """A display that suits where the output goes."""
+    console = Console(stderr=True)
+    if quiet:
+        yield Silent()
+    elif not console.is_terminal:
+        yield LogDisplay(console, job)
+    else:
+        columns = (
+            SpinnerColumn(),
+            TextColumn(f"[bold]{job}[/] {{task.description}}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[detail]}"),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=console, transient=True) as progress:
+            yield LiveDisplay(progress)

@@ -1,0 +1,49 @@
+"""Makes distillation targets: for every view of every image and every stage, Gaussians as predicted and as optimised.
+
+SHARDS is the output of `air shard`, or a folder of WebDataset tars. Images that cannot be used go to OUT/quarantine
+with a reason. Run again to go on after a stop; see how far it is with `air status OUT`.
+
+  air distill shards/ targets/ --patch-size 7 --steps 50
+"""
+
+from collections.abc import Sequence
+
+from jobs.command import configure, make_parser
+from jobs.display import show
+from jobs.report import print_outcome
+from pipeline.config import RunnerConfig
+from pipeline.distill import DistillConfig, DistillJob
+from pipeline.runner import Tally, run
+from pipeline.shards import list_shards
+from pipeline.storage import open_storage
+from pipeline.work import Plan, settle_plan
+
+
+def distill(source_uri: str, output_uri: str, config: DistillConfig, runner: RunnerConfig) -> Tally:
+    """Plans and runs; returns the totals."""
+    source, output = open_storage(source_uri), open_storage(output_uri)
+    plan = settle_plan(output, Plan.make("distill", config, list_shards(source), [source.uri()]))
+    with show("distill") as display:
+        return run(DistillJob(config, source), plan, output, runner, display)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The command."""
+    parser = make_parser("distill", __doc__, DistillConfig, RunnerConfig)
+    parser.add_argument("shards", metavar="SHARDS", help="output of `air shard`, or a folder of WebDataset tars")
+    parser.add_argument("out", metavar="OUT", help="folder for the targets; a local path or a URI")
+    given = parser.parse_args(arguments)
+    config, runner = configure(given, distill=DistillConfig, runner=RunnerConfig)
+    tally = distill(given.shards, given.out, config, runner)
+    print_outcome(describe(tally), given.out, tally)
+    return 0
+
+
+def describe(tally: Tally) -> str:
+    """What a distill job made, in one phrase."""
+    done = tally.summary
+    text = f"{int(done['views'])} views of {int(done['images'])} images, {int(done['gaussians']):,} Gaussians"
+    if done["psnr_views"]:
+        predicted, target = (done[f"psnr_{name}_sum"] / done["psnr_views"] for name in ("predicted", "target"))
+        text += f", mean PSNR {predicted:.2f} dB as predicted by stage 0, {target:.2f} dB after the last stage"
+    return text

@@ -1,0 +1,27 @@
+"""Removes what killed attempts left behind: data that no manifest names, and temporary files.
+
+A job that ends well does this by itself. Do not run it while a job is at work in the folder: attempts that have not
+committed yet would lose their files.
+
+  air gc targets/
+"""
+
+from collections.abc import Sequence
+
+from jobs.command import make_parser
+from pipeline.audit import remove_garbage
+from pipeline.storage import open_storage
+from pipeline.work import read_plan
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The command."""
+    parser = make_parser("gc", __doc__)
+    parser.add_argument("out", metavar="OUT", help="output folder of a job; a local path or a URI")
+    given = parser.parse_args(arguments)
+    output = open_storage(given.out)
+    read_plan(output)  # refuses a folder that is not ours to clean
+    files, size = remove_garbage(output)
+    temporaries = output.sweep_temporaries(older_than=0)
+    print(f"{given.out}: removed {files} files ({size / 1e6:.1f} MB) and {temporaries} temporary files")
+    return 0

@@ -1,0 +1,47 @@
+"""Packs images into WebDataset shards.
+
+Folders (searched recursively), globs, image files, tars and Parquet files with image bytes go in. Images stay as they
+are, byte for byte; those that cannot be read go to OUT/quarantine with a reason. Run again to go on after a stop.
+
+  air shard photos/ 'more/**/*.jpg' archive.tar table.parquet shards/
+"""
+
+from collections.abc import Sequence
+
+from jobs.command import configure, make_parser
+from jobs.display import show
+from jobs.report import print_outcome
+from pipeline.config import RunnerConfig
+from pipeline.runner import Tally, run
+from pipeline.shards import ShardConfig, ShardJob, plan_shards
+from pipeline.storage import normalise, open_storage
+from pipeline.work import settle_plan
+
+
+def shard(inputs: Sequence[str], output_uri: str, config: ShardConfig, runner: RunnerConfig) -> Tally:
+    """Plans and runs; returns the totals."""
+    output = open_storage(output_uri)
+    # Workers may run elsewhere in the file system: only whole paths mean the same there.
+    inputs = [normalise(given) for given in inputs]
+    plan, listings = plan_shards(config, inputs)
+    plan = settle_plan(output, plan, listings)
+    with show("shard") as display:
+        return run(ShardJob(config, inputs, output), plan, output, runner, display)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The command."""
+    parser = make_parser("shard", __doc__, ShardConfig, RunnerConfig)
+    parser.add_argument("images", nargs="+", metavar="IMAGES", help="folders, globs, image files, tars, Parquet files")
+    parser.add_argument("out", metavar="OUT", help="folder for the shards; a local path or a URI")
+    given = parser.parse_args(arguments)
+    config, runner = configure(given, shard=ShardConfig, runner=RunnerConfig)
+    tally = shard(given.images, given.out, config, runner)
+    print_outcome(describe(tally), given.out, tally)
+    return 0
+
+
+def describe(tally: Tally) -> str:
+    """What a shard job made, in one phrase."""
+    kept, size = int(tally.summary["images"]), tally.summary["image_bytes"] / 1e6
+    return f"{kept} images ({size:.1f} MB) in {tally.units_total} shards"

@@ -1,0 +1,134 @@
+"""Summarises distillation targets through DuckDB, or runs your own query over them.
+
+For --sql these views are there:
+  views       one row per view of an image: the table's columns, and psnr (dB after the last stage)
+  gaussians   one row per Gaussian: key, view, stage, anchor, predicted_x, target_x, ... target_blue
+  shards      one row per commit: unit, samples, seconds, rejected, summary
+  quarantine  one row per image that was refused
+
+  air stats targets/
+  air stats targets/ --sql "select stage, count(*), avg(target_scale_1) from gaussians group by stage order by stage"
+"""
+
+import csv
+import sys
+from collections.abc import Sequence
+
+import duckdb
+
+from jobs.command import make_parser
+from jobs.report import print_table
+from pipeline.errors import ConfigError
+from pipeline.query import connect
+from pipeline.storage import open_storage
+
+_OVERVIEW = """
+    select count(distinct key), count(*), sum(len(stage)), avg(height * width),
+           avg(len(stage)), avg(psnr_predicted[1]), avg(psnr)
+    from views
+"""
+_STAGES = """
+    with per_stage as (
+        select unnest(range(1, len(gaussians) + 1)) as number, gaussians, steps, psnr_predicted, psnr_target,
+               loss_first, loss_last, height * width as pixels
+        from views
+    )
+    select number - 1, count(*), sum(gaussians[number])::bigint, avg(gaussians[number]), any_value(steps[number]),
+           avg(psnr_predicted[number]), avg(psnr_target[number]), avg(loss_first[number]), avg(loss_last[number])
+    from per_stage group by number order by number
+"""
+_QUANTILES = (0.01, 0.1, 0.5, 0.9, 0.99)
+_SHAPES = f"""
+    with shapes as (
+        select unnest(target_scale_1) as scale_1, unnest(target_scale_2) as scale_2,
+               unnest(target_red) as red, unnest(target_green) as green, unnest(target_blue) as blue
+        from views
+    ),
+    quantiles as (
+        select quantile_cont(greatest(scale_1, scale_2), {list(_QUANTILES)}) as larger,
+               quantile_cont(least(scale_1, scale_2), {list(_QUANTILES)}) as smaller,
+               quantile_cont(greatest(scale_1, scale_2) / least(scale_1, scale_2), {list(_QUANTILES)}) as anisotropy,
+               quantile_cont(greatest(abs(red), abs(green), abs(blue)), {list(_QUANTILES)}) as amplitude
+        from shapes
+    )
+    select larger, smaller, anisotropy, amplitude from quantiles
+"""
+_TIMES = """
+    select count(*), sum(samples)::bigint, sum(seconds), sum(seconds) / nullif(sum(samples), 0),
+           sum(summary.pixels) / 1e6 / nullif(sum(seconds), 0)
+    from shards
+"""
+_QUARANTINE = (
+    "select reason, count(*), any_value(message) from quarantine group by reason order by count(*) desc, reason"
+)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The command."""
+    parser = make_parser("stats", __doc__)
+    parser.add_argument("targets", metavar="TARGETS", help="output of `air distill`; a local path or a URI")
+    parser.add_argument("--sql", metavar="QUERY", help="run this query instead of the summary")
+    parser.add_argument("--format", choices=("table", "csv"), default="table", help="of --sql (default: table)")
+    given = parser.parse_args(arguments)
+    with connect(open_storage(given.targets)) as connection:
+        if given.sql is None:
+            print_summary(connection, given.targets)
+        else:
+            _print_query(connection, given.sql, given.format)
+    return 0
+
+
+def _print_query(connection: duckdb.DuckDBPyConnection, sql: str, layout: str) -> None:
+    try:
+        result = connection.execute(sql)
+        names = [column[0] for column in result.description or []]
+        rows = result.fetchall()
+    except duckdb.Error as error:
+        raise ConfigError(f"the query failed: {error}") from None
+    if layout == "csv":
+        writer = csv.writer(sys.stdout)
+        writer.writerow(names)
+        writer.writerows(rows)
+    else:
+        print_table("", names, rows)
+
+
+def print_summary(connection: duckdb.DuckDBPyConnection, title: str) -> None:
+    """Prints the summary: images and views, stages, shapes, time, quarantine."""
+    images, views, gaussians, pixels, per_view, predicted, target = _one(connection, _OVERVIEW)
+    rows = [
+        ("images", images),
+        ("views", views),
+        ("Gaussians", int(gaussians or 0)),
+        ("Gaussians per view", per_view),
+        ("pixels per view", pixels),
+        ("PSNR predicted by stage 0, dB", predicted),
+        ("PSNR after the last stage, dB", target),
+    ]
+    commits, samples, seconds, per_image, megapixels = _one(connection, _TIMES)
+    rows += [
+        ("shards", commits),
+        ("images seen", samples),
+        ("worker seconds", seconds),
+        ("worker seconds per image", per_image),
+        ("megapixels per worker second", megapixels),
+    ]
+    print_table(f"targets in {title}", ("", "value"), rows)
+    columns = ("stage", "views", "Gaussians", "per view", "steps", "dB before", "dB after", "loss before", "loss after")
+    print_table(
+        "stages (PSNR and loss are means over views, of all Gaussians so far)", columns, _all(connection, _STAGES)
+    )
+    names = ("larger scale, px", "smaller scale, px", "anisotropy", "amplitude")
+    shapes = [(name, *values) for name, values in zip(names, _one(connection, _SHAPES), strict=True) if values]
+    print_table("optimised Gaussians, quantiles", ("", *(f"{q:.0%}" for q in _QUANTILES)), shapes)
+    refused = _all(connection, _QUARANTINE)
+    if refused:
+        print_table("quarantine", ("reason", "images", "for example"), refused)
+
+
+def _one(connection: duckdb.DuckDBPyConnection, sql: str) -> tuple:
+    return _all(connection, sql)[0]
+
+
+def _all(connection: duckdb.DuckDBPyConnection, sql: str) -> list[tuple]:
+    return connection.execute(sql).fetchall()

@@ -1,0 +1,52 @@
+"""Shows how far a job is: its plan minus its commits. Needs no running service and no log.
+
+air status targets/
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+
+from jobs.command import make_parser
+from jobs.report import print_table, rejections
+from pipeline.storage import open_storage
+from pipeline.work import read_manifests, read_plan
+
+MAX_MISSING_SHOWN = 5
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The command."""
+    parser = make_parser("status", __doc__)
+    parser.add_argument("out", metavar="OUT", help="output folder of a job; a local path or a URI")
+    given = parser.parse_args(arguments)
+    output = open_storage(given.out)
+    plan = read_plan(output)
+    manifests = list(read_manifests(output))
+    planned = {unit.name: unit for unit in plan.units}
+    missing = sorted(planned.keys() - {manifest.unit for manifest in manifests})
+    rejected: Counter[str] = Counter()
+    summary: Counter[str] = Counter()
+    for manifest in manifests:
+        rejected.update(manifest.rejected)
+        summary.update(manifest.summary)
+    files = [file for manifest in manifests for file in manifest.files]
+    rows: list[tuple[str, object]] = [
+        ("job", plan.job),
+        ("plan", plan.hash[:12]),
+        ("input", ", ".join(plan.source)),
+        ("shards done", f"{len(manifests)} of {len(plan.units)}"),
+        ("images seen", sum(manifest.samples for manifest in manifests)),
+        ("quarantined", rejections(rejected.most_common())),
+        ("rows", sum(file.rows for file in files)),
+        ("MB", sum(file.bytes for file in files) / 1e6),
+        ("worker seconds", sum(manifest.seconds for manifest in manifests)),
+    ]
+    if summary["psnr_views"]:
+        rows.append(("mean PSNR, dB", summary["psnr_target_sum"] / summary["psnr_views"]))
+    print_table(given.out, ("", ""), [(name, value) for name, value in rows])
+    if missing:
+        more = f" and {len(missing) - MAX_MISSING_SHOWN} more" if len(missing) > MAX_MISSING_SHOWN else ""
+        print(f"to do: {', '.join(missing[:MAX_MISSING_SHOWN])}{more}. Run the same `air {plan.job}` again to go on.")
+    else:
+        print("complete")
+    return 0

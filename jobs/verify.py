@@ -1,0 +1,36 @@
+"""Recounts and rechecksums everything that a job committed, and says what is missing. Exit status 1 if anything is.
+
+air verify targets/ && next-step
+"""
+
+import sys
+from collections.abc import Sequence
+
+from jobs.command import make_parser
+from pipeline.audit import verify
+from pipeline.storage import open_storage
+from pipeline.work import read_manifests
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The command."""
+    parser = make_parser("verify", __doc__)
+    parser.add_argument("out", metavar="OUT", help="output folder of a job; a local path or a URI")
+    given = parser.parse_args(arguments)
+    output = open_storage(given.out)
+    problems = 0
+    for problem in verify(output):
+        problems += 1
+        print(problem, file=sys.stderr)
+    if problems:
+        print(f"{given.out}: {problems} problems", file=sys.stderr)
+        return 1
+    manifests = list(read_manifests(output))
+    files = [file for manifest in manifests for file in manifest.files]
+    quarantined = sum(manifest.quarantine.rows for manifest in manifests if manifest.quarantine)
+    rows, megabytes = sum(file.rows for file in files), sum(file.bytes for file in files) / 1e6
+    print(
+        f"{given.out}: verified {len(manifests)} shards, {len(files)} files, {rows} rows, {megabytes:.1f} MB, "
+        f"{quarantined} rows in quarantine; complete and intact"
+    )
+    return 0

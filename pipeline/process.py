@@ -1,0 +1,218 @@
+"""What a worker does with one unit: read its samples, process each, write the results, commit.
+
+A job says what a sample's result is; everything around it is here and the same for all jobs. This module knows nothing
+of Ray: it runs wherever it is called.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import pyarrow as pa
+
+import air
+from air.errors import AirError
+from pipeline import tables
+from pipeline.errors import Rejected
+from pipeline.storage import Storage, open_storage
+from pipeline.work import DataFile, Manifest, Unit, commit
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One input image. `read` gives its bytes, so that a listing costs no I/O and a failure has a name.
+
+    Attributes:
+        key: Identifies the image; stable.
+        source: Where the image came from, for people.
+        read: Its encoded bytes. Raises Rejected for one that is gone.
+    """
+
+    key: str
+    source: str
+    read: Callable[[], bytes]
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """A sample whose bytes are at hand: all that a job's `process` may depend on, beside its configuration."""
+
+    unit: str
+    key: str
+    source: str
+    data: bytes
+
+
+class Writer(Protocol):
+    """Writes the results of one unit into local files of a scratch folder, in bounded memory.
+
+    Files are called `<unit>.<ending>`, or `<unit>-<n>.<ending>` where there are several.
+    """
+
+    def add(self, result: Any) -> Mapping[str, float]:
+        """Takes the result of one sample; returns what it adds to the summary."""
+        ...
+
+    def finish(self) -> list[tuple[Path, int]]:
+        """Closes and returns the files with the rows of each."""
+        ...
+
+
+class Job(Protocol):
+    """A bulk job. It must pickle: it travels to the workers, which keep models and kernels in module state."""
+
+    name: ClassVar[str]
+
+    def samples(self, unit: Unit, scratch: Path) -> Iterator[Sample]:
+        """The unit's samples in order. Raises for a unit that is not what the plan says."""
+        ...
+
+    def process(self, image: EncodedImage) -> Any:
+        """The result for one image; depends on nothing but the image and the configuration. Raises Rejected."""
+        ...
+
+    def writer(self, unit: Unit, scratch: Path, metadata: Mapping[str, str]) -> Writer:
+        """A fresh writer for the unit's results."""
+        ...
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far one attempt has come."""
+
+    unit: str
+    samples: int = 0
+    rejected: int = 0
+    summary: Mapping[str, float] | None = None
+
+
+def execute(
+    job: Job,
+    unit: Unit,
+    plan_hash: str,
+    output_uri: str,
+    *,
+    isolate: bool = False,
+    report: Callable[[Progress], None] = lambda progress: None,
+) -> Manifest:
+    """Does one unit and commits it; the whole of what a worker does.
+
+    Args:
+        job: What to do.
+        unit: With what.
+        plan_hash: Hash of the plan, stamped on every file.
+        output_uri: The output folder.
+        isolate: Run every image in a child process, and put whatever happens there on the image: one that kills its
+            process, or fails in a way that nobody foresaw, is found and quarantined.
+        report: Called after every sample.
+
+    Returns:
+        The manifest that is now in place: this attempt's, or that of another attempt which came first.
+    """
+    output = open_storage(output_uri)
+    attempt = uuid.uuid4().hex[:12]
+    begin = time.perf_counter()
+    metadata = {"air.plan": plan_hash, "air.code_version": air.__version__, "air.job": job.name, "air.unit": unit.name}
+    rejections = []
+    summary: Counter[str] = Counter()
+    count = 0
+    with tempfile.TemporaryDirectory(prefix="air-") as folder, _Caller(job, isolate) as call:
+        scratch = Path(folder)
+        writer = job.writer(unit, scratch, metadata)
+        for sample in job.samples(unit, scratch):
+            count += 1
+            image = EncodedImage(unit.name, sample.key, sample.source, b"")
+            try:
+                image = replace(image, data=sample.read())
+                result = call(image)
+            except Rejected as rejection:
+                rejections.append(_quarantine_row(job, image, rejection))
+            else:
+                summary.update(writer.add(result))
+            report(Progress(unit.name, count, len(rejections), dict(summary)))
+        files = [
+            _store(output, local, rows, f"data/{unit.name}-{attempt}{local.name.removeprefix(unit.name)}")
+            for local, rows in writer.finish()
+        ]
+        quarantine = None
+        if rejections:
+            local = scratch / "quarantine.parquet"
+            with tables.open_writer(str(local), tables.stamped(tables.QUARANTINE, metadata)) as parquet:
+                parquet.write_table(pa.Table.from_pylist(rejections, schema=parquet.schema))
+            quarantine = _store(output, local, len(rejections), f"quarantine/{unit.name}-{attempt}.parquet")
+        manifest = Manifest(
+            unit=unit.name,
+            attempt=attempt,
+            plan=plan_hash,
+            files=tuple(files),
+            quarantine=quarantine,
+            samples=count,
+            rejected=dict(sorted(Counter(row["reason"] for row in rejections).items())),
+            seconds=round(time.perf_counter() - begin, 3),
+            summary={key: float(value) for key, value in sorted(summary.items())},
+        )
+    return commit(output, manifest)
+
+
+def _store(output: Storage, local: Path, rows: int, path: str) -> DataFile:
+    with local.open("rb") as stream:
+        checksum = hashlib.file_digest(stream, "sha256").hexdigest()
+    size = local.stat().st_size
+    output.upload(local, path)
+    return DataFile(path=path, bytes=size, sha256=checksum, rows=rows)
+
+
+def _quarantine_row(job: Job, image: EncodedImage, rejection: Rejected) -> dict[str, Any]:
+    return {
+        "key": image.key,
+        "shard": image.unit,
+        "stage": job.name,
+        "reason": rejection.reason,
+        "message": f"{image.source}: {rejection.message}",
+        "sha256": "" if image.data is None else hashlib.sha256(image.data).hexdigest(),
+        "bytes": len(image.data or b""),
+    }
+
+
+class _Caller:
+    """Calls `job.process`, here or in a child process that may die of it."""
+
+    def __init__(self, job: Job, isolate: bool) -> None:
+        self._job = job
+        self._isolate = isolate
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> _Caller:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def __call__(self, image: EncodedImage) -> Any:
+        if not self._isolate:
+            return self._job.process(image)
+        if self._pool is None:
+            self._pool = ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn"))
+        try:
+            return self._pool.submit(self._job.process, image).result()
+        except BrokenProcessPool:
+            self._pool = None
+            raise Rejected(
+                "killed_worker", "the process that worked on this image died: crash or out of memory"
+            ) from None
+        except AirError:
+            raise
+        except Exception as error:
+            raise Rejected("failed", f"{type(error).__name__}: {error}") from error

@@ -1,0 +1,283 @@
+"""WebDataset shards: tars with one image and one JSON member per sample, written by `air shard`, read by every job.
+
+Written and read with webdataset's own tar writer and iterators; visible only through the commit protocol. This module
+knows where samples come from and go to; it knows nothing of Gaussians.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tarfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, BinaryIO, ClassVar, Literal, cast
+
+from pydantic import Field
+
+from pipeline import images
+from pipeline.config import Config
+from pipeline.errors import DamagedDataError, JobFailedError, Rejected
+from pipeline.process import EncodedImage, Sample
+from pipeline.sources import Item, ItemReader, find_items
+from pipeline.storage import Storage
+from pipeline.work import PLAN_PATH, Plan, Unit, committed_units, file_safe, read_manifests, read_plan
+
+# One tar header, the JSON member with its own, and padding: what a sample costs beside its image.
+_SAMPLE_OVERHEAD = 2048
+
+
+class ShardConfig(Config):
+    """What `air shard` makes of a collection of images."""
+
+    max_count: int = Field(256, ge=1, le=1_000_000, description="most images in a shard")
+    max_bytes: int = Field(256_000_000, ge=10_000, description="most bytes of a shard; one larger image stands alone")
+    check: Literal["decode", "header"] = Field("decode", description="decode every image, or read its header only")
+    max_pixels: int = Field(images.MAX_PIXELS, ge=1, description="images with more pixels are refused before decoding")
+    image_column: str | None = Field(None, description="Parquet column with image bytes; default: a known name")
+
+
+class ShardJob:
+    """Packs images into shards; their bytes stay as they are."""
+
+    name: ClassVar[str] = "shard"
+
+    def __init__(self, config: ShardConfig, inputs: Sequence[str], output: Storage) -> None:
+        self._config = config
+        self._output = output
+        self._reader = ItemReader(inputs, config.image_column)
+
+    def samples(self, unit: Unit, scratch: Path) -> Iterator[Sample]:
+        """The images of the unit's listing."""
+        listing = self._output.read(unit.input)
+        if hashlib.sha256(listing).hexdigest() != unit.sha256:
+            raise DamagedDataError(f"{self._output.uri(unit.input)} is not the listing that the plan names")
+        for entry in json.loads(listing):
+            item = Item(**entry)
+            yield Sample(item.key, item.source, lambda item=item: self._reader.read(item))
+
+    def process(self, image: EncodedImage) -> dict[str, Any]:
+        """The WebDataset sample: the untouched bytes under their true ending, and a JSON member about them."""
+        info = images.probe(image.data, max_pixels=self._config.max_pixels)
+        if self._config.check == "decode":
+            images.decode(image.data, max_pixels=self._config.max_pixels)
+        about = {
+            "key": image.key,
+            "source": image.source,
+            "format": info.format,
+            "width": info.width,
+            "height": info.height,
+            "bytes": len(image.data),
+            "sha256": hashlib.sha256(image.data).hexdigest(),
+        }
+        return {"__key__": image.key, info.extension: image.data, "json": json.dumps(about).encode()}
+
+    def writer(self, unit: Unit, scratch: Path, metadata: Mapping[str, str]) -> TarWriter:
+        """A writer of tars no larger than configured."""
+        return TarWriter(unit.name, scratch, self._config.max_bytes)
+
+
+class TarWriter:
+    """Writes samples to `<unit>.tar`, then `<unit>-1.tar` and so on where one would grow beyond the limit.
+
+    Equal samples give equal bytes: times and owners are fixed.
+    """
+
+    def __init__(self, unit: str, scratch: Path, max_bytes: int) -> None:
+        self._unit = unit
+        self._scratch = scratch
+        self._max_bytes = max_bytes
+        self._files: list[tuple[Path, int]] = []
+        self._stream: BinaryIO | None = None
+        self._tar: Any = None
+        self._count = 0
+        self._bytes = 0
+
+    def add(self, result: dict[str, Any]) -> Mapping[str, float]:
+        """Appends a sample; counts images, bytes and pixels."""
+        size = sum(len(value) for name, value in result.items() if name != "__key__")
+        if self._tar is not None and self._bytes + size + _SAMPLE_OVERHEAD > self._max_bytes:
+            self._close()
+        if self._tar is None:
+            self._tar = self._open()
+        self._tar.write(result)
+        self._count += 1
+        self._bytes += size + _SAMPLE_OVERHEAD
+        about = json.loads(result["json"])
+        return {"images": 1, "image_bytes": about["bytes"], "pixels": about["width"] * about["height"]}
+
+    def finish(self) -> list[tuple[Path, int]]:
+        """Closes the last tar. A unit without samples gives none."""
+        self._close()
+        return self._files
+
+    def _open(self) -> Any:
+        from webdataset.writer import TarWriter as WebDatasetWriter  # imports torch: only workers pay for it
+
+        part = f"-{len(self._files)}" if self._files else ""
+        path = self._scratch / f"{self._unit}{part}.tar"
+        self._stream = path.open("wb")
+        self._files.append((path, 0))
+        self._count, self._bytes = 0, 0
+        return WebDatasetWriter(self._stream, encoder=False, mtime=0, format="GNU_FORMAT")
+
+    def _close(self) -> None:
+        if self._tar is None or self._stream is None:
+            return
+        self._tar.close()
+        self._stream.close()
+        self._files[-1] = (self._files[-1][0], self._count)
+        self._tar = self._stream = None
+
+
+def plan_shards(config: ShardConfig, inputs: Sequence[str]) -> tuple[Plan, dict[str, bytes]]:
+    """The plan of `air shard`, and the listing of every shard's images by path.
+
+    Raises:
+        ConfigError: No images, or two with one key.
+        StorageError: An input cannot be read.
+    """
+    units: list[Unit] = []
+    listings: dict[str, bytes] = {}
+    for items in _cut(find_items(inputs, config.image_column), config):
+        name = f"shard-{len(units):05d}"
+        listing = json.dumps([asdict(item) for item in items], separators=(",", ":")).encode()
+        path = f"plan/{name}.json"
+        listings[path] = listing
+        units.append(
+            Unit(
+                name=name,
+                input=path,
+                bytes=sum(item.bytes for item in items),
+                sha256=hashlib.sha256(listing).hexdigest(),
+                samples=len(items),
+            )
+        )
+    return Plan.make("shard", config, units, inputs), listings
+
+
+def _cut(items: Sequence[Item], config: ShardConfig) -> Iterator[list[Item]]:
+    """Runs of items within both limits."""
+    run: list[Item] = []
+    size = 0
+    for item in items:
+        cost = item.bytes + _SAMPLE_OVERHEAD
+        if run and (len(run) == config.max_count or size + cost > config.max_bytes):
+            yield run
+            run, size = [], 0
+        run.append(item)
+        size += cost
+    if run:
+        yield run
+
+
+def list_shards(storage: Storage) -> list[Unit]:
+    """The shards of a folder as units of another job, sorted by name: the output of `air shard`, or any tars.
+
+    Raises:
+        JobFailedError: `air shard` has not finished there.
+        DamagedDataError: A shard has another size than its manifest says.
+        StorageError: The folder holds no shards.
+    """
+    if storage.exists(PLAN_PATH):
+        units = list(_committed_shards(storage))
+    else:
+        units = [_foreign_shard(storage, entry.path) for entry in storage.list() if entry.path.endswith(".tar")]
+    if not units:
+        raise JobFailedError(f"{storage.uri()} holds no shards: no file ends in .tar")
+    return sorted(units, key=lambda unit: unit.name)
+
+
+def _committed_shards(storage: Storage) -> Iterator[Unit]:
+    plan = read_plan(storage)
+    if plan.job != "shard":
+        raise JobFailedError(f"{storage.uri()} is the output of `air {plan.job}`, not of `air shard`")
+    missing = {unit.name for unit in plan.units} - committed_units(storage)
+    if missing:
+        raise JobFailedError(
+            f"{storage.uri()} is not finished: {len(missing)} of {len(plan.units)} shards are missing "
+            f"({min(missing)} first); run the same `air shard` again"
+        )
+    for manifest in read_manifests(storage):
+        for part, file in enumerate(manifest.files):
+            if storage.size(file.path) != file.bytes:
+                raise DamagedDataError(f"{storage.uri(file.path)} is not the size its manifest says; run `air verify`")
+            name = f"{manifest.unit}-{part}" if part else manifest.unit
+            yield Unit(name=name, input=file.path, bytes=file.bytes, sha256=file.sha256, samples=file.rows)
+
+
+def _foreign_shard(storage: Storage, path: str) -> Unit:
+    with storage.local_file(path) as local:
+        return Unit(
+            name=file_safe(path.removesuffix(".tar")),
+            input=path,
+            bytes=local.stat().st_size,
+            sha256=_checksum(local),
+            samples=count_samples(local),
+        )
+
+
+def _checksum(local: Path) -> str:
+    with local.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def read_samples(storage: Storage, unit: Unit) -> Iterator[Sample]:
+    """The samples of a shard, in its order.
+
+    Raises:
+        DamagedDataError: The shard is not what the plan says it is, or is no tar.
+    """
+    from webdataset.tariterators import group_by_keys, tar_file_iterator
+
+    with storage.local_file(unit.input) as local:
+        if _checksum(local) != unit.sha256:
+            raise DamagedDataError(f"input {storage.uri(unit.input)} has changed since the plan was made")
+        with local.open("rb") as stream:
+            try:
+                members = ({**member, "__url__": unit.input} for member in tar_file_iterator(cast(Any, stream)))
+                for sample in group_by_keys(members):
+                    yield _sample(sample, unit)
+            except tarfile.TarError as error:
+                raise DamagedDataError(f"{storage.uri(unit.input)} is not a whole tar: {error}") from None
+
+
+def _sample(sample: Mapping[str, Any], unit: Unit) -> Sample:
+    key = sample["__key__"]
+    data = next((sample[name] for name in sample if f".{name}" in images.IMAGE_EXTENSIONS), None)
+    source = f"{unit.name}/{key}"
+    if "json" in sample:
+        try:
+            about = json.loads(sample["json"])
+            source = about.get("source", source) if isinstance(about, dict) else source
+        except ValueError:
+            pass  # a foreign sample's JSON is its own affair
+
+    def read() -> bytes:
+        if data is None:
+            raise Rejected("no_image", f"the sample has no image member (it has {', '.join(sorted(sample))})")
+        return data
+
+    return Sample(key, source, read)
+
+
+def count_samples(local: Path) -> int:
+    """Samples of a local shard: distinct runs of members with one key, as webdataset groups them.
+
+    Raises:
+        DamagedDataError: It is not a whole tar.
+    """
+    from webdataset.tariterators import base_plus_ext
+
+    count, last = 0, None
+    try:
+        with tarfile.open(local, mode="r:") as archive:
+            for member in archive:
+                key, _ = base_plus_ext(member.name) if member.isreg() else (None, None)
+                if key is not None and key != last:
+                    count, last = count + 1, key
+                archive.members = []  # type: ignore[attr-defined]  # a million headers would stay in memory
+    except tarfile.TarError as error:
+        raise DamagedDataError(f"{local} is not a whole tar: {error}") from None
+    return count

@@ -1,0 +1,104 @@
+"""Every Parquet schema of the project, with units in the field metadata, and how a table is read back.
+
+A column per quantity and a list per image: DuckDB, Polars and pandas read the files with no help of ours. This module
+knows of columns; it knows nothing of how they are computed.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+SCHEMA_VERSION = 1
+"""Raised whenever a column changes its name, type or meaning."""
+
+ROW_GROUP_BYTES = 64 * 1024 * 1024
+"""A row group is closed when its uncompressed columns reach this."""
+
+GAUSSIAN_QUANTITIES = ("x", "y", "scale_1", "scale_2", "angle", "red", "green", "blue")
+"""Column suffixes of one Gaussian, in the order of the raw channels."""
+
+_UNITS = {
+    "x": "pixels, 0 at the centre of the left column",
+    "y": "pixels, 0 at the centre of the top row",
+    "scale_1": "pixels, standard deviation along the first axis",
+    "scale_2": "pixels, standard deviation along the second axis",
+    "angle": "radians, from x towards y (downwards)",
+    "red": "signed amplitude, 1 is white",
+    "green": "signed amplitude, 1 is white",
+    "blue": "signed amplitude, 1 is white",
+}
+
+
+def _field(name: str, kind: pa.DataType, unit: str) -> pa.Field:
+    return pa.field(name, kind, nullable=False, metadata={"unit": unit})
+
+
+def _per_gaussian(name: str, kind: pa.DataType, unit: str) -> pa.Field:
+    return _field(name, pa.list_(pa.field("element", kind, nullable=False)), f"per Gaussian: {unit}")
+
+
+def _per_stage(name: str, kind: pa.DataType, unit: str) -> pa.Field:
+    return _field(name, pa.list_(pa.field("element", kind, nullable=False)), f"per stage: {unit}")
+
+
+TARGETS = pa.schema(
+    [
+        _field("key", pa.string(), "identifies the image"),
+        _field("view", pa.int32(), "number of the view of the image, from 0"),
+        _field("shard", pa.string(), "shard that held the image"),
+        _field("seed", pa.uint64(), "seed of the view, from the plan's seed, key and view"),
+        _field("height", pa.int32(), "pixels"),
+        _field("width", pa.int32(), "pixels"),
+        _field("patch_size", pa.int32(), "pixels"),
+        _field("image", pa.binary(), "the view as a lossless PNG, sRGB"),
+        _per_gaussian("stage", pa.int8(), "stage that added it, from 0"),
+        _per_gaussian("anchor", pa.int32(), "row-major index of its patch"),
+        *[_per_gaussian(f"predicted_{name}", pa.float32(), _UNITS[name]) for name in GAUSSIAN_QUANTITIES],
+        *[_per_gaussian(f"target_{name}", pa.float32(), _UNITS[name]) for name in GAUSSIAN_QUANTITIES],
+        _per_stage("gaussians", pa.int32(), "Gaussians that it added"),
+        _per_stage("steps", pa.int32(), "optimisation steps"),
+        _per_stage("psnr_predicted", pa.float32(), "dB, all Gaussians so far, this stage's as predicted"),
+        _per_stage("psnr_target", pa.float32(), "dB, all Gaussians so far, this stage's as optimised"),
+        _per_stage("loss_first", pa.float32(), "0.7 L1 + 0.3 (1 - SSIM) before the first step"),
+        _per_stage("loss_last", pa.float32(), "0.7 L1 + 0.3 (1 - SSIM) after the last step"),
+    ]
+)
+"""Distillation targets: one row per view, sorted by shard, key and view."""
+
+QUARANTINE = pa.schema(
+    [
+        _field("key", pa.string(), "identifies the image"),
+        _field("shard", pa.string(), "shard at work"),
+        _field("stage", pa.string(), "job that refused the image"),
+        _field("reason", pa.string(), "short code"),
+        _field("message", pa.string(), "what was found, and in which file"),
+        _field("sha256", pa.string(), "of the image's bytes, hexadecimal; empty where they could not be read"),
+        _field("bytes", pa.int64(), "size of the image's bytes"),
+    ]
+)
+"""Images that could not be used, one row each, from every job."""
+
+
+def stamped(schema: pa.Schema, metadata: Mapping[str, str]) -> pa.Schema:
+    """The schema with file metadata: the schema's version and whatever identifies the run, such as the plan's hash."""
+    return schema.with_metadata({"air.schema_version": str(SCHEMA_VERSION), **metadata})
+
+
+def open_writer(path: str, schema: pa.Schema) -> pq.ParquetWriter:
+    """A Parquet writer with this project's encodings: zstd, floats split by byte, dictionaries only for short codes."""
+    dictionaries = []
+    encodings = {}
+    for field in schema:
+        nested = pa.types.is_list(field.type)
+        column = f"{field.name}.list.element" if nested else field.name
+        kind = field.type.value_type if nested else field.type
+        if pa.types.is_floating(kind):
+            encodings[column] = "BYTE_STREAM_SPLIT"
+        elif field.name == "anchor":
+            encodings[column] = "DELTA_BINARY_PACKED"
+        elif field.name in ("shard", "stage", "reason"):
+            dictionaries.append(column)
+    options: dict[str, Any] = {"use_dictionary": dictionaries or False, "column_encoding": encodings or None}
+    return pq.ParquetWriter(path, schema, compression="zstd", **options)
