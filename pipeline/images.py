@@ -144,6 +144,9 @@ def decode(data: bytes, *, background: tuple[int, int, int] = WHITE, max_pixels:
     formula. Transparent pixels are composited over `background` in sRGB. 16-bit gray, and 16-bit PNG of any kind, is
     rounded to the nearest of 256 levels (16-bit colour TIFF is cut to its high byte by Pillow).
 
+    One kind of damage cannot be told: bytes lost or changed inside a JPEG or WebP that is whole otherwise. These formats
+    have no checksums, and their decoders go on with wrong pixels.
+
     Args:
         data: The whole file: JPEG, PNG, WebP, GIF, BMP or TIFF, whatever it is called.
         background: sRGB colour behind transparency, 0 to 255.
