@@ -144,7 +144,7 @@ def decode(data: bytes, *, background: tuple[int, int, int] = WHITE, max_pixels:
     formula. Transparent pixels are composited over `background` in sRGB. 16-bit gray, and 16-bit PNG of any kind, is
     rounded to the nearest of 256 levels (16-bit colour TIFF is cut to its high byte by Pillow).
 
-    One kind of damage cannot be told: bytes lost or changed inside a JPEG or WebP that is whole otherwise. These formats
+    One kind of damage cannot be told: bytes lost or changed inside a JPEG or WebP that is otherwise whole. The formats
     have no checksums, and their decoders go on with wrong pixels.
 
     Args:
