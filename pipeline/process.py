@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -132,12 +132,12 @@ def execute(
         writer = job.writer(unit, scratch, metadata)
         for sample in job.samples(unit, scratch):
             count += 1
-            image = EncodedImage(unit.name, sample.key, sample.source, b"")
+            data = None
             try:
-                image = replace(image, data=sample.read())
-                result = call(image)
+                data = sample.read()
+                result = call(EncodedImage(unit.name, sample.key, sample.source, data))
             except Rejected as rejection:
-                rejections.append(_quarantine_row(job, image, rejection))
+                rejections.append(_quarantine_row(job, unit, sample, data, rejection))
             else:
                 summary.update(writer.add(result))
             report(Progress(unit.name, count, len(rejections), dict(summary)))
@@ -173,15 +173,15 @@ def _store(output: Storage, local: Path, rows: int, path: str) -> DataFile:
     return DataFile(path=path, bytes=size, sha256=checksum, rows=rows)
 
 
-def _quarantine_row(job: Job, image: EncodedImage, rejection: Rejected) -> dict[str, Any]:
+def _quarantine_row(job: Job, unit: Unit, sample: Sample, data: bytes | None, rejection: Rejected) -> dict[str, Any]:
     return {
-        "key": image.key,
-        "shard": image.unit,
+        "key": sample.key,
+        "shard": unit.name,
         "stage": job.name,
         "reason": rejection.reason,
-        "message": f"{image.source}: {rejection.message}",
-        "sha256": "" if image.data is None else hashlib.sha256(image.data).hexdigest(),
-        "bytes": len(image.data or b""),
+        "message": f"{sample.source}: {rejection.message}",
+        "sha256": "" if data is None else hashlib.sha256(data).hexdigest(),
+        "bytes": len(data or b""),
     }
 
 
