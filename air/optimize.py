@@ -1,0 +1,374 @@
+"""Short-horizon optimisation of raw Gaussians against an image (method.md section 5), and `fit`.
+
+`optimize` is the inner loop of predict-optimise-distill and the refinement after a prediction: a fixed number of Adam
+steps on 0.7 L1 + 0.3 (1 - SSIM), with earlier stages frozen in a canvas. `fit` starts it from a plain grid. On a CPU
+the whole step runs in compiled kernels; the same loop in plain torch is its definition.
+
+    result = fit(image, steps=100)
+    print(result.trajectory.psnr[-1], "dB")
+
+This module knows nothing of files, stages or networks.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from air.errors import NonFiniteLossError
+from air.gaussians import RAW_CHANNELS, Gaussians, activate, anchors
+from air.grid import grid_initialization
+from air.loss import loss as torch_loss
+from air.metrics import psnr_of
+from air.render import render
+
+StepCallback = Callable[[int, float, float], None]
+"""Called with (number of updates done, loss, PSNR in dB)."""
+
+GROUPS = {"offset": slice(0, 2), "scale": slice(2, 4), "angle": slice(4, 5), "colour": slice(5, 8)}
+"""Columns of raw Gaussians that share a learning rate."""
+
+
+@dataclass(frozen=True)
+class OptimizeConfig:
+    """How to optimise. The defaults and what else was tried are in docs/optimizer.md.
+
+    Attributes:
+        steps: Number of Adam updates, at least 0.
+        offset_rate, scale_rate, angle_rate, colour_rate: Adam's learning rates of the raw numbers of each group.
+        constant_share: Share of the steps, 0 to 1, at these rates; then they fall linearly.
+        final_share: The rates that the fall heads for, as a share of the first.
+        beta1, beta2, eps: Adam's constants.
+    """
+
+    steps: int = 50
+    offset_rate: float = 0.1
+    scale_rate: float = 0.1
+    angle_rate: float = 0.1
+    colour_rate: float = 0.1
+    constant_share: float = 0.5
+    final_share: float = 0.02
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        if self.steps < 0:
+            raise ValueError(f"steps must be at least 0, got {self.steps}")
+        for name in ("offset_rate", "scale_rate", "angle_rate", "colour_rate", "eps"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be a positive number, got {getattr(self, name)}")
+        for name in ("constant_share", "final_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
+
+    def rates(self, step: int) -> NDArray[np.float64]:
+        """Learning rate of each of the 8 raw columns for update number `step`, counted from 0."""
+        done = step / self.steps
+        falling = (1 - done) / (1 - self.constant_share) if self.constant_share < 1 else 1.0
+        share = self.final_share + (1 - self.final_share) * min(1.0, falling)
+        rates = np.empty(RAW_CHANNELS)
+        for name, columns in GROUPS.items():
+            rates[columns] = share * getattr(self, f"{name}_rate")
+        return rates
+
+
+@dataclass(frozen=True, eq=False)
+class Trajectory:
+    """What every step reached: entry k is the state after k updates, so there are steps + 1 entries.
+
+    Attributes:
+        loss: 0.7 L1 + 0.3 (1 - SSIM), float64.
+        psnr: Peak signal-to-noise ratio in dB of the image clamped to [0, 1], float64.
+    """
+
+    loss: NDArray[np.float64]
+    psnr: NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class OptimizeResult:
+    """The optimised raw Gaussians (N, 8), frozen ones unchanged, and the way there."""
+
+    raw: Tensor
+    trajectory: Trajectory
+
+
+@dataclass(frozen=True, eq=False)
+class FitResult:
+    """One fitted image.
+
+    Attributes:
+        gaussians: What to render.
+        raw: Their raw form (N, 8) at the anchors of the image's patches.
+        trajectory: Loss and PSNR of every step.
+        seconds: Wall time, compilation excluded.
+        height, width: The image's size in pixels.
+    """
+
+    gaussians: Gaussians
+    raw: Tensor
+    trajectory: Trajectory
+    seconds: float
+    height: int
+    width: int
+
+
+@dataclass
+class _Recorder:
+    """Collects a trajectory and refuses a loss that is not a number."""
+
+    on_step: StepCallback | None
+    loss: list[float] = field(default_factory=list)
+    psnr: list[float] = field(default_factory=list)
+
+    def add(self, loss: float, squared_error: float) -> None:
+        step = len(self.loss)
+        if not np.isfinite(loss):
+            raise NonFiniteLossError(
+                f"the loss is {loss} after {step} updates; "
+                + ("check that image and canvas are finite" if step == 0 else "lower the learning rates")
+            )
+        self.loss.append(loss)
+        self.psnr.append(psnr_of(squared_error))
+        if self.on_step is not None:
+            self.on_step(step, loss, self.psnr[-1])
+
+    def trajectory(self) -> Trajectory:
+        return Trajectory(np.array(self.loss), np.array(self.psnr))
+
+
+def optimize(
+    raw: Tensor,
+    anchor: Tensor,
+    target: Tensor,
+    patch_size: int,
+    config: OptimizeConfig,
+    *,
+    canvas: Tensor | None = None,
+    free: Tensor | None = None,
+    backend: str = "auto",
+    threads: int = 1,
+    on_step: StepCallback | None = None,
+) -> OptimizeResult:
+    """Adam on the raw numbers of the free Gaussians, against 0.7 L1 + 0.3 (1 - SSIM) of their render plus a canvas.
+
+    Args:
+        raw: Where to start, shape (N, 8); not changed.
+        anchor: Anchors in pixels, shape (N, 2).
+        target: The image to approximate, shape (3, height, width), values in [0, 1].
+        patch_size: The activations' range in pixels (method.md section 2).
+        config: Steps, rates and schedule.
+        canvas: What is already drawn and stays, shape (3, height, width); black if not given.
+        free: Which Gaussians may change, boolean, shape (N,); all if not given. The others are drawn once.
+        backend: "cpu" (compiled, float32), "reference" (plain torch), or "auto": "cpu" for float32 on the CPU.
+        threads: The most threads that "cpu" uses; its results do not depend on it.
+        on_step: Called for every entry of the trajectory, as soon as it is known.
+
+    Raises:
+        InvalidGaussiansError: `raw` and `anchor` do not fit each other or are not finite.
+        ValueError: An image, mask or option does not fit.
+        NonFiniteLossError: The loss stopped being a number; the message names the step.
+    """
+    _check_arguments(raw, anchor, target, patch_size, canvas, free, backend, threads)
+    activate(raw.detach(), anchor, patch_size).validate()
+    raw = raw.detach().clone()
+    anchor = anchor.to(raw)
+    _, height, width = target.shape
+    background = torch.zeros_like(target) if canvas is None else canvas.detach().to(target)
+    chosen = slice(None)
+    if free is not None:
+        chosen = free.nonzero()[:, 0]
+        frozen = activate(raw[~free], anchor[~free], patch_size)
+        background = background + render(frozen, height, width, backend=backend, threads=threads)
+    recorder = _Recorder(on_step)
+    fits_cpu = raw.dtype == torch.float32 and raw.device.type == "cpu"
+    run = _optimize_torch if backend == "reference" or (backend == "auto" and not fits_cpu) else _optimize_cpu
+    raw[chosen] = run(raw[chosen], anchor[chosen], target, patch_size, config, background, threads, recorder)
+    return OptimizeResult(raw, recorder.trajectory())
+
+
+def _check_arguments(
+    raw: Tensor,
+    anchor: Tensor,
+    target: Tensor,
+    patch_size: int,
+    canvas: Tensor | None,
+    free: Tensor | None,
+    backend: str,
+    threads: int,
+) -> None:
+    if target.ndim != 3 or target.shape[0] != 3 or 0 in target.shape:
+        raise ValueError(f"the target must have shape (3, height, width), got {tuple(target.shape)}")
+    if target.dtype != raw.dtype or target.device != raw.device:
+        raise ValueError(
+            f"raw and target must be of one dtype and device, got {raw.dtype} on {raw.device} and {target.dtype} on "
+            f"{target.device}"
+        )
+    if canvas is not None and canvas.shape != target.shape:
+        raise ValueError(f"the canvas must be shaped as the target {tuple(target.shape)}, got {tuple(canvas.shape)}")
+    if free is not None and (free.shape != raw.shape[:1] or free.dtype != torch.bool):
+        raise ValueError(f"free must be boolean of shape {tuple(raw.shape[:1])}, got {free.dtype} {tuple(free.shape)}")
+    if patch_size < 1:
+        raise ValueError(f"patch_size must be at least 1, got {patch_size}")
+    if threads < 1:
+        raise ValueError(f"threads must be at least 1, got {threads}")
+    if backend not in ("auto", "cpu", "reference"):
+        raise ValueError(f"unknown backend {backend!r}; use auto, cpu or reference")
+    if backend == "cpu" and (raw.dtype != torch.float32 or raw.device.type != "cpu"):
+        raise ValueError(f"the cpu backend optimises float32 on the CPU, got {raw.dtype} on {raw.device}")
+
+
+def _optimize_torch(
+    raw: Tensor,
+    anchor: Tensor,
+    target: Tensor,
+    patch_size: int,
+    config: OptimizeConfig,
+    background: Tensor,
+    threads: int,
+    recorder: _Recorder,
+) -> Tensor:
+    """The definition: reference renderer, torch's autograd, torch's Adam. `threads` is torch's own business here."""
+    _, height, width = target.shape
+    groups = [raw[:, columns].clone().requires_grad_() for columns in GROUPS.values()]
+    adam = torch.optim.Adam(
+        [{"params": [group]} for group in groups], betas=(config.beta1, config.beta2), eps=config.eps
+    )
+    for step in range(config.steps + 1):
+        gaussians = activate(torch.cat(groups, dim=1), anchor, patch_size)
+        image = background + render(gaussians, height, width, backend="reference")
+        loss = torch_loss(image, target)
+        squared_error = (image.detach().clamp(0, 1) - target).square().mean()
+        recorder.add(loss.item(), squared_error.item())
+        if step == config.steps:
+            break
+        rates = config.rates(step)
+        for options, columns in zip(adam.param_groups, GROUPS.values(), strict=True):
+            options["lr"] = float(rates[columns][0])
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+    return torch.cat(groups, dim=1).detach()
+
+
+def _optimize_cpu(
+    raw: Tensor,
+    anchor: Tensor,
+    target: Tensor,
+    patch_size: int,
+    config: OptimizeConfig,
+    background: Tensor,
+    threads: int,
+    recorder: _Recorder,
+) -> Tensor:
+    from air.optimize_cpu import FusedOptimizer
+    from air.render.threads import Workers
+
+    with Workers(threads) as workers:
+        state = FusedOptimizer(raw.numpy(), anchor.numpy(), target.numpy(), patch_size, background.numpy(), workers)
+        for step in range(config.steps + 1):
+            values = state.evaluate()
+            recorder.add(values.loss, values.squared_error)
+            if step < config.steps:
+                state.update(config.rates(step), config.beta1, config.beta2, config.eps)
+        return torch.from_numpy(state.raw_rows())
+
+
+def fit(
+    image: Any,
+    steps: int = 100,
+    patch_size: int = 4,
+    *,
+    config: OptimizeConfig | None = None,
+    backend: str = "auto",
+    threads: int = 1,
+    on_step: StepCallback | None = None,
+) -> FitResult:
+    """Fits Gaussians to one image, starting from a plain grid: one Gaussian per patch.
+
+    Args:
+        image: uint8 array (height, width, 3), a PIL image, or a tensor (3, height, width) with values in [0, 1].
+        steps: Adam updates; overrides that of `config`.
+        patch_size: Pixels between anchors; the number of Gaussians is ceil(height/p) · ceil(width/p).
+        config: Rates and schedule.
+        backend: As for `optimize`.
+        threads: As for `optimize`.
+        on_step: As for `optimize`.
+
+    Raises:
+        ValueError: The image is none of these, or an option does not fit.
+        NonFiniteLossError: As for `optimize`.
+
+    Example:
+        >>> fit(torch.full((3, 8, 8), 0.5), steps=0).raw.shape
+        torch.Size([4, 8])
+    """
+    target = image_tensor(image)
+    options = dict((config or OptimizeConfig()).__dict__, steps=steps)
+    _, height, width = target.shape
+    if backend != "reference" and target.dtype == torch.float32:
+        compile_kernels()
+    start = time.perf_counter()
+    anchor = anchors(height, width, patch_size, target.dtype).to(target.device)
+    raw = grid_initialization(target, patch_size)
+    result = optimize(
+        raw, anchor, target, patch_size, OptimizeConfig(**options), backend=backend, threads=threads, on_step=on_step
+    )
+    gaussians = activate(result.raw, anchor, patch_size)
+    return FitResult(gaussians, result.raw, result.trajectory, time.perf_counter() - start, height, width)
+
+
+def image_tensor(image: Any) -> Tensor:
+    """An image as a tensor (3, height, width) with values in [0, 1], float32 unless it is a floating tensor already.
+
+    Accepts a uint8 array (height, width, 3), a PIL image (converted to RGB), or such a tensor.
+
+    Raises:
+        ValueError: It is none of these.
+    """
+    if isinstance(image, Tensor):
+        if image.ndim != 3 or image.shape[0] != 3 or 0 in image.shape or not image.is_floating_point():
+            raise ValueError(f"an image tensor must be floating, (3, height, width), got {image.dtype} {image.shape}")
+        image = image.detach()
+        low, high = image.min().item(), image.max().item()
+        if not (low >= 0 and high <= 1):
+            raise ValueError(f"an image tensor's values must be in [0, 1], got {low} to {high}")
+        return image.contiguous()
+    if hasattr(image, "convert"):
+        image = np.asarray(image.convert("RGB"))
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        described = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+        raise ValueError(f"an image must be uint8 (height, width, 3), a PIL image or a tensor, got {described}")
+    if 0 in image.shape:
+        raise ValueError(f"an image must have pixels, got shape {image.shape}")
+    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))).to(torch.float32) / 255
+
+
+COMPILE_SECONDS = 15
+"""About how long `compile_kernels` takes once per machine and version; from then on, under a second."""
+
+
+def kernels_are_compiled() -> bool:
+    """Whether the compiled kernels are in numba's cache on disk (or loaded), so that `compile_kernels` is quick."""
+    from air.optimize_cpu import ALL_KERNELS
+    from air.render.simd import is_compiled
+
+    return all(is_compiled(kernel) for kernel in ALL_KERNELS)
+
+
+def compile_kernels() -> None:
+    """Compiles the kernels of the cpu backend, or loads them from numba's cache on disk, by using each once."""
+    raw, anchor = torch.zeros(1, RAW_CHANNELS), torch.zeros(1, 2)
+    target = torch.zeros(3, 1, 1)
+    _optimize_cpu(raw, anchor, target, 1, OptimizeConfig(steps=1), target, 1, _Recorder(None))

@@ -1,0 +1,202 @@
+"""Compiled kernels of the optimiser: raw numbers -> parameters, and one Adam step (method.md sections 2 and 5).
+
+Raw numbers, Adam's two moments and the parameters are planar tables (`air.render.planes`) with the rows of
+`air.gaussians`: offset x, y; scale 1, 2; angle; red, green, blue.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from air.gaussians import MIN_RAW_SCALE, RAW_CHANNELS
+from air.loss_cpu import FusedLoss, LossValues, blur_target, sweep_loss
+from air.render.cpu import OFF_IMAGE, Raster
+from air.render.cpu_kernels import (
+    HALF_TURNS,
+    ONE,
+    PI,
+    RED,
+    SCALE_1,
+    TWO,
+    ZERO,
+    chain_to_parameters,
+    derive_geometry,
+    draw_runs,
+    gather_runs,
+    sweep,
+)
+from air.render.planes import FloatArray, image_planes, pixels, table
+from air.render.simd import LANES, absolute, exp, fma, inline, kernel, load, round_even, splat, sqrt, store
+from air.render.threads import Workers
+
+f32 = np.float32
+
+
+@inline
+def _sigmoid(x):
+    return splat(ONE) / (exp(splat(ZERO) - x) + ONE)
+
+
+@inline
+def _tanh(x):
+    return fma(_sigmoid(x * TWO), TWO, f32(-1))
+
+
+@inline
+def _sigmoid_slope(x):
+    """σ(x) (1 - σ(x)) = e/(1 + e)² with e = exp(-|x|), which neither cancels nor overflows."""
+    e = exp(splat(ZERO) - absolute(x))
+    return e / ((e + ONE) * (e + ONE))
+
+
+@inline
+def _tanh_slope(x):
+    return _sigmoid_slope(x * TWO) * f32(4)
+
+
+@kernel
+def activate_raw(raw, anchor, patch_size, parameters, first, end):
+    """The parameters of raw Gaussians first .. end - 1 (multiples of LANES) at their anchors, a table (2, N)."""
+    row = raw.shape[1]
+    patch = f32(patch_size)
+    for i in range(first, end, LANES):
+        for k in range(2):
+            store(parameters, k * row + i, fma(_tanh(load(raw, k * row + i)), patch, load(anchor, k * row + i)))
+        for k in range(SCALE_1, SCALE_1 + 2):
+            store(parameters, k * row + i, fma(_sigmoid(load(raw, k * row + i)), patch, f32(MIN_RAW_SCALE)))
+        # The angle is 2π σ, that is 2 σ half turns; whole half turns change nothing.
+        turns = _sigmoid(load(raw, HALF_TURNS * row + i)) * TWO
+        store(parameters, HALF_TURNS * row + i, turns - round_even(turns))
+        for k in range(RED, RED + 3):
+            store(parameters, k * row + i, _tanh(load(raw, k * row + i)))
+
+
+@kernel
+def differentiate_raw(raw, patch_size, gradient, first, end):
+    """Turns the gradient with respect to parameters (the angle's per radian) into that of raw numbers, in place."""
+    row = raw.shape[1]
+    patch = f32(patch_size)
+    for i in range(first, end, LANES):
+        for k in range(2):
+            slope = _tanh_slope(load(raw, k * row + i)) * patch
+            store(gradient, k * row + i, load(gradient, k * row + i) * slope)
+        for k in range(SCALE_1, SCALE_1 + 2):
+            slope = _sigmoid_slope(load(raw, k * row + i)) * patch
+            store(gradient, k * row + i, load(gradient, k * row + i) * slope)
+        slope = _sigmoid_slope(load(raw, HALF_TURNS * row + i)) * (TWO * PI)
+        store(gradient, HALF_TURNS * row + i, load(gradient, HALF_TURNS * row + i) * slope)
+        for k in range(RED, RED + 3):
+            slope = _tanh_slope(load(raw, k * row + i))
+            store(gradient, k * row + i, load(gradient, k * row + i) * slope)
+
+
+@kernel
+def adam_step(raw, mean, square, gradient, rates, beta1, beta2, eps, step, first, end):
+    """Adam's update number `step` (from 1) of Gaussians first .. end - 1, with a learning rate per row in `rates`."""
+    row = raw.shape[1]
+    keep1 = f32(beta1)
+    keep2 = f32(beta2)
+    correction = f32(1.0 / np.sqrt(1.0 - beta2**step))
+    for k in range(RAW_CHANNELS):
+        rate = f32(-rates[k] / (1.0 - beta1**step))
+        for i in range(k * row + first, k * row + end, LANES):
+            slope = load(gradient, i)
+            new_mean = fma(load(mean, i), keep1, slope * (ONE - keep1))
+            new_square = fma(load(square, i), keep2, slope * slope * (ONE - keep2))
+            store(mean, i, new_mean)
+            store(square, i, new_square)
+            store(raw, i, fma(new_mean * rate, splat(ONE) / fma(sqrt(new_square), correction, f32(eps)), load(raw, i)))
+
+
+class FusedOptimizer:
+    """The state of one optimisation in the kernels' layout: raw numbers, Adam's moments, image and loss buffers.
+
+    Call `evaluate`, then `update`, in turns. The step inside touches no torch and allocates no image.
+
+    Args:
+        raw: float32 (N, 8). anchor: float32 (N, 2), pixels.
+        target, background: float32 (3, height, width); the Gaussians are added to the background.
+        patch_size: Range of the activations in pixels.
+        workers: The threads to use.
+    """
+
+    def __init__(
+        self,
+        raw: FloatArray,
+        anchor: FloatArray,
+        target: FloatArray,
+        patch_size: int,
+        background: FloatArray,
+        workers: Workers,
+    ) -> None:
+        _, height, width = target.shape
+        self.count = raw.shape[0]
+        self.patch_size = float(patch_size)
+        self.workers = workers
+        self.raster = Raster(self.count, height, width, workers)
+        self.loss = FusedLoss(target, workers)
+        self.raw = table(RAW_CHANNELS, self.count)
+        self.raw[:, : self.count] = raw.T
+        self.anchor = table(2, self.count)
+        self.anchor[:] = OFF_IMAGE
+        self.anchor[:, : self.count] = anchor.T
+        self._mean = table(RAW_CHANNELS, self.count)
+        self._square = table(RAW_CHANNELS, self.count)
+        self._updates = 0
+        self.background = image_planes(height, width)
+        pixels(self.background, height, width)[:] = background
+        self.image = image_planes(height, width)
+
+    def evaluate(self) -> LossValues:
+        """Draws the present state; returns its loss and leaves the loss's gradient for `update`."""
+        self.workers.run(self._activate, self.raster.ranges)
+        np.copyto(self.image, self.background)
+        self.raster.draw(self.image)
+        return self.loss.evaluate(self.image)
+
+    def update(self, rates: NDArray[np.float64], beta1: float, beta2: float, eps: float) -> None:
+        """One Adam step from the gradient that `evaluate` left; `rates` holds one rate per raw column."""
+        self._updates += 1
+        self.raster.gather(self.loss.gradient)
+        gradient = self.raster.gradient
+
+        def step(first: int, end: int) -> None:
+            differentiate_raw(self.raw, self.patch_size, gradient, first, end)
+            adam_step(
+                self.raw,
+                self._mean,
+                self._square,
+                gradient,
+                rates,
+                beta1,
+                beta2,
+                eps,
+                self._updates,
+                first,
+                end,
+            )
+
+        self.workers.run(step, self.raster.ranges)
+
+    def _activate(self, first: int, end: int) -> None:
+        activate_raw(self.raw, self.anchor, self.patch_size, self.raster.parameters, first, end)
+
+    def raw_rows(self) -> FloatArray:
+        """The raw numbers, shape (N, 8)."""
+        return np.ascontiguousarray(self.raw[:, : self.count].T)
+
+
+ALL_KERNELS = (
+    activate_raw,
+    differentiate_raw,
+    adam_step,
+    derive_geometry,
+    draw_runs,
+    gather_runs,
+    sweep,
+    chain_to_parameters,
+    blur_target,
+    sweep_loss,
+)
+"""Every kernel that a fit calls."""

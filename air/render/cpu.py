@@ -1,0 +1,129 @@
+"""The compiled CPU renderer: buffers, threads and autograd around the kernels of `air.render.cpu_kernels`."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from air.gaussians import Gaussians
+from air.render import cpu_kernels as kernels
+from air.render.planes import FloatArray, aligned_zeros, image_planes, pixels, table
+from air.render.threads import Workers, bands, groups
+
+OFF_IMAGE = -1e6
+"""Where the Gaussians that only pad a table are centred, so that they touch no pixel."""
+
+
+class Raster:
+    """Buffers to draw `count` Gaussians, again and again, into images of one size.
+
+    Fill `parameters` (rows as named in `cpu_kernels`), then `draw`; `gather` uses what `draw` derived.
+
+    Attributes:
+        parameters: Table (8, padded count) of x, y, scales, angle in half turns within ±½, and colour.
+        gradient: Table of the loss's gradient with respect to them, the angle's per radian; set by `gather`.
+    """
+
+    def __init__(self, count: int, height: int, width: int, workers: Workers) -> None:
+        self.height, self.width = height, width
+        self.workers = workers
+        self.parameters = table(kernels.PARAMETERS, count)
+        self.parameters[kernels.X] = OFF_IMAGE
+        self.parameters[kernels.SCALE_1 : kernels.SCALE_2 + 1] = 1
+        self.gradient = table(kernels.PARAMETERS, count)
+        self._geometry = table(kernels.GEOMETRY, count)
+        self._padded = self.parameters.shape[1]
+        self._moments = aligned_zeros(self._padded, kernels.MOMENTS)
+        self._bands = bands(height, workers.count)
+        # Several ranges to a thread, since some regions have larger Gaussians than others.
+        self.ranges = groups(self._padded, workers.count if workers.count == 1 else 4 * workers.count)
+
+    def draw(self, planes: FloatArray) -> None:
+        """Adds the Gaussians to an image."""
+        self.workers.run(self._derive, self.ranges)
+
+        def draw_band(first_row: int, end_row: int) -> None:
+            kernels.sweep(
+                self.parameters,
+                self._geometry,
+                planes,
+                self._moments,
+                self.width,
+                0,
+                self._padded,
+                first_row,
+                end_row,
+                False,
+            )
+
+        self.workers.run(draw_band, self._bands)
+
+    def _derive(self, first: int, end: int) -> None:
+        kernels.derive_geometry(self.parameters, self._geometry, first, end)
+
+    def gather(self, planes: FloatArray) -> None:
+        """Fills `gradient` from the image's gradient. Call after `draw`."""
+
+        def gather_range(first: int, end: int) -> None:
+            kernels.sweep(
+                self.parameters,
+                self._geometry,
+                planes,
+                self._moments,
+                self.width,
+                first,
+                end,
+                0,
+                self.height,
+                True,
+            )
+            kernels.chain_to_parameters(self.parameters, self._geometry, self._moments, self.gradient, first, end)
+
+        self.workers.run(gather_range, self.ranges)
+
+
+def _half_turns(angle: Tensor) -> Tensor:
+    """Angles in half turns within ±½. The Gaussian repeats after half a turn; float64 keeps large angles exact."""
+    turns = angle.double() / math.pi
+    return turns - turns.round()
+
+
+class _Render(torch.autograd.Function):
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, xy: Tensor, scale: Tensor, angle: Tensor, colour: Tensor, height: int, width: int, threads: int
+    ) -> Tensor:
+        count = xy.shape[0]
+        planes = image_planes(height, width)
+        with Workers(threads) as workers:
+            raster = Raster(count, height, width, workers)
+            rows = torch.cat([xy, scale, _half_turns(angle)[:, None], colour], dim=1)
+            raster.parameters[:, :count] = rows.T.numpy()
+            raster.draw(planes)
+        ctx.raster = raster
+        ctx.threads = threads
+        ctx.count = count
+        return torch.from_numpy(pixels(planes, height, width).copy())
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        raster: Raster = ctx.raster
+        planes = image_planes(raster.height, raster.width)
+        pixels(planes, raster.height, raster.width)[:] = gradient.numpy()
+        with Workers(ctx.threads) as workers:
+            raster.workers = workers
+            raster.gather(planes)
+        rows = torch.from_numpy(np.ascontiguousarray(raster.gradient[:, : ctx.count].T))
+        return rows[:, 0:2], rows[:, 2:4], rows[:, 4], rows[:, 5:8], None, None, None
+
+
+def render_cpu(gaussians: Gaussians, height: int, width: int, threads: int) -> Tensor:
+    """The image of shape (3, height, width), float32; see `air.render.render`, which checks the arguments."""
+    image = _Render.apply(gaussians.xy, gaussians.scale, gaussians.angle, gaussians.colour, height, width, threads)
+    assert isinstance(image, Tensor)
+    return image

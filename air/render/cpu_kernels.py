@@ -1,0 +1,360 @@
+"""Compiled kernels of the CPU renderer: geometry, drawing, and gradients (method.md section 1).
+
+With dx, dy the distance of a pixel from the centre, the exponent is written as a sum of two squares,
+
+    q = ½ (κ dx² + c t²),   t = dy - m dx,   κ = 1/Σxx,   m = Σxy/Σxx,   c = Σxx/(s1² s2²),
+
+which keeps its precision for thin Gaussians, where the three terms of dᵀ Σ⁻¹ d cancel.
+
+Drawing cuts each Gaussian into strips of LANES columns and walks down the rows of a strip. There dx is constant, so
+the weight w = exp(-q) follows a recurrence of two multiplications a row instead of an exponential:
+
+    w(t+1) = w(t) · r(t),   r(t) = exp(-c (t + ½)),   r(t+1) = r(t) · exp(-c).
+
+Errors grow with the square of the number of rows, and a weight that starts below the smallest float would stay zero,
+so a walk is cut into *runs*, each started by true exponentials: of at most 9 conditional standard deviations, too few
+for a weight below exp(-86) to come back above 1/255, and never across a multiple of RESTART_ROWS rows. The latter
+makes every pixel's value the same in whatever bands of that height the image is drawn.
+
+The backward pass gathers instead of scattering: it walks the same runs over the image's gradient and sums moments in
+registers, so there are no atomics and no dependence on the order of threads.
+
+Tables are planar as `air.render.planes` lays them out. Nothing here checks its arguments.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from air.gaussians import SUPPORT_CUTOFF
+from air.render.planes import PAD_COLUMNS, PAD_ROWS
+from air.render.simd import (
+    LANES,
+    add_lane_sums,
+    ceil,
+    exp,
+    floor,
+    fma,
+    inline,
+    kernel,
+    lane_numbers,
+    load,
+    maximum,
+    minimum,
+    splat,
+    sqrt,
+    store,
+    store_as_int,
+    where_ge,
+)
+
+f32 = np.float32
+
+# Rows of a parameter table. An angle is held in half turns, -½ to ½: θ and θ + π are the same Gaussian.
+X, Y, SCALE_1, SCALE_2, HALF_TURNS, RED, GREEN, BLUE = range(8)
+PARAMETERS = 8
+
+# Rows of a geometry table, derived from the parameters.
+CENTRE_X, CENTRE_Y, SLOPE, ROW_PRECISION, COLUMN_PRECISION, DECAY = range(6)  # x, y, m, c, κ, 1 - exp(-c)
+HALF_WIDTH, HALF_HEIGHT, LAST_ROW_DX, ROW_VARIANCE, RUN_ROWS, MARGIN = range(6, 12)
+GEOMETRY = 12
+
+# Columns of the moment table, which is one row per Gaussian: Σ w g per channel; then sums of D = w · Σ g · colour.
+MOMENTS = 8
+
+RESTART_ROWS = 64
+"""The height of the bands that an image may be drawn in: runs never cross a multiple of it."""
+
+RUN_CAPACITY = 256
+
+_CUTOFF = f32(SUPPORT_CUTOFF)
+_REACH = f32(-2 * math.log(SUPPORT_CUTOFF))  # dᵀ Σ⁻¹ d on the border of the support
+_LOWEST_EXPONENT = f32(-86)  # exp of this is still a normal float
+_OUTSIDE = f32(-1e4)  # an exponent whose exp is zero
+_ROUND = f32(12582912.0)  # adding and subtracting 1.5 · 2²³ rounds to a whole number
+_SMALLEST_SCALE, _LARGEST_SCALE = f32(1e-6), f32(1e8)  # their fourth powers are still normal floats
+ZERO, HALF, ONE, TWO, PI = f32(0), f32(0.5), f32(1), f32(2), f32(math.pi)
+
+
+@inline
+def cos_sin(half_turns):
+    """Cosine and sine of π · half_turns for |half_turns| <= ½, to 2e-7: least-squares polynomials in the square."""
+    u = half_turns * half_turns
+    sine = fma(u, f32(0.07765766233205795), splat(f32(-0.598291277885437)))
+    sine = fma(sine, u, f32(2.550077438354492))
+    sine = fma(sine, u, f32(-5.167710304260254))
+    sine = fma(sine, u, f32(3.1415927410125732)) * half_turns
+    cosine = fma(u, f32(-0.024396324530243874), splat(f32(0.23493731021881104)))
+    cosine = fma(cosine, u, f32(-1.335211992263794))
+    cosine = fma(cosine, u, f32(4.058709144592285))
+    cosine = fma(cosine, u, f32(-4.934802055358887))
+    cosine = fma(cosine, u, ONE)
+    return cosine, sine
+
+
+@kernel
+def derive_geometry(parameters, geometry, first, end):
+    """Fills the geometry of Gaussians first .. end - 1; both are multiples of LANES."""
+    row = parameters.shape[1]
+    for i in range(first, end, LANES):
+        x = load(parameters, X * row + i)
+        y = load(parameters, Y * row + i)
+        scale_1 = maximum(minimum(load(parameters, SCALE_1 * row + i), _LARGEST_SCALE), _SMALLEST_SCALE)
+        scale_2 = maximum(minimum(load(parameters, SCALE_2 * row + i), _LARGEST_SCALE), _SMALLEST_SCALE)
+        cosine, sine = cos_sin(load(parameters, HALF_TURNS * row + i))
+        variance_1 = scale_1 * scale_1
+        variance_2 = scale_2 * scale_2
+        cos2 = cosine * cosine
+        sin2 = sine * sine
+        sigma_xx = fma(cos2, variance_1, sin2 * variance_2)
+        sigma_yy = fma(sin2, variance_1, cos2 * variance_2)
+        sigma_xy = cosine * sine * (variance_1 - variance_2)
+        kappa = splat(ONE) / sigma_xx
+        row_variance = variance_1 * variance_2 * kappa
+        c = splat(ONE) / row_variance
+        half_width = sqrt(sigma_xx * _REACH)
+        half_height = sqrt(sigma_yy * _REACH)
+        # 1 - exp(-c) to full relative precision: r -= r · decay then follows exp(-c) even where that is almost 1.
+        series = fma(c, f32(-1 / 24), splat(f32(1 / 6)))
+        series = fma(series, c, f32(-0.5))
+        series = fma(series, c, ONE) * c
+        decay = where_ge(c, f32(0.05), splat(ONE) - exp(splat(ZERO) - c), series)
+        store(geometry, CENTRE_X * row + i, x)
+        store(geometry, CENTRE_Y * row + i, y)
+        store(geometry, SLOPE * row + i, sigma_xy * kappa)
+        store(geometry, ROW_PRECISION * row + i, c)
+        store(geometry, COLUMN_PRECISION * row + i, kappa)
+        store(geometry, DECAY * row + i, decay)
+        store(geometry, HALF_WIDTH * row + i, half_width)
+        store(geometry, HALF_HEIGHT * row + i, half_height)
+        store(geometry, LAST_ROW_DX * row + i, sigma_xy * _REACH / half_height)
+        store(geometry, ROW_VARIANCE * row + i, row_variance)
+        rows = floor(sqrt(row_variance) * f32(9))
+        store(geometry, RUN_ROWS * row + i, maximum(minimum(rows, f32(RESTART_ROWS)), ONE))
+        # Rounding may move the computed border of the support; walking a row too many costs little, as each pixel
+        # is tested again.
+        size = maximum(x, splat(ZERO) - x) + maximum(y, splat(ZERO) - y) + half_width + half_height
+        store(geometry, MARGIN * row + i, fma(size, f32(1e-6), f32(1e-3)))
+
+
+@inline
+def find_strips(geometry, i, first_row, end_row, width, aligned, counts, lefts, run_rows, firsts, lasts):
+    """The strips of Gaussians i .. i + LANES - 1 that touch the rows first_row .. end_row - 1.
+
+    Fills, for each of the LANES Gaussians: the number of strips, the leftmost column, the rows of a run; and, for
+    strip j of Gaussian i + lane, its first and last row at [j · LANES + lane].
+    """
+    row = geometry.shape[1]
+    x = load(geometry, CENTRE_X * row + i)
+    y = load(geometry, CENTRE_Y * row + i)
+    slope = load(geometry, SLOPE * row + i)
+    kappa = load(geometry, COLUMN_PRECISION * row + i)
+    half_width = load(geometry, HALF_WIDTH * row + i)
+    half_height = load(geometry, HALF_HEIGHT * row + i)
+    last_row_dx = load(geometry, LAST_ROW_DX * row + i)
+    row_variance = load(geometry, ROW_VARIANCE * row + i)
+    margin = load(geometry, MARGIN * row + i)
+    left = maximum(ceil(x - half_width - margin), ZERO)
+    right = minimum(floor(x + half_width + margin), f32(width - 1))
+    if aligned:
+        left = floor(left * f32(1 / LANES)) * f32(LANES)
+    strips = floor((right - left) * f32(1 / LANES)) + ONE
+    # Each test gives no strips where it fails and where a number is not finite.
+    strips = where_ge(right, left, strips, ZERO)
+    strips = where_ge(y + half_height + margin, f32(first_row), strips, ZERO)
+    strips = where_ge(f32(end_row - 1), y - half_height - margin, strips, ZERO)
+    store_as_int(counts, 0, strips)
+    store_as_int(lefts, 0, where_ge(strips, HALF, left, ZERO))
+    store_as_int(run_rows, 0, load(geometry, RUN_ROWS * row + i))
+    most = 0
+    for lane in range(LANES):
+        most = max(most, counts[lane])
+    for j in range(most):
+        # The support's border over the columns dx is m·dx ± sqrt((reach - κ dx²)/c); each sign has one extremum, so
+        # the extreme row of a strip is at that point clamped into the strip.
+        start = left - x + f32(j * LANES)
+        stop = minimum(start + f32(LANES - 1), half_width)
+        start = maximum(start, splat(ZERO) - half_width)
+        low = minimum(maximum(last_row_dx, start), stop)
+        high = minimum(maximum(splat(ZERO) - last_row_dx, start), stop)
+        below = sqrt(maximum(splat(_REACH) - kappa * low * low, ZERO) * row_variance)
+        above = sqrt(maximum(splat(_REACH) - kappa * high * high, ZERO) * row_variance)
+        last = floor(fma(slope, low, y) + below + margin)
+        first = ceil(fma(slope, high, y) - above - margin)
+        store_as_int(lasts, j * LANES, minimum(maximum(last, f32(-1)), f32(end_row - 1)))
+        store_as_int(firsts, j * LANES, maximum(minimum(first, f32(end_row)), f32(first_row)))
+
+
+@inline
+def start_run(geometry, gaussian, column, first, width):
+    """(dx, t, w, r) of the LANES pixels from `column` in row `first`: the true exponentials a run starts from."""
+    c = geometry[ROW_PRECISION, gaussian]
+    columns = lane_numbers() + f32(column)
+    dx = columns - geometry[CENTRE_X, gaussian]
+    t = fma(dx, -geometry[SLOPE, gaussian], f32(first) - geometry[CENTRE_Y, gaussian])
+    exponent = fma(dx * dx, f32(-0.5) * geometry[COLUMN_PRECISION, gaussian], t * t * (f32(-0.5) * c))
+    exponent = where_ge(f32(width - 1), columns, exponent, _OUTSIDE)
+    weight = where_ge(exponent, _LOWEST_EXPONENT, exp(exponent), ZERO)
+    ratio = exp((t + HALF) * -c)
+    return dx, t, weight, ratio
+
+
+@kernel
+def draw_runs(runs, count, parameters, geometry, planes, width):
+    """Adds the pixels of `count` runs (Gaussian, column, first row, rows) to the image."""
+    stride = planes.shape[2]
+    plane = planes.shape[1] * stride
+    origin = PAD_ROWS * stride + PAD_COLUMNS
+    for k in range(count):
+        gaussian = runs[k, 0]
+        column = runs[k, 1]
+        first = runs[k, 2]
+        _, _, weight, ratio = start_run(geometry, gaussian, column, first, width)
+        red = splat(parameters[RED, gaussian])
+        green = splat(parameters[GREEN, gaussian])
+        blue = splat(parameters[BLUE, gaussian])
+        minus_decay = splat(-geometry[DECAY, gaussian])
+        pixel = origin + first * stride + column
+        for _ in range(runs[k, 3]):
+            visible = where_ge(weight, _CUTOFF, weight, ZERO)
+            store(planes, pixel, fma(visible, red, load(planes, pixel)))
+            store(planes, pixel + plane, fma(visible, green, load(planes, pixel + plane)))
+            store(planes, pixel + 2 * plane, fma(visible, blue, load(planes, pixel + 2 * plane)))
+            weight = weight * ratio
+            ratio = fma(ratio, minus_decay, ratio)
+            pixel += stride
+
+
+@kernel
+def gather_runs(runs, count, parameters, geometry, planes, moments, width):
+    """Adds the moments of the image gradient in `planes` under `count` runs to their Gaussians' moments."""
+    stride = planes.shape[2]
+    plane = planes.shape[1] * stride
+    origin = PAD_ROWS * stride + PAD_COLUMNS
+    for k in range(count):
+        gaussian = runs[k, 0]
+        column = runs[k, 1]
+        first = runs[k, 2]
+        dx, t, weight, ratio = start_run(geometry, gaussian, column, first, width)
+        red = splat(parameters[RED, gaussian])
+        green = splat(parameters[GREEN, gaussian])
+        blue = splat(parameters[BLUE, gaussian])
+        minus_decay = splat(-geometry[DECAY, gaussian])
+        pixel = origin + first * stride + column
+        sum_red = splat(ZERO)
+        sum_green = splat(ZERO)
+        sum_blue = splat(ZERO)
+        sum_t = splat(ZERO)
+        sum_tt = splat(ZERO)
+        for _ in range(runs[k, 3]):
+            visible = where_ge(weight, _CUTOFF, weight, ZERO)
+            grad_red = load(planes, pixel)
+            grad_green = load(planes, pixel + plane)
+            grad_blue = load(planes, pixel + 2 * plane)
+            sum_red = fma(visible, grad_red, sum_red)
+            sum_green = fma(visible, grad_green, sum_green)
+            sum_blue = fma(visible, grad_blue, sum_blue)
+            along = fma(grad_blue, blue, fma(grad_green, green, grad_red * red))
+            dt = visible * t * along
+            sum_t = sum_t + dt
+            sum_tt = fma(dt, t, sum_tt)
+            weight = weight * ratio
+            ratio = fma(ratio, minus_decay, ratio)
+            t = t + ONE
+            pixel += stride
+        sum_dx = fma(sum_blue, blue, fma(sum_green, green, sum_red * red)) * dx
+        add_lane_sums(
+            moments, MOMENTS * gaussian, sum_red, sum_green, sum_blue, sum_dx, sum_t, sum_dx * dx, sum_t * dx, sum_tt
+        )
+
+
+@kernel
+def sweep(parameters, geometry, planes, moments, width, first, end, first_row, end_row, gather):
+    """Draws Gaussians first .. end - 1 into rows first_row .. end_row - 1, or gathers their moments from them.
+
+    Drawing (`gather` false) adds to `planes`; first_row must be a multiple of RESTART_ROWS, and so must end_row
+    unless it is the height. Gathering reads the image gradient from `planes` and overwrites the `moments` of these
+    Gaussians. `first` and `end` are multiples of LANES.
+    """
+    counts = np.empty(LANES, np.int32)
+    lefts = np.empty(LANES, np.int32)
+    run_rows = np.empty(LANES, np.int32)
+    most_strips = width // LANES + 2
+    firsts = np.empty(most_strips * LANES, np.int32)
+    lasts = np.empty(most_strips * LANES, np.int32)
+    runs = np.empty((RUN_CAPACITY, 4), np.int32)
+    pending = 0
+    if gather:
+        moments[first:end] = ZERO
+    for i in range(first, end, LANES):
+        # Stores want aligned strips, since a misaligned vector waits for the stores it overlaps. Loads do not mind,
+        # and strips that start at the support's edge are fewer.
+        find_strips(geometry, i, first_row, end_row, width, not gather, counts, lefts, run_rows, firsts, lasts)
+        for lane in range(LANES):
+            for j in range(counts[lane]):
+                row = firsts[j * LANES + lane]
+                last = lasts[j * LANES + lane]
+                while row <= last:
+                    stop = min(last, row + run_rows[lane] - 1, row | (RESTART_ROWS - 1))
+                    runs[pending, 0] = i + lane
+                    runs[pending, 1] = lefts[lane] + j * LANES
+                    runs[pending, 2] = row
+                    runs[pending, 3] = stop - row + 1
+                    pending += 1
+                    row = stop + 1
+                    if pending == RUN_CAPACITY:
+                        if gather:
+                            gather_runs(runs, pending, parameters, geometry, planes, moments, width)
+                        else:
+                            draw_runs(runs, pending, parameters, geometry, planes, width)
+                        pending = 0
+    if gather:
+        gather_runs(runs, pending, parameters, geometry, planes, moments, width)
+    else:
+        draw_runs(runs, pending, parameters, geometry, planes, width)
+
+
+@kernel
+def chain_to_parameters(parameters, geometry, moments, gradient, first, end):
+    """Gradient table (PARAMETERS rows; the angle's per radian) of Gaussians first .. end - 1 from their moments.
+
+    With w = exp(-½ (κ dx² + c t²)) and M· = Σ D ·, the derivatives with respect to (x, y, κ, m, c) are
+    κ Mdx - c m Mt, c Mt, -½ Mdxdx, c Mdxt and -½ Mtt; then through A = Σxx, B = Σxy to scales and angle.
+    """
+    row = parameters.shape[1]
+    planar = np.empty(MOMENTS * LANES, np.float32)
+    for i in range(first, end, LANES):
+        for lane in range(LANES):
+            for k in range(MOMENTS):
+                planar[k * LANES + lane] = moments[i + lane, k]
+        moment_x = load(planar, 3 * LANES)
+        moment_t = load(planar, 4 * LANES)
+        grad_kappa = load(planar, 5 * LANES) * f32(-0.5)
+        moment_xt = load(planar, 6 * LANES)
+        grad_c = load(planar, 7 * LANES) * f32(-0.5)
+        kappa = load(geometry, COLUMN_PRECISION * row + i)
+        slope = load(geometry, SLOPE * row + i)
+        c = load(geometry, ROW_PRECISION * row + i)
+        scale_1 = load(parameters, SCALE_1 * row + i)
+        scale_2 = load(parameters, SCALE_2 * row + i)
+        cosine, sine = cos_sin(load(parameters, HALF_TURNS * row + i))
+        grad_y = c * moment_t
+        grad_slope = c * moment_xt
+        grad_a = (grad_c * c - kappa * grad_kappa - slope * grad_slope) * kappa
+        grad_b = grad_slope * kappa
+        cos_times_sin = cosine * sine
+        cos2 = cosine * cosine
+        sin2 = sine * sine
+        grad_variance_1 = fma(grad_a, cos2, grad_b * cos_times_sin) - grad_c * c / (scale_1 * scale_1)
+        grad_variance_2 = fma(grad_a, sin2, splat(ZERO) - grad_b * cos_times_sin) - grad_c * c / (scale_2 * scale_2)
+        turn = grad_b * (cos2 - sin2) - grad_a * cos_times_sin * TWO
+        store(gradient, X * row + i, kappa * moment_x - slope * grad_y)
+        store(gradient, Y * row + i, grad_y)
+        store(gradient, SCALE_1 * row + i, grad_variance_1 * scale_1 * TWO)
+        store(gradient, SCALE_2 * row + i, grad_variance_2 * scale_2 * TWO)
+        store(gradient, HALF_TURNS * row + i, (scale_1 * scale_1 - scale_2 * scale_2) * turn)
+        store(gradient, RED * row + i, load(planar, 0))
+        store(gradient, GREEN * row + i, load(planar, LANES))
+        store(gradient, BLUE * row + i, load(planar, 2 * LANES))

@@ -1,0 +1,494 @@
+"""A register vector for numba: `LANES` float32 numbers that kernels add, multiply, load and store as one value.
+
+numba does not vectorise the loops of a rasteriser: their lengths vary and their rows may overlap in memory. This
+module registers LLVM's `<LANES x float>` as a numba type, so that a kernel says where the vectors are:
+
+    value = fma(load(image, offset), 2.0, splat(1.0))
+    store(image, offset, value)
+
+LLVM turns that into AVX-512, AVX2 or NEON code; no compiler is needed. Arithmetic is exact IEEE: nothing is
+reordered, and a multiplication is fused with an addition only where `fma` says so. Two calls with the same numbers
+therefore give the same bits wherever they stand, which the renderer's promise about thread counts rests on.
+
+This module knows nothing of Gaussians or images. Offsets are in floats from an array's first element; loads and
+stores are not bounds-checked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import operator
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import llvmlite.binding as llvm
+import numba
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import models, overload, register_model
+
+intrinsic: Any = numba.extending.intrinsic  # it drops the first argument, which type checkers cannot see
+
+_FORCED_LANES = os.environ.get("AIR_LANES")
+
+LANES = int(_FORCED_LANES) if _FORCED_LANES else (16 if llvm.get_host_cpu_features().get("avx512f") else 8)
+"""Numbers in a vector: 16 where the CPU has AVX-512, else 8; the environment variable AIR_LANES overrides it."""
+
+if LANES not in (8, 16):
+    raise ValueError(f"AIR_LANES must be 8 or 16, got {LANES}")
+
+KERNEL_OPTIONS: dict[str, Any] = {
+    "nogil": True,
+    "error_model": "numpy",
+    "boundscheck": False,
+    # The cache has one place per function, so a forced number of lanes would evict the usual code.
+    "cache": _FORCED_LANES is None,
+}
+INLINE_OPTIONS: dict[str, Any] = {**KERNEL_OPTIONS, "inline": "always", "cache": False}
+
+
+def _source_fingerprint() -> str:
+    """A hash of this package's sources and of the number of lanes."""
+    digest = hashlib.sha256(str(LANES).encode())
+    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+_FINGERPRINT = _source_fingerprint()
+
+
+def _cache_file(dispatcher: Any) -> Any:
+    """The index that numba keeps of the compiled versions of a function on disk; None if it keeps none."""
+    return getattr(getattr(dispatcher, "_cache", None), "_cache_file", None)
+
+
+def kernel(function: Callable[..., Any]) -> Any:
+    """Decorator of a compiled function that is called from Python or by other kernels.
+
+    numba discards its cached code when the file of the function changes, but not when a file that it imports does.
+    The stamp that it compares is therefore replaced by one of all our sources.
+    """
+    dispatcher = numba.njit(**KERNEL_OPTIONS)(function)
+    cache_file = _cache_file(dispatcher)
+    if cache_file is not None:
+        cache_file._source_stamp = _FINGERPRINT
+    return dispatcher
+
+
+def is_compiled(dispatcher: Any) -> bool:
+    """Whether a kernel is loaded, or compiled code for it lies on disk."""
+    cache_file = _cache_file(dispatcher)
+    return bool(dispatcher.signatures) or (cache_file is not None and bool(cache_file._load_index()))
+
+
+inline: Any = numba.njit(**INLINE_OPTIONS)
+"""Decorator of a piece of a kernel that is copied into each caller."""
+
+_FLOAT = ir.FloatType()
+_INT = ir.IntType(32)
+_FLOATS = ir.VectorType(_FLOAT, LANES)
+_INTS = ir.VectorType(_INT, LANES)
+
+
+class VectorType(types.Type):
+    """The name in numba for `LANES` float32 numbers in a register."""
+
+    def __init__(self) -> None:
+        super().__init__(name=f"float32x{LANES}")
+
+
+vector = VectorType()
+
+
+@register_model(VectorType)
+class _VectorModel(models.PrimitiveModel):
+    def __init__(self, manager, front_end_type) -> None:
+        super().__init__(manager, front_end_type, _FLOATS)
+
+
+def _constant(value: float) -> ir.Constant:
+    return ir.Constant(_FLOATS, [ir.Constant(_FLOAT, value)] * LANES)
+
+
+def _int_constant(value: int) -> ir.Constant:
+    return ir.Constant(_INTS, [ir.Constant(_INT, value)] * LANES)
+
+
+def _shuffle(builder, first, second, lanes):
+    """The vector of the given lanes of `first` followed by `second`."""
+    mask = ir.Constant(ir.VectorType(_INT, len(lanes)), [ir.Constant(_INT, lane) for lane in lanes])
+    return builder.shuffle_vector(first, second, mask)
+
+
+def _splat(builder, scalar):
+    undefined = ir.Constant(_FLOATS, ir.Undefined)
+    first = builder.insert_element(undefined, scalar, ir.Constant(_INT, 0))
+    return _shuffle(builder, first, undefined, [0] * LANES)
+
+
+def _as_vector(context, builder, value, numba_type):
+    if isinstance(numba_type, VectorType):
+        return value
+    return _splat(builder, context.cast(builder, value, numba_type, types.float32))
+
+
+def _as_vectors(context, builder, signature, values):
+    return [_as_vector(context, builder, *pair) for pair in zip(values, signature.args, strict=True)]
+
+
+def _are_operands(*operands) -> bool:
+    """Whether these are numbers and vectors, with at least one vector."""
+    numbers = (VectorType, types.Float, types.Integer)
+    return any(isinstance(t, VectorType) for t in operands) and all(isinstance(t, numbers) for t in operands)
+
+
+def _call(builder, name, *vectors):
+    """A call of LLVM's function `name` on vectors."""
+    function_type = ir.FunctionType(_FLOATS, [_FLOATS] * len(vectors))
+    function = cgutils.get_or_insert_function(builder.module, function_type, f"llvm.{name}.v{LANES}f32")
+    return builder.call(function, vectors)
+
+
+def _address(context, builder, array_type, array, offset, offset_type, pointee=_FLOATS):
+    data = context.make_array(array_type)(context, builder, array).data
+    element = builder.gep(data, [context.cast(builder, offset, offset_type, types.intp)])
+    return builder.bitcast(element, pointee.as_pointer())
+
+
+# --- Operators ---------------------------------------------------------------------------------------------------
+
+
+def _define_operator(instruction: str, *operators) -> None:
+    @intrinsic
+    def apply(typing_context, left, right):
+        def generate(context, builder, signature, values):
+            return getattr(builder, instruction)(*_as_vectors(context, builder, signature, values))
+
+        return vector(left, right), generate
+
+    def implementation(left, right):
+        if _are_operands(left, right):
+            return lambda left, right: apply(left, right)
+        return None
+
+    for operation in operators:
+        overload(operation)(implementation)
+
+
+_define_operator("fadd", operator.add, operator.iadd)
+_define_operator("fsub", operator.sub, operator.isub)
+_define_operator("fmul", operator.mul, operator.imul)
+_define_operator("fdiv", operator.truediv)
+
+
+def _define_extremum(comparison: str):
+    @intrinsic
+    def extremum(typing_context, left, right):
+        def generate(context, builder, signature, values):
+            left_value, right_value = _as_vectors(context, builder, signature, values)
+            return builder.select(builder.fcmp_ordered(comparison, left_value, right_value), left_value, right_value)
+
+        return vector(left, right), generate
+
+    return extremum
+
+
+# `right` where `left` is not a number: put the safe value on the right.
+minimum = _define_extremum("<")
+maximum = _define_extremum(">")
+
+
+def _define_function(name: str):
+    @intrinsic
+    def function(typing_context, x):
+        return vector(x), lambda context, builder, signature, values: _call(builder, name, *values)
+
+    return function
+
+
+sqrt = _define_function("sqrt")
+floor = _define_function("floor")
+ceil = _define_function("ceil")
+round_even = _define_function("rint")
+absolute = _define_function("fabs")
+
+
+@intrinsic
+def fma(typing_context, a, b, c):
+    """The value a · b + c, rounded once where the CPU can."""
+
+    def generate(context, builder, signature, values):
+        return _call(builder, "fmuladd", *_as_vectors(context, builder, signature, values))
+
+    return vector(a, b, c), generate
+
+
+@intrinsic
+def splat(typing_context, scalar):
+    """The same number in every lane."""
+
+    def generate(context, builder, signature, values):
+        return _as_vector(context, builder, values[0], signature.args[0])
+
+    return vector(scalar), generate
+
+
+@intrinsic
+def lane_numbers(typing_context):
+    """0, 1, 2, ..."""
+
+    def generate(context, builder, signature, values):
+        return ir.Constant(_FLOATS, [ir.Constant(_FLOAT, float(lane)) for lane in range(LANES)])
+
+    return vector(), generate
+
+
+@intrinsic
+def where_ge(typing_context, key, threshold, x, y):
+    """Takes x in the lanes where key >= threshold, else y (also where the key is not a number)."""
+
+    def generate(context, builder, signature, values):
+        key_value, bound, yes, no = _as_vectors(context, builder, signature, values)
+        return builder.select(builder.fcmp_ordered(">=", key_value, bound), yes, no)
+
+    return vector(key, threshold, x, y), generate
+
+
+@intrinsic
+def exp(typing_context, x):
+    """The exponential of x, to about 1e-7 relative; x is clipped to [-87, 87]."""
+
+    def generate(context, builder, signature, values):
+        x_value = values[0]
+        low, high = _constant(-87.0), _constant(87.0)
+        x_value = builder.select(builder.fcmp_ordered(">", x_value, low), x_value, low)
+        x_value = builder.select(builder.fcmp_ordered("<", x_value, high), x_value, high)
+
+        def multiply_add(a, b, c):
+            return _call(builder, "fmuladd", a, b, c)
+
+        # x = n·ln 2 + f. Adding 1.5·2²³ leaves no bits for a fraction, so it rounds to the integer n. ln 2 is
+        # subtracted in two parts, the first of which has few enough bits to make n times it exact.
+        rounder = _constant(12582912.0)
+        n = builder.fsub(multiply_add(x_value, _constant(1.44269504088896), rounder), rounder)
+        f = multiply_add(n, _constant(-0.693359375), x_value)
+        f = multiply_add(n, _constant(2.12194440e-4), f)
+        # exp(f) on |f| <= ln(2)/2: the polynomial of the Cephes library.
+        polynomial = _constant(1.9875691500e-4)
+        for coefficient in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
+            polynomial = multiply_add(polynomial, f, _constant(coefficient))
+        fraction = builder.fadd(multiply_add(builder.fmul(polynomial, f), f, f), _constant(1.0))
+        # 2ⁿ from its bits: n + 127 in the exponent field.
+        exponent = builder.add(builder.fptosi(n, _INTS), _int_constant(127))
+        power = builder.bitcast(builder.shl(exponent, _int_constant(23)), _FLOATS)
+        return builder.fmul(fraction, power)
+
+    return vector(x), generate
+
+
+# --- Memory ------------------------------------------------------------------------------------------------------
+
+
+@intrinsic
+def load(typing_context, array, offset):
+    """The vector at `offset` floats from the start of a float32 array."""
+
+    def generate(context, builder, signature, values):
+        return builder.load(
+            _address(context, builder, signature.args[0], values[0], values[1], signature.args[1]), align=4
+        )
+
+    return vector(array, offset), generate
+
+
+@intrinsic
+def store(typing_context, array, offset, x):
+    """Writes a vector at `offset` floats from the start of a float32 array."""
+
+    def generate(context, builder, signature, values):
+        array_value, offset_value, x_value = values
+        address = _address(context, builder, signature.args[0], array_value, offset_value, signature.args[1])
+        builder.store(x_value, address, align=4)
+        return context.get_dummy_value()
+
+    return types.none(array, offset, x), generate
+
+
+@intrinsic
+def store_as_int(typing_context, array, offset, x):
+    """Writes whole numbers, which must fit, at `offset` elements from the start of an int32 array."""
+
+    def generate(context, builder, signature, values):
+        array_value, offset_value, x_value = values
+        address = _address(context, builder, signature.args[0], array_value, offset_value, signature.args[1], _INTS)
+        builder.store(builder.fptosi(x_value, _INTS), address, align=4)
+        return context.get_dummy_value()
+
+    return types.none(array, offset, x), generate
+
+
+# --- Across lanes ------------------------------------------------------------------------------------------------
+
+
+@intrinsic
+def lane_sum(typing_context, x):
+    """The sum of all lanes, a float32."""
+
+    def generate(context, builder, signature, values):
+        total = values[0]
+        lanes = LANES
+        while lanes > 1:
+            lanes //= 2
+            low = _shuffle(builder, total, total, range(lanes))
+            high = _shuffle(builder, total, total, range(lanes, 2 * lanes))
+            total = builder.fadd(low, high)
+        return builder.extract_element(total, ir.Constant(_INT, 0))
+
+    return types.float32(x), generate
+
+
+@intrinsic
+def add_lane_sums(typing_context, array, offset, x0, x1, x2, x3, x4, x5, x6, x7):
+    """Adds the lane sums of eight vectors to array[offset : offset + 8]."""
+
+    def generate(context, builder, signature, values):
+        vectors = list(values[2:])
+        if LANES == 16:
+            vectors = [
+                builder.fadd(_shuffle(builder, x, x, range(8)), _shuffle(builder, x, x, range(8, 16))) for x in vectors
+            ]
+        # Each round adds neighbouring blocks of `width` lanes of two vectors into one vector, halving their number.
+        width = 1
+        while len(vectors) > 1:
+            even = [i if not (i // width) & 1 else 8 + i - width for i in range(8)]
+            odd = [i + width if not (i // width) & 1 else 8 + i for i in range(8)]
+            vectors = [
+                builder.fadd(_shuffle(builder, a, b, even), _shuffle(builder, a, b, odd))
+                for a, b in zip(vectors[0::2], vectors[1::2], strict=True)
+            ]
+            width *= 2
+        eight = ir.VectorType(_FLOAT, 8)
+        address = _address(context, builder, signature.args[0], values[0], values[1], signature.args[1], eight)
+        builder.store(builder.fadd(builder.load(address, align=4), vectors[0]), address, align=4)
+        return context.get_dummy_value()
+
+    return types.none(array, offset, x0, x1, x2, x3, x4, x5, x6, x7), generate
+
+
+# --- Symmetric convolutions --------------------------------------------------------------------------------------
+
+
+def _symmetric_sum(builder, taps, weights):
+    """Σ weights[k] · taps[k] for weights that read the same backwards; `taps` has an odd number of vectors."""
+    half = len(taps) // 2
+    total = builder.fmul(taps[half], _constant(weights[half]))
+    for k in range(half):
+        pair = builder.fadd(taps[k], taps[-1 - k])
+        total = _call(builder, "fmuladd", pair, _constant(weights[k]), total)
+    return total
+
+
+def define_row_loader(count: int):
+    """An intrinsic that loads `count` vectors, `stride` floats apart, as a tuple."""
+
+    @intrinsic
+    def load_rows(typing_context, array, offset, stride):
+        result: Any = types.UniTuple(vector, count)
+
+        def generate(context, builder, signature, values):
+            array_value, offset_value, stride_value = values
+            array_type, offset_type, stride_type = signature.args
+            position = context.cast(builder, offset_value, offset_type, types.intp)
+            step = context.cast(builder, stride_value, stride_type, types.intp)
+            rows = []
+            for _ in range(count):
+                address = _address(context, builder, array_type, array_value, position, types.intp)
+                rows.append(builder.load(address, align=4))
+                position = builder.add(position, step)
+            return context.make_tuple(builder, result, rows)
+
+        return result(array, offset, stride), generate
+
+    return load_rows
+
+
+@intrinsic
+def multiply_rows(typing_context, left, right):
+    """Elementwise product of two tuples of vectors."""
+
+    def generate(context, builder, signature, values):
+        count = signature.return_type.count
+        products = [
+            builder.fmul(builder.extract_value(values[0], k), builder.extract_value(values[1], k)) for k in range(count)
+        ]
+        return context.make_tuple(builder, signature.return_type, products)
+
+    return left(left, right), generate
+
+
+def define_column_convolution(weights: tuple[float, ...]):
+    """An intrinsic that convolves down the rows of a tuple and stores every result that the tuple suffices for.
+
+    `store_convolved(array, offset, stride, rows)` stores len(rows) - len(weights) + 1 vectors, `stride` floats apart.
+    """
+
+    @intrinsic
+    def store_convolved(typing_context, array, offset, stride, rows):
+        def generate(context, builder, signature, values):
+            array_value, offset_value, stride_value, rows_value = values
+            array_type, offset_type, stride_type, rows_type = signature.args
+            inputs = [builder.extract_value(rows_value, k) for k in range(rows_type.count)]
+            position = context.cast(builder, offset_value, offset_type, types.intp)
+            step = context.cast(builder, stride_value, stride_type, types.intp)
+            for first in range(len(inputs) - len(weights) + 1):
+                result = _symmetric_sum(builder, inputs[first : first + len(weights)], weights)
+                address = _address(context, builder, array_type, array_value, position, types.intp)
+                builder.store(result, address, align=4)
+                position = builder.add(position, step)
+            return context.get_dummy_value()
+
+        return types.none(array, offset, stride, rows), generate
+
+    return store_convolved
+
+
+def define_row_convolution(weights: tuple[float, ...], shuffled: int):
+    """An intrinsic `convolve(array, offset)`: convolution along a row, for the vector at an aligned offset.
+
+    Of the shifted neighbours, the `shuffled` nearest on each side are cut out of registers and the others loaded.
+    A load that straddles two cache lines occupies the load ports twice, a shuffle one of the arithmetic ports once:
+    sharing the work keeps both busy.
+    """
+    half = len(weights) // 2
+
+    @intrinsic
+    def convolve(typing_context, array, offset):
+        def generate(context, builder, signature, values):
+            array_value, offset_value = values
+            array_type, offset_type = signature.args
+            origin = context.cast(builder, offset_value, offset_type, types.intp)
+
+            def load_at(shift):
+                position = builder.add(origin, ir.Constant(origin.type, shift))
+                address = _address(context, builder, array_type, array_value, position, types.intp)
+                return builder.load(address, align=4)
+
+            middle = load_at(0)
+            before, after = load_at(-LANES), load_at(LANES)
+
+            def neighbour(shift):
+                if abs(shift) > shuffled:
+                    return load_at(shift)
+                if shift < 0:
+                    return _shuffle(builder, before, middle, range(LANES + shift, 2 * LANES + shift))
+                return _shuffle(builder, middle, after, range(shift, LANES + shift)) if shift else middle
+
+            taps = [neighbour(shift) for shift in range(-half, half + 1)]
+            return _symmetric_sum(builder, taps, weights)
+
+        return vector(array, offset), generate
+
+    return convolve
