@@ -27,9 +27,8 @@ import llvmlite.binding as llvm
 import numba
 from llvmlite import ir
 from numba.core import cgutils, types
+from numba.extending import intrinsic as numba_intrinsic
 from numba.extending import models, overload, register_model
-
-intrinsic: Any = numba.extending.intrinsic  # it drops the first argument, which type checkers cannot see
 
 _FORCED_LANES = os.environ.get("AIR_LANES")
 
@@ -84,8 +83,15 @@ def is_compiled(dispatcher: Any) -> bool:
     return bool(dispatcher.signatures) or (cache_file is not None and bool(cache_file._load_index()))
 
 
-inline: Any = numba.njit(**INLINE_OPTIONS)
-"""Decorator of a piece of a kernel that is copied into each caller."""
+def inline(function: Callable[..., Any]) -> Any:
+    """Decorator of a piece of a kernel that is copied into each caller."""
+    return numba.njit(**INLINE_OPTIONS)(function)
+
+
+def intrinsic(function: Callable[..., Any]) -> Any:
+    """Decorator of a function that emits LLVM code. Callers leave out its first argument, the typing context."""
+    return numba_intrinsic(function)
+
 
 _FLOAT = ir.FloatType()
 _INT = ir.IntType(32)
