@@ -447,6 +447,9 @@ def test_huge_headers_cost_nothing(name: str):
 def test_the_limit_is_exact():
     assert decode(FILES["png"], max_pixels=HEIGHT * WIDTH).shape == PICTURE.shape
     assert reason_of(FILES["png"], max_pixels=HEIGHT * WIDTH - 1) == "too_many_pixels"
+    assert probe(FILES["png"], max_pixels=HEIGHT * WIDTH).width == WIDTH
+    with pytest.raises(Rejected, match="too_many_pixels"):
+        probe(FILES["png"], max_pixels=HEIGHT * WIDTH - 1)
 
 
 @pytest.mark.parametrize("kind", [b"zTXt", b"iCCP"])
