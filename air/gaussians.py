@@ -67,13 +67,8 @@ class Gaussians:
     @staticmethod
     def empty(dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Gaussians:
         """No Gaussians at all: a black image."""
-        options = {"dtype": dtype, "device": device}
-        return Gaussians(
-            torch.zeros(0, 2, **options),
-            torch.zeros(0, 2, **options),
-            torch.zeros(0, **options),
-            torch.zeros(0, 3, **options),
-        )
+        shapes = ((0, 2), (0, 2), (0,), (0, 3))
+        return Gaussians(*(torch.zeros(shape, dtype=dtype, device=device) for shape in shapes))
 
     @staticmethod
     def concatenate(parts: Sequence[Gaussians]) -> Gaussians:
@@ -87,9 +82,9 @@ class Gaussians:
             torch.cat([part.colour for part in parts]),
         )
 
-    def to(self, *args: torch.dtype | torch.device | str) -> Gaussians:
-        """The same Gaussians with another dtype or on another device, as `Tensor.to`."""
-        return Gaussians(self.xy.to(*args), self.scale.to(*args), self.angle.to(*args), self.colour.to(*args))
+    def to(self, target: torch.dtype | torch.device | str) -> Gaussians:
+        """The same Gaussians with another dtype or on another device."""
+        return Gaussians(*(tensor.to(target) for tensor in (self.xy, self.scale, self.angle, self.colour)))
 
     def detach(self) -> Gaussians:
         """The same values without their autograd history."""

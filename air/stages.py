@@ -18,6 +18,7 @@ from air.gaussians import Gaussians, activate, anchors, grid_shape
 from air.grid import grid_initialization
 from air.optimize import OptimizeConfig, optimize
 from air.render import render
+from air.residual import residual_initialization
 
 _SSIM_C1 = 0.01**2
 _SSIM_C2 = 0.03**2
@@ -94,17 +95,19 @@ class Predictor(Protocol):
 
 
 class GridPredictor:
-    """The built-in predictor: closed form, no network. The baseline, and the first round's predictor.
+    """The built-in predictor "grid": closed form, no network. The baseline, and the first round's predictor.
 
-    Every Gaussian sits on its anchor, is round, as wide as the patch asks for, and takes its colour from the residual.
+    - Stage 0: round Gaussians on the anchors, as wide as the patch asks for, coloured by the image there.
+    - Later stages: narrow ones at that pixel of each patch where they take most of the residual away.
     """
 
     def __init__(self, patch_size: int) -> None:
         self.patch_size = patch_size
 
     def __call__(self, residual: Tensor, stage: int) -> Tensor:
-        """As `Predictor`; all stages are alike."""
-        return grid_initialization(residual, self.patch_size)
+        """As `Predictor`."""
+        start = grid_initialization if stage == 0 else residual_initialization
+        return start(residual, self.patch_size)
 
 
 @dataclass(frozen=True)
@@ -171,9 +174,7 @@ def run_stages(
             return
         anchor = all_anchors[patch]
         predicted = predictor(image - background, stage)[patch].contiguous()
-        result = optimize(
-            predicted, anchor, image, predictor.patch_size, config, canvas=background, threads=threads
-        )
+        result = optimize(predicted, anchor, image, predictor.patch_size, config, canvas=background, threads=threads)
         trajectory = result.trajectory
         yield StageResult(
             stage=stage,

@@ -19,10 +19,17 @@ from pipeline.config import Config, RunnerConfig, build, read_sections
 def sections() -> dict[str, type[Config]]:
     """The sections of a configuration file: one per configurable command, and `runner` for all."""
     from jobs.demo import DemoConfig
+    from jobs.fit import FitConfig
     from pipeline.distill import DistillConfig
     from pipeline.shards import ShardConfig
 
-    return {"demo": DemoConfig, "shard": ShardConfig, "distill": DistillConfig, "runner": RunnerConfig}
+    return {
+        "demo": DemoConfig,
+        "fit": FitConfig,
+        "shard": ShardConfig,
+        "distill": DistillConfig,
+        "runner": RunnerConfig,
+    }
 
 
 def make_parser(command: str, description: str | None, *models: type[Config]) -> argparse.ArgumentParser:

@@ -34,16 +34,20 @@ class LiveDisplay:
 
 
 class LogDisplay:
-    """A line a minute, for logs."""
+    """A line a minute, for logs. Short runs print nothing."""
 
     def __init__(self, console: Console, job: str) -> None:
         self._console = console
         self._job = job
         self._begin = self._last = time.monotonic()
+        self._noted: set[str] = set()
 
     def update(self, tally: Tally) -> None:
-        """Prints the tally if the last line is a minute old."""
+        """Prints the tally if the last line is a minute old, and notes once."""
         now = time.monotonic()
+        for note in _notes(tally) - self._noted:
+            self._noted.add(note)
+            self._console.print(f"{self._job}: {note}", highlight=False)
         if now - self._last >= _LOG_EVERY_SECONDS:
             self._last = now
             total = f"/{tally.samples_total}" if tally.samples_total else ""
@@ -54,8 +58,12 @@ class LogDisplay:
             )
 
 
+def _notes(tally: Tally) -> set[str]:
+    return {progress.note for progress in tally.running.values() if progress.note}
+
+
 def _detail(tally: Tally, elapsed: float) -> str:
-    parts = []
+    parts = sorted(_notes(tally))
     fresh = tally.samples_so_far - tally.samples_before
     if fresh and elapsed > 0:
         parts.append(f"{fresh / elapsed:.1f} images/s")

@@ -6,7 +6,7 @@ of Ray; torch and the kernels load with the first image, so that a driver can pl
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -24,6 +24,7 @@ from pipeline.work import Unit, seed_of
 
 if TYPE_CHECKING:
     from air.gaussians import Gaussians
+    from air.optimize import OptimizeConfig
     from air.stages import StageResult
 
 
@@ -36,7 +37,7 @@ class DistillConfig(ViewConfig):
     steps: tuple[int, ...] = Field(
         (50,), description="optimisation steps per stage; the last one holds for all further"
     )
-    learning_rate: float = Field(0.1, gt=0, le=10, description="Adam's step size at the start")
+    rate: float = Field(1.0, gt=0, le=100, description="factor on the optimiser's learning rates (docs/optimizer.md)")
     canvas: Literal["target", "predicted"] = Field(
         "target", description="what the next stage builds on: this stage's optimised Gaussians, or the predicted ones"
     )
@@ -53,12 +54,12 @@ class DistillConfig(ViewConfig):
             raise ValueError("background must be three numbers from 0 to 255")
         return self
 
-    def optimization(self) -> list[Any]:
-        """The `air.optimize.OptimizeConfig` of every stage."""
+    def optimization(self) -> list[OptimizeConfig]:
+        """The optimiser's configuration for every stage."""
         from air.optimize import OptimizeConfig
 
         counts = [self.steps[min(stage, len(self.steps) - 1)] for stage in range(self.stages)]
-        return [OptimizeConfig(steps=count, learning_rate=self.learning_rate) for count in counts]
+        return [OptimizeConfig(steps=count).scaled(self.rate) for count in counts]
 
 
 class DistillJob:
@@ -69,6 +70,14 @@ class DistillJob:
     def __init__(self, config: DistillConfig, source: Storage) -> None:
         self._config = config
         self._source = source
+
+    def prepare(self, say: Callable[[str], None]) -> None:
+        """Compiles the kernels, once per machine and version."""
+        from air.optimize import COMPILE_SECONDS, compile_kernels, kernels_are_compiled
+
+        if not kernels_are_compiled():
+            say(f"compiling kernels, once on this machine: about {COMPILE_SECONDS} s")
+        compile_kernels()
 
     def samples(self, unit: Unit, scratch: Path) -> Iterator[Sample]:
         """The samples of the input shard."""

@@ -235,6 +235,8 @@ def _ray(config: RunnerConfig) -> Iterator[None]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
+    # A new local cluster makes itself a token, which is right, and tells the user so at every start.
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     ours = not ray.is_initialized()
     if ours:
         local = config.address is None and "RAY_ADDRESS" not in os.environ

@@ -74,6 +74,10 @@ class Job(Protocol):
 
     name: ClassVar[str]
 
+    def prepare(self, say: Callable[[str], None]) -> None:
+        """Gets the worker ready before its first sample; says what takes long."""
+        ...
+
     def samples(self, unit: Unit, scratch: Path) -> Iterator[Sample]:
         """The unit's samples in order. Raises for a unit that is not what the plan says."""
         ...
@@ -89,12 +93,13 @@ class Job(Protocol):
 
 @dataclass(frozen=True)
 class Progress:
-    """How far one attempt has come."""
+    """How far one attempt has come, and what it is busy with where that is no sample."""
 
     unit: str
     samples: int = 0
     rejected: int = 0
     summary: Mapping[str, float] | None = None
+    note: str = ""
 
 
 def execute(
@@ -129,6 +134,7 @@ def execute(
     count = 0
     with tempfile.TemporaryDirectory(prefix="air-") as folder, _Caller(job, isolate) as call:
         scratch = Path(folder)
+        job.prepare(lambda note: report(Progress(unit.name, note=note)))
         writer = job.writer(unit, scratch, metadata)
         for sample in job.samples(unit, scratch):
             count += 1

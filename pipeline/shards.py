@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, Literal, cast
@@ -47,6 +47,9 @@ class ShardJob:
         self._config = config
         self._output = output
         self._reader = ItemReader(inputs, config.image_column)
+
+    def prepare(self, say: Callable[[str], None]) -> None:
+        """Nothing takes long."""
 
     def samples(self, unit: Unit, scratch: Path) -> Iterator[Sample]:
         """The images of the unit's listing."""

@@ -1,0 +1,104 @@
+"""Fits Gaussians to one image and shows how it goes; writes the render as PNG.
+
+air fit photo.jpg fitted.png --steps 200 --patch-size 4
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+from pydantic import Field
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from jobs.command import configure, make_parser
+from pipeline import images
+from pipeline.config import Config
+from pipeline.errors import Rejected, StorageError
+from pipeline.storage import open_parent
+
+
+class FitConfig(Config):
+    """How one image is fitted."""
+
+    patch_size: int = Field(4, ge=1, le=256, description="pixels between Gaussians of the start grid")
+    steps: int = Field(100, ge=0, le=1_000_000, description="optimisation steps")
+    rate: float = Field(1.0, gt=0, le=100, description="factor on the optimiser's learning rates (docs/optimizer.md)")
+    threads: int | None = Field(None, ge=1, le=1024, description="CPU threads; default: all cores")
+    max_pixels: int = Field(images.MAX_PIXELS, ge=1, description="an image with more pixels is refused")
+    backend: Literal["auto", "cpu", "reference"] = Field("auto", description="reference is plain torch, for comparison")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The command."""
+    parser = make_parser("fit", __doc__, FitConfig)
+    parser.add_argument("image", metavar="IMAGE", help="image file; a local path or a URI")
+    parser.add_argument(
+        "out", nargs="?", metavar="OUT.png", help="where the render goes (default: IMAGE-fitted.png here)"
+    )
+    given = parser.parse_args(arguments)
+    (config,) = configure(given, fit=FitConfig)
+    storage, name = open_parent(given.image)
+    target = given.out or f"{os.path.splitext(name)[0]}-fitted.png"
+    try:
+        rgb = images.decode(storage.read(name), max_pixels=config.max_pixels)
+    except Rejected as rejection:
+        raise StorageError(f"{given.image} cannot be used: {rejection}") from None
+    if not target.lower().endswith(".png"):
+        parser.error(f"{target}: the render is written as PNG; give it a name that ends in .png")
+    fit_image(rgb, target, config)
+    return 0
+
+
+def fit_image(rgb: np.ndarray, target: str, config: FitConfig) -> None:
+    """Fits, shows progress where someone watches, writes the render and prints what was reached."""
+    from air.optimize import COMPILE_SECONDS, OptimizeConfig, compile_kernels, fit, kernels_are_compiled
+    from air.render import render
+
+    if config.backend != "reference":
+        if not kernels_are_compiled():
+            print(f"compiling kernels, once on this machine: about {COMPILE_SECONDS} s", flush=True)
+        compile_kernels()
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("fit"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.description}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=config.steps)
+        shown = 0.0
+
+        def on_step(step: int, loss: float, psnr: float) -> None:
+            nonlocal shown
+            if time.monotonic() - shown > 0.1:
+                shown = time.monotonic()
+                progress.update(task, completed=step, description=f"loss {loss:.4f}, {psnr:.2f} dB")
+
+        result = fit(
+            rgb,
+            config.steps,
+            config.patch_size,
+            config=OptimizeConfig().scaled(config.rate),
+            backend=config.backend,
+            threads=config.threads or os.cpu_count() or 1,
+            on_step=on_step,
+        )
+    picture = render(result.gaussians, result.height, result.width, backend=config.backend).clamp(0, 1)
+    pixels = (picture.permute(1, 2, 0).numpy() * 255 + 0.5).astype(np.uint8)
+    try:
+        Image.fromarray(pixels).save(target)
+    except OSError as error:
+        raise StorageError(f"cannot write {target}: {error.strerror or error}") from None
+    first, last = result.trajectory.psnr[0], result.trajectory.psnr[-1]
+    print(
+        f"{result.width} x {result.height} pixels, {len(result.gaussians):,} Gaussians, {config.steps} steps in "
+        f"{result.seconds:.2f} s: {first:.2f} dB -> {last:.2f} dB\n{target}"
+    )
