@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -71,6 +71,11 @@ class OptimizeConfig:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
+
+    def scaled(self, factor: float) -> OptimizeConfig:
+        """The same with all learning rates multiplied."""
+        rates = {name: getattr(self, name) * factor for name in (f"{group}_rate" for group in GROUPS)}
+        return replace(self, **rates)
 
     def rates(self, step: int) -> NDArray[np.float64]:
         """Learning rate of each of the 8 raw columns for update number `step`, counted from 0."""
@@ -181,7 +186,9 @@ def optimize(
         NonFiniteLossError: The loss stopped being a number; the message names the step.
     """
     _check_arguments(raw, anchor, target, patch_size, canvas, free, backend, threads)
-    activate(raw.detach(), anchor, patch_size).validate()
+    start = activate(raw.detach(), anchor, patch_size)
+    if len(start):
+        start.validate()
     raw = raw.detach().clone()
     anchor = anchor.to(raw)
     _, height, width = target.shape

@@ -155,27 +155,24 @@ class FusedOptimizer:
         self.raster.draw(self.image)
         return self.loss.evaluate(self.image)
 
-    def update(self, rates: NDArray[np.float64], beta1: float, beta2: float, eps: float) -> None:
-        """One Adam step from the gradient that `evaluate` left; `rates` holds one rate per raw column."""
-        self._updates += 1
-        self.raster.gather(self.loss.gradient)
+    def raw_gradient(self) -> FloatArray:
+        """The table of the loss's gradient with respect to raw numbers, from what `evaluate` left."""
         gradient = self.raster.gradient
 
-        def step(first: int, end: int) -> None:
+        def differentiate(first: int, end: int) -> None:
             differentiate_raw(self.raw, self.patch_size, gradient, first, end)
-            adam_step(
-                self.raw,
-                self._mean,
-                self._square,
-                gradient,
-                rates,
-                beta1,
-                beta2,
-                eps,
-                self._updates,
-                first,
-                end,
-            )
+
+        self.raster.gather(self.loss.gradient)
+        self.workers.run(differentiate, self.raster.ranges)
+        return gradient
+
+    def update(self, rates: NDArray[np.float64], beta1: float, beta2: float, eps: float) -> None:
+        """One Adam step from the gradient that `evaluate` left; `rates` holds one rate per raw column."""
+        gradient = self.raw_gradient()
+        self._updates += 1
+
+        def step(first: int, end: int) -> None:
+            adam_step(self.raw, self._mean, self._square, gradient, rates, beta1, beta2, eps, self._updates, first, end)
 
         self.workers.run(step, self.raster.ranges)
 

@@ -12,9 +12,9 @@ the weight w = exp(-q) follows a recurrence of two multiplications a row instead
     w(t+1) = w(t) · r(t),   r(t) = exp(-c (t + ½)),   r(t+1) = r(t) · exp(-c).
 
 Errors grow with the square of the number of rows, and a weight that starts below the smallest float would stay zero,
-so a walk is cut into *runs*, each started by true exponentials: of at most 9 conditional standard deviations, too few
-for a weight below exp(-86) to come back above 1/255, and never across a multiple of RESTART_ROWS rows. The latter
-makes every pixel's value the same in whatever bands of that height the image is drawn.
+so a walk is cut into *runs*, each started by true exponentials: of at most MOST_RUN_ROWS rows and 7 conditional
+standard deviations, too few for a weight below exp(-86) to come back above 1/255, and never across a multiple of
+BAND_ROWS rows. The latter makes every pixel's value the same in whatever bands of that height the image is drawn.
 
 The backward pass gathers instead of scattering: it walks the same runs over the image's gradient and sums moments in
 registers, so there are no atomics and no dependence on the order of threads.
@@ -29,7 +29,7 @@ import math
 import numpy as np
 
 from air.gaussians import SUPPORT_CUTOFF
-from air.render.planes import PAD_COLUMNS, PAD_ROWS
+from air.render.planes import BAND_ROWS, PAD_COLUMNS, PAD_ROWS
 from air.render.simd import (
     LANES,
     add_lane_sums,
@@ -64,10 +64,11 @@ GEOMETRY = 12
 # Columns of the moment table, which is one row per Gaussian: Σ w g per channel; then sums of D = w · Σ g · colour.
 MOMENTS = 8
 
-RESTART_ROWS = 64
-"""The height of the bands that an image may be drawn in: runs never cross a multiple of it."""
+MOST_RUN_ROWS = 32
+"""Longer runs would let the rounding errors of the recurrence show."""
 
 RUN_CAPACITY = 256
+"""Runs collected before they are walked."""
 
 _CUTOFF = f32(SUPPORT_CUTOFF)
 _REACH = f32(-2 * math.log(SUPPORT_CUTOFF))  # dᵀ Σ⁻¹ d on the border of the support
@@ -131,8 +132,8 @@ def derive_geometry(parameters, geometry, first, end):
         store(geometry, HALF_HEIGHT * row + i, half_height)
         store(geometry, LAST_ROW_DX * row + i, sigma_xy * _REACH / half_height)
         store(geometry, ROW_VARIANCE * row + i, row_variance)
-        rows = floor(sqrt(row_variance) * f32(9))
-        store(geometry, RUN_ROWS * row + i, maximum(minimum(rows, f32(RESTART_ROWS)), ONE))
+        rows = floor(sqrt(row_variance) * f32(7))
+        store(geometry, RUN_ROWS * row + i, maximum(minimum(rows, f32(MOST_RUN_ROWS)), ONE))
         # Rounding may move the computed border of the support; walking a row too many costs little, as each pixel
         # is tested again.
         size = maximum(x, splat(ZERO) - x) + maximum(y, splat(ZERO) - y) + half_width + half_height
@@ -274,7 +275,7 @@ def gather_runs(runs, count, parameters, geometry, planes, moments, width):
 def sweep(parameters, geometry, planes, moments, width, first, end, first_row, end_row, gather):
     """Draws Gaussians first .. end - 1 into rows first_row .. end_row - 1, or gathers their moments from them.
 
-    Drawing (`gather` false) adds to `planes`; first_row must be a multiple of RESTART_ROWS, and so must end_row
+    Drawing (`gather` false) adds to `planes`; first_row must be a multiple of BAND_ROWS, and so must end_row
     unless it is the height. Gathering reads the image gradient from `planes` and overwrites the `moments` of these
     Gaussians. `first` and `end` are multiples of LANES.
     """
@@ -297,7 +298,7 @@ def sweep(parameters, geometry, planes, moments, width, first, end, first_row, e
                 row = firsts[j * LANES + lane]
                 last = lasts[j * LANES + lane]
                 while row <= last:
-                    stop = min(last, row + run_rows[lane] - 1, row | (RESTART_ROWS - 1))
+                    stop = min(last, row + run_rows[lane] - 1, row | (BAND_ROWS - 1))
                     runs[pending, 0] = i + lane
                     runs[pending, 1] = lefts[lane] + j * LANES
                     runs[pending, 2] = row

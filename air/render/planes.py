@@ -17,6 +17,9 @@ FloatArray = NDArray[np.float32]
 
 PAD_ROWS = 9
 PAD_COLUMNS = 16
+BAND_ROWS = 64
+"""Images are cut between threads at multiples of this many rows, where every kernel starts afresh anyway."""
+
 GROUP = 16
 """Gaussians in the table are padded to a multiple of this, for 8 and for 16 lanes alike."""
 

@@ -33,10 +33,10 @@ def _render_chunk(xy: Tensor, scale: Tensor, angle: Tensor, colour: Tensor, heig
 def render_reference(gaussians: Gaussians, height: int, width: int) -> Tensor:
     """The image of shape (3, height, width); see `air.render.render`, which checks the arguments."""
     parts = (gaussians.xy, gaussians.scale, gaussians.angle, gaussians.colour)
-    # Summing products with no Gaussians gives zeros that still belong to the graph.
-    image = torch.einsum("nc,n->c", gaussians.colour[:0], gaussians.angle[:0])[:, None, None].expand(3, height, width)
+    image = torch.zeros(3, height, width, dtype=gaussians.xy.dtype, device=gaussians.xy.device)
     size = max(1, _CHUNK_ELEMENTS // (height * width))
-    for first in range(0, len(gaussians), size):
+    # No Gaussians are one empty chunk, so that the zeros still belong to the graph.
+    for first in range(0, max(len(gaussians), 1), size):
         chunk = [part[first : first + size] for part in parts]
         image = image + checkpoint(_render_chunk, *chunk, height, width, use_reentrant=False)
     return image

@@ -6,10 +6,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
-from air.render.planes import GROUP
-
-BAND_ROWS = 64
-"""Images are cut between threads at multiples of this many rows only, so that results do not depend on the cut."""
+from air.render.planes import BAND_ROWS, GROUP
 
 
 def _ranges(size: int, parts: int, multiple: int) -> list[tuple[int, int]]:
