@@ -106,7 +106,7 @@ def configure(arguments: argparse.Namespace, **models: type[Config]) -> list[Any
     file = read_sections(arguments.config, sections()) if arguments.config else {}
     built = []
     for section, model in models.items():
-        values = dict(file.get(section) or {})
+        values = dict(file.get(section, {}))
         values.update({name: getattr(arguments, name) for name in model.model_fields if hasattr(arguments, name)})
         built.append(build(model, values, section))
     return built

@@ -47,17 +47,21 @@ def build(model: type[ConfigT], values: Mapping[str, Any], where: str) -> Config
         ConfigError: An unknown key (with the nearest known one) or a value out of bounds; `where` says whose it is.
     """
     try:
-        return model(**values)
+        return model.model_validate({str(key): value for key, value in values.items()})
     except ValidationError as error:
         problems = [_describe(problem, model.model_fields) for problem in error.errors()]
         raise ConfigError(f"{where}: " + "; ".join(problems)) from None
 
 
 def _describe(problem: Any, known: Iterable[str]) -> str:
-    key = ".".join(str(part) for part in problem["loc"]) or "configuration"
+    key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         return f"unknown key '{key}'{suggestion(key, known)}"
-    return f"{key} = {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+    if problem["type"] == "missing":
+        return f"key '{key}' is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    # A model's own validator speaks of several keys, and names them.
+    return f"{key} = {problem['input']!r}: {message[0].lower()}{message[1:]}" if key else message
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
@@ -86,7 +90,7 @@ def read_sections(file: str | Path, sections: Mapping[str, type[Config]]) -> dic
     for name, values in document.items():
         if name not in sections:
             raise ConfigError(f"{file}: unknown section '{name}'{suggestion(str(name), sections)}")
-        if not isinstance(values, dict):
+        if not isinstance(values, dict | None):
             raise ConfigError(f"{file}: section '{name}' must be a mapping of keys")
-        build(sections[name], values, f"{file}, section '{name}'")
-    return document
+        build(sections[name], values or {}, f"{file}, section '{name}'")
+    return {name: values or {} for name, values in document.items()}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pipeline import images
 from pipeline.config import Config
@@ -29,6 +29,13 @@ class ViewConfig(Config):
     aspect_jitter: float = Field(
         1.0, ge=1, le=8, description="a crop's aspect is the image's times up to this, or divided by it"
     )
+
+    @model_validator(mode="after")
+    def _ordered(self) -> ViewConfig:
+        for low, high in (("min_view_pixels", "max_view_pixels"), ("min_crop", "max_crop")):
+            if getattr(self, low) > getattr(self, high):
+                raise ValueError(f"{low} = {getattr(self, low)} is above {high} = {getattr(self, high)}: set both")
+        return self
 
 
 @dataclass(frozen=True)
@@ -58,10 +65,10 @@ def draw_view(height: int, width: int, config: ViewConfig, seed: int) -> ViewBox
         seed: 64 bits; equal seeds give equal views.
     """
     random = np.random.Generator(np.random.PCG64(seed))
-    share = random.uniform(config.min_crop, max(config.min_crop, config.max_crop))
+    share = random.uniform(config.min_crop, config.max_crop)
     aspect = math.exp(random.uniform(-1, 1) * math.log(config.aspect_jitter))
     place_x, place_y = random.uniform(size=2)
-    pixels = random.uniform(config.min_view_pixels, max(config.min_view_pixels, config.max_view_pixels))
+    pixels = random.uniform(config.min_view_pixels, config.max_view_pixels)
 
     patch = config.patch_size
     crop_width = min(width, max(patch, width * math.sqrt(share * aspect)))

@@ -1,0 +1,71 @@
+"""Fixtures for every room: small pictures, folders of them, and one local Ray for the whole session."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+_IMPORTABLE = [str(ROOT), str(ROOT / "tests" / "pipeline")]
+
+# Ray workers and spawned processes must find the project and the toy job. The root goes first here, too: the folders
+# tests/air and tests/pipeline would pass for the packages of those names.
+sys.path[:0] = _IMPORTABLE
+os.environ["PYTHONPATH"] = os.pathsep.join([*_IMPORTABLE, *filter(None, [os.environ.get("PYTHONPATH")])])
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
+
+
+def encode_picture(seed: int, height: int = 24, width: int = 32, kind: str = "PNG") -> bytes:
+    """An image file with smooth colours; another seed gives other bytes."""
+    noise = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(noise).resize((width, height), Image.Resampling.BILINEAR).save(buffer, kind)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """A folder `pictures` with six PNG files, two of them in a folder below."""
+    folder = tmp_path / "pictures"
+    (folder / "below").mkdir(parents=True)
+    for number in range(6):
+        place = folder / "below" if number % 3 == 2 else folder
+        (place / f"{number}.png").write_bytes(encode_picture(number))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with four photographs that scikit-image and scikit-learn ship, at 96 pixels, as PNG and JPEG."""
+    data = pytest.importorskip("skimage.data", reason="the photographs come with scikit-image")
+    datasets = pytest.importorskip("sklearn.datasets", reason="two photographs come with scikit-learn")
+    folder = tmp_path_factory.mktemp("photographs")
+    scenes = {
+        "astronaut.png": data.astronaut(),
+        "chelsea.jpg": data.chelsea(),
+        "china.jpg": datasets.load_sample_image("china.jpg"),
+        "flower.png": datasets.load_sample_image("flower.jpg"),
+    }
+    for name, pixels in scenes.items():
+        picture = Image.fromarray(pixels)
+        picture.thumbnail((96, 96))
+        picture.save(folder / name)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def local_ray() -> Iterator[None]:
+    """A Ray of this machine with four slots, shared by all tests: jobs find it initialised."""
+    import ray
+
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    yield
+    ray.shutdown()

@@ -1,0 +1,121 @@
+"""Configuration: whatever is misspelt, out of bounds or no YAML is refused, and the message says which key of which file."""
+
+from pathlib import Path
+
+import pytest
+from pydantic import Field, model_validator
+
+from pipeline.config import Config, RunnerConfig, build, read_sections
+from pipeline.errors import ConfigError
+
+
+class BakeConfig(Config):
+    temperature: float = Field(180.0, ge=50, le=300)
+    minutes: int = Field(45, ge=1)
+    tins: tuple[int, ...] = Field((1,))
+
+    @model_validator(mode="after")
+    def _baked(self) -> "BakeConfig":
+        if self.temperature * self.minutes < 1000:
+            raise ValueError("temperature times minutes is below 1000")
+        return self
+
+
+SECTIONS = {"bake": BakeConfig, "runner": RunnerConfig}
+
+
+def read(folder: Path, text: str) -> dict[str, dict]:
+    file = folder / "air.yaml"
+    file.write_text(text, encoding="utf-8")
+    return read_sections(file, SECTIONS)
+
+
+def test_values_that_fit_are_taken_and_the_rest_are_defaults():
+    config = build(BakeConfig, {"minutes": 30, "tins": [1, 2]}, "bake")
+    assert (config.temperature, config.minutes, config.tins) == (180.0, 30, (1, 2))
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"minuts": 30}, ["unknown key 'minuts'", "did you mean 'minutes'?"]),
+        ({"zzz": 30}, ["unknown key 'zzz'"]),
+        ({"minutes": 0}, ["minutes = 0", "greater than or equal to 1"]),
+        ({"temperature": 301}, ["temperature = 301", "less than or equal to 300"]),
+        ({"minutes": "soon"}, ["minutes = 'soon'", "integer"]),
+        ({"minutes": 1.5}, ["minutes = 1.5", "integer"]),
+        ({"temperature": float("nan")}, ["temperature = nan", "finite"]),
+        ({"temperature": float("inf")}, ["temperature = inf"]),
+        ({"tins": [1, "two"]}, ["tins.1 = 'two'"]),
+        ({"minutes": 0, "temperatur": 1}, ["minutes = 0", "'temperatur'", "did you mean 'temperature'?"]),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(values: dict, said: list[str]):
+    with pytest.raises(ConfigError) as caught:
+        build(BakeConfig, values, "bake")
+    message = str(caught.value)
+    assert message.startswith("bake: ")
+    assert [part for part in said if part not in message] == []
+
+
+def test_what_several_keys_do_wrong_together_is_said_without_the_whole_configuration():
+    with pytest.raises(ConfigError) as caught:
+        build(BakeConfig, {"minutes": 3}, "bake")
+    assert str(caught.value) == "bake: temperature times minutes is below 1000"
+
+
+def test_a_word_unlike_any_key_gets_no_suggestion():
+    with pytest.raises(ConfigError) as caught:
+        build(BakeConfig, {"zzz": 30}, "bake")
+    assert "did you mean" not in str(caught.value)
+
+
+def test_configurations_do_not_change():
+    with pytest.raises(ValueError, match="frozen"):
+        BakeConfig().minutes = 3  # type: ignore[misc]
+
+
+def test_sections_of_a_file(tmp_path: Path):
+    text = "bake:\n  minutes: 20\nrunner:\n  executor: inline\n"
+    assert read(tmp_path, text) == {"bake": {"minutes": 20}, "runner": {"executor": "inline"}}
+
+
+@pytest.mark.parametrize("text", ["", "# nothing yet\n", "bake:\n", "bake:\n  # minutes: 20\n"])
+def test_a_file_with_everything_commented_out_changes_nothing(tmp_path: Path, text: str):
+    assert not any(read(tmp_path, text).values())
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("bake:\n  minuts: 20\n", ["section 'bake'", "unknown key 'minuts'", "did you mean 'minutes'?"]),
+        ("runner:\n  max_attempts: 0\n", ["section 'runner'", "max_attempts = 0"]),
+        ("backe:\n  minutes: 20\n", ["unknown section 'backe'", "did you mean 'bake'?"]),
+        ("bake:\n  temperature: .nan\n", ["temperature = nan"]),
+        ("bake: [1, 2]\n", ["section 'bake' must be a mapping"]),
+        ("- bake\n", ["must be a mapping of sections (bake, runner)", "not list"]),
+        ("bake: {minutes: 20\n", ["not valid YAML"]),
+        ("bake:\n\tminutes: 20\n", ["not valid YAML"]),
+        ("bake:\n  1: 2\n", ["unknown key '1'"]),
+        ("bake:\n  on: 2\n", ["unknown key 'True'"]),
+        ("7:\n  minutes: 2\n", ["unknown section '7'"]),
+    ],
+)
+def test_a_bad_file_is_refused_by_name(tmp_path: Path, text: str, said: list[str]):
+    with pytest.raises(ConfigError) as caught:
+        read(tmp_path, text)
+    message = str(caught.value)
+    assert "air.yaml" in message
+    assert [part for part in said if part not in message] == []
+
+
+def test_a_file_that_is_no_text_is_refused(tmp_path: Path):
+    file = tmp_path / "air.yaml"
+    file.write_bytes(b"bake: \xff\xfe")
+    with pytest.raises(ConfigError, match=r"air\.yaml is not valid YAML"):
+        read_sections(file, SECTIONS)
+
+
+def test_a_missing_file_is_refused(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"cannot read configuration .*nowhere\.yaml: No such file"):
+        read_sections(tmp_path / "nowhere.yaml", SECTIONS)
