@@ -26,7 +26,7 @@ from air.errors import AirError
 from pipeline import tables
 from pipeline.errors import Rejected
 from pipeline.storage import Storage, open_storage
-from pipeline.work import DataFile, Manifest, Unit, commit
+from pipeline.work import DataFile, Manifest, Unit, commit, printable
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def execute(
         output_uri: The output folder.
         isolate: Run every image in a child process, and put whatever happens there on the image: one that kills its
             process, or fails in a way that nobody foresaw, is found and quarantined.
-        report: Called after every sample.
+        report: Called when the work begins and after every sample.
 
     Returns:
         The manifest that is now in place: this attempt's, or that of another attempt which came first.
@@ -135,6 +135,7 @@ def execute(
     with tempfile.TemporaryDirectory(prefix="air-") as folder, _Caller(job, isolate) as call:
         scratch = Path(folder)
         job.prepare(lambda note: report(Progress(unit.name, note=note)))
+        report(Progress(unit.name))  # an attempt that hangs in its first sample is known to have begun
         writer = job.writer(unit, scratch, metadata)
         for sample in job.samples(unit, scratch):
             count += 1
@@ -185,7 +186,7 @@ def _quarantine_row(job: Job, unit: Unit, sample: Sample, data: bytes | None, re
         "shard": unit.name,
         "stage": job.name,
         "reason": rejection.reason,
-        "message": f"{sample.source}: {rejection.message}",
+        "message": printable(f"{sample.source}: {rejection.message}"),
         "sha256": "" if data is None else hashlib.sha256(data).hexdigest(),
         "bytes": len(data or b""),
     }

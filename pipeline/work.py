@@ -22,8 +22,8 @@ from typing import Any
 
 import air
 from pipeline import tables
-from pipeline.config import Config, build
-from pipeline.errors import DamagedDataError, PlanMismatchError, StorageError
+from pipeline.config import Config, ConfigT, build
+from pipeline.errors import ConfigError, DamagedDataError, PlanMismatchError, StorageError
 from pipeline.storage import Storage
 
 PLAN_PATH = "plan.json"
@@ -75,7 +75,7 @@ class Plan(Config):
             code_version=air.__version__,
             config=config.model_dump(mode="json"),
             units=tuple(sorted(units, key=lambda unit: unit.name)),
-            source=tuple(source),
+            source=tuple(map(printable, source)),
         )
 
     def differences(self, other: Plan) -> list[str]:
@@ -149,10 +149,7 @@ def read_plan(output: Storage) -> Plan:
     """
     if not output.exists(PLAN_PATH):
         raise StorageError(f"{output.uri(PLAN_PATH)} does not exist: {output.uri()} is not the output of a job")
-    try:
-        return build(Plan, json.loads(output.read(PLAN_PATH)), output.uri(PLAN_PATH))
-    except ValueError as error:
-        raise DamagedDataError(f"{output.uri(PLAN_PATH)} is not a plan: {error}") from None
+    return _parse(Plan, output, PLAN_PATH)
 
 
 class DataFile(Config):
@@ -193,10 +190,17 @@ def read_manifest(output: Storage, path: str) -> Manifest:
     Raises:
         DamagedDataError: It cannot be understood.
     """
+    return _parse(Manifest, output, path)
+
+
+def _parse(model: type[ConfigT], output: Storage, path: str) -> ConfigT:
     try:
-        return build(Manifest, json.loads(output.read(path)), output.uri(path))
-    except ValueError as error:
-        raise DamagedDataError(f"{output.uri(path)} is not a manifest: {error}") from None
+        values = json.loads(output.read(path))
+        if not isinstance(values, dict):
+            raise ValueError("no JSON object")
+        return build(model, values, path)
+    except (ValueError, ConfigError) as error:
+        raise DamagedDataError(f"{output.uri(path)} is not a {model.__name__.lower()}: {error}") from None
 
 
 def committed_units(output: Storage) -> set[str]:
@@ -229,6 +233,11 @@ def named_files(manifest: Manifest) -> list[DataFile]:
 def file_safe(name: str) -> str:
     """The name with everything but letters, digits, `_`, `-` and `=` replaced, for use in output file names."""
     return re.sub(r"[^\w=-]", "_", name, flags=re.ASCII)
+
+
+def printable(name: str) -> str:
+    """The name as Unicode that every format can hold: bytes that are no UTF-8 are shown as `\\udc..`."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def seed_of(*parts: str | int) -> int:

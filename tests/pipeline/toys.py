@@ -61,6 +61,9 @@ class ToyJob:
 
     name: ClassVar[str] = "toy"
 
+    def prepare(self, say: Callable[[str], None]) -> None:
+        """Nothing takes long."""
+
     def samples(self, unit: Unit, scratch: Path) -> Iterator[Sample]:
         """The keys of the unit."""
         self._note("attempt", unit.name)
@@ -114,7 +117,8 @@ class ToyJob:
     def count(self, what: str) -> Counter[str]:
         """How often an `attempt` at each unit was begun, or each key was `processed`."""
         return Counter(
-            path.name.removeprefix(f"note-{what}-").rpartition("-")[0] for path in Path(self.notes).glob(f"note-{what}-*")
+            path.name.removeprefix(f"note-{what}-").rpartition("-")[0]
+            for path in Path(self.notes).glob(f"note-{what}-*")
         )
 
 
@@ -139,7 +143,9 @@ class ToyWriter:
 
 def make_units(count: int, samples: int = 3) -> list[Unit]:
     """Units `unit-0` and so on."""
-    return [Unit(name=f"unit-{n}", input=f"{n}.tar", bytes=10, sha256=f"{n:064x}", samples=samples) for n in range(count)]
+    return [
+        Unit(name=f"unit-{n}", input=f"{n}.tar", bytes=10, sha256=f"{n:064x}", samples=samples) for n in range(count)
+    ]
 
 
 def make_plan(output: Storage, count: int, samples: int = 3) -> Plan:
