@@ -45,6 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", level=os.environ.get("AIR_LOG_LEVEL", "WARNING").upper())
     try:
         return import_module(f"jobs.{command}").main(rest)
+    except SystemExit as stop:  # argparse: --help, or a wrong option that it has explained
+        return int(stop.code or EXIT_DONE)
     except ConfigError as error:
         print(f"air {command}: {error}", file=sys.stderr)
         return EXIT_USAGE

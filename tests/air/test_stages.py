@@ -1,0 +1,109 @@
+"""The stage loop: which patches are active, what is frozen, and that stages buy quality."""
+
+import numpy as np
+import pytest
+import torch
+
+from air.gaussians import activate, anchors
+from air.optimize import OptimizeConfig
+from air.render import render
+from air.residual import residual_initialization
+from air.stages import GridPredictor, StageControl, active_patches, all_gaussians, run_stages
+
+
+@pytest.fixture(scope="module")
+def photograph() -> torch.Tensor:
+    """A crop of a photograph, 3 x 70 x 84: ten by twelve patches of 7."""
+    data = pytest.importorskip("skimage.data", reason="the photograph comes with scikit-image")
+    return torch.from_numpy(data.astronaut()[60:130, 180:264].astype(np.float32) / 255).permute(2, 0, 1).contiguous()
+
+
+def naive_ssim(x: np.ndarray, y: np.ndarray) -> float:
+    """Of one patch (3, p, p), from the formula in method.md section 3."""
+    scores = []
+    for a, b in zip(x.astype(np.float64), y.astype(np.float64), strict=True):
+        covariance = ((a - a.mean()) * (b - b.mean())).mean()
+        above = (2 * a.mean() * b.mean() + 0.01**2) * (2 * covariance + 0.03**2)
+        scores.append(above / ((a.mean() ** 2 + b.mean() ** 2 + 0.01**2) * (a.var() + b.var() + 0.03**2)))
+    return float(np.mean(scores))
+
+
+@pytest.mark.parametrize(("height", "width"), [(21, 28), (20, 25), (7, 7), (1, 1), (3, 40)])
+def test_a_patch_is_active_exactly_when_one_error_is_above_its_bound(height: int, width: int) -> None:
+    generator = torch.Generator().manual_seed(height * 100 + width)
+    image = torch.rand(3, height, width, generator=generator)
+    # Noise that grows from left to right, so that patches fall on both sides of both bounds.
+    noise = torch.randn(3, height, width, generator=generator) * torch.linspace(0, 0.05, width)
+    canvas = image + noise
+    control = StageControl(max_mse=3e-4, max_dssim=0.01)
+    active = active_patches(canvas, image, 7, control).numpy()
+
+    rows, columns = -(-height // 7), -(-width // 7)
+    padding = ((0, 0), (0, rows * 7 - height), (0, columns * 7 - width))
+    x, y = (np.pad(picture.numpy(), padding, mode="edge") for picture in (canvas, image))
+    expected = []
+    for row in range(rows):
+        for column in range(columns):
+            tile = np.s_[:, row * 7 : row * 7 + 7, column * 7 : column * 7 + 7]
+            mse = np.square(x[tile].astype(np.float64) - y[tile]).mean()
+            expected.append(mse > control.max_mse or 1 - naive_ssim(x[tile], y[tile]) > control.max_dssim)
+    assert active.tolist() == expected
+
+
+def test_a_perfect_canvas_has_no_active_patch_and_ends_the_loop(photograph: torch.Tensor) -> None:
+    assert not active_patches(photograph, photograph, 7, StageControl()).any()
+    black = torch.zeros(3, 14, 14)
+    assert list(run_stages(black, GridPredictor(7), [OptimizeConfig(steps=1)] * 3)) == []
+
+
+def test_each_stage_adds_only_to_bad_patches_and_improves_the_picture(photograph: torch.Tensor) -> None:
+    stages = list(run_stages(photograph, GridPredictor(7), [OptimizeConfig(steps=40)] * 3))
+    _, height, width = photograph.shape
+    canvas = torch.zeros_like(photograph)
+    for number, stage in enumerate(stages):
+        assert stage.stage == number
+        active = active_patches(canvas, photograph, 7, StageControl()).nonzero()[:, 0]
+        assert torch.equal(stage.patch, active)
+        assert torch.equal(stage.anchor, anchors(height, width, 7)[active])
+        assert stage.loss[1] < stage.loss[0]
+        canvas = canvas + render(activate(stage.target, stage.anchor, 7), height, width)
+    psnr = [stage.psnr[1] for stage in stages]
+    # A later stage is worth more than a decibel here; a start that does not fit the residual is not.
+    assert psnr[1] > psnr[0] + 1
+    assert psnr[2] > psnr[1] + 0.5
+
+
+def test_the_recorded_psnr_is_that_of_the_sum_of_all_gaussians(photograph: torch.Tensor) -> None:
+    stages = list(run_stages(photograph, GridPredictor(7), [OptimizeConfig(steps=10)] * 3))
+    _, height, width = photograph.shape
+    image = render(all_gaussians(stages, 7, "target").to(torch.float64), height, width)
+    mse = (image.clamp(0, 1) - photograph).square().mean().item()
+    assert -10 * np.log10(mse) == pytest.approx(stages[-1].psnr[1], abs=2e-3)
+
+
+def test_canvas_predicted_builds_on_predictions(photograph: torch.Tensor) -> None:
+    config = [OptimizeConfig(steps=20)] * 2
+    first, second = run_stages(photograph, GridPredictor(7), config, canvas="predicted")
+    _, height, width = photograph.shape
+    canvas = render(activate(first.predicted, first.anchor, 7), height, width)
+    expected = residual_initialization(photograph - canvas, 7)[second.patch]
+    torch.testing.assert_close(second.predicted, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_without_steps_targets_are_the_predictions(photograph: torch.Tensor) -> None:
+    for stage in run_stages(photograph, GridPredictor(7), [OptimizeConfig(steps=0)] * 2):
+        torch.testing.assert_close(stage.target, stage.predicted)
+        assert stage.psnr[0] == stage.psnr[1]
+
+
+@pytest.mark.parametrize(("height", "width", "patch_size"), [(1, 1, 4), (5, 3, 7), (20, 31, 6), (14, 14, 7)])
+def test_a_residuals_start_lies_inside_the_image_and_takes_some_of_it_away(
+    height: int, width: int, patch_size: int
+) -> None:
+    residual = 0.3 * torch.randn(3, height, width, generator=torch.Generator().manual_seed(4))
+    anchor = anchors(height, width, patch_size)
+    gaussians = activate(residual_initialization(residual, patch_size), anchor, patch_size)
+    assert (gaussians.xy > -0.5).all()
+    assert (gaussians.xy < torch.tensor([width - 0.5, height - 0.5])).all()
+    left = residual - render(gaussians, height, width)
+    assert left.square().sum() < residual.square().sum()

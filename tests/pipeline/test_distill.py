@@ -1,0 +1,175 @@
+"""Distillation end to end: rows that mean what they say, the same whatever ran them."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from air.gaussians import Gaussians
+from air.render import render
+from jobs.distill import distill
+from jobs.shard import shard
+from pipeline import images, tables
+from pipeline.audit import verify
+from pipeline.config import RunnerConfig
+from pipeline.distill import DistillConfig
+from pipeline.errors import PlanMismatchError
+from pipeline.shards import ShardConfig
+from pipeline.sheet import final_gaussians, save_sheet
+from pipeline.storage import open_storage
+from pipeline.work import read_manifests
+
+INLINE = RunnerConfig(executor="inline")
+QUICK = DistillConfig(patch_size=7, stages=2, steps=(6, 3), views=2, min_crop=0.5)
+
+
+def read_targets(folder: Path) -> pa.Table:
+    """All rows that manifests name, in a fixed order."""
+    files = [folder / file.path for manifest in read_manifests(open_storage(folder)) for file in manifest.files]
+    return pa.concat_tables([pq.read_table(file) for file in sorted(files)]).sort_by(
+        [("key", "ascending"), ("view", "ascending")]
+    )
+
+
+@pytest.fixture(scope="module")
+def shards(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The photographs in two shards."""
+    folder = tmp_path_factory.mktemp("distill") / "shards"
+    shard([str(photographs)], str(folder), ShardConfig(max_count=2), INLINE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def targets(shards: Path) -> Path:
+    """Their targets, made inline."""
+    distill(str(shards), str(shards.parent / "targets"), QUICK, INLINE)
+    return shards.parent / "targets"
+
+
+def test_there_is_one_row_per_view_with_the_declared_columns(targets: Path) -> None:
+    table = read_targets(targets)
+    assert table.schema.equals(tables.TARGETS, check_metadata=False)
+    assert all(field.metadata[b"unit"] for field in table.schema)
+    assert table.num_rows == 8
+    assert table["view"].to_pylist() == [0, 1] * 4
+    assert len(set(table["seed"].to_pylist())) == 8
+    keys = table["key"].to_pylist()
+    assert keys == sorted(keys)
+
+
+def test_lists_have_one_entry_per_gaussian_and_per_stage(targets: Path) -> None:
+    for row in read_targets(targets).to_pylist():
+        count = sum(row["gaussians"])
+        for name in tables.GAUSSIAN_QUANTITIES:
+            assert len(row[f"predicted_{name}"]) == len(row[f"target_{name}"]) == count
+        assert np.bincount(row["stage"]).tolist() == row["gaussians"]
+        assert row["steps"] == [6, 3]
+        patches = (row["height"] // 7) * (row["width"] // 7)
+        assert max(row["anchor"]) < patches
+        assert row["height"] % 7 == row["width"] % 7 == 0
+
+
+def test_the_stored_gaussians_render_to_the_stored_psnr(targets: Path) -> None:
+    """The Parquet alone, in float64 and by the reference renderer, gives the quality that it claims."""
+    for row in read_targets(targets).to_pylist():
+        columns = [torch.tensor(row[f"target_{name}"], dtype=torch.float64) for name in tables.GAUSSIAN_QUANTITIES]
+        gaussians = Gaussians(
+            torch.stack(columns[:2], 1), torch.stack(columns[2:4], 1), columns[4], torch.stack(columns[5:], 1)
+        )
+        picture = render(gaussians, row["height"], row["width"], backend="reference").clamp(0, 1)
+        original = torch.from_numpy(images.decode_png(row["image"])).permute(2, 0, 1) / 255
+        psnr = -10 * torch.log10((picture - original).square().mean()).item()
+        assert psnr == pytest.approx(row["psnr_target"][-1], abs=5e-3)
+        assert row["psnr_target"][-1] > row["psnr_predicted"][0]
+
+
+def test_files_say_which_plan_and_model_made_them(targets: Path) -> None:
+    manifests = list(read_manifests(open_storage(targets)))
+    for manifest in manifests:
+        metadata = pq.read_metadata(targets / manifest.files[0].path).metadata
+        assert metadata[b"air.plan"].decode() == manifest.plan
+        assert metadata[b"air.model"] == b"grid"
+        assert metadata[b"air.schema_version"].decode() == str(tables.SCHEMA_VERSION)
+    assert sum(manifest.summary["views"] for manifest in manifests) == 8
+
+
+def test_running_again_does_nothing_and_changes_nothing(shards: Path, targets: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in targets.rglob("*") if path.is_file()}
+    tally = distill(str(shards), str(targets), QUICK, INLINE)
+    assert tally.summary["views"] == 8
+    assert before == {path: path.stat().st_mtime_ns for path in targets.rglob("*") if path.is_file()}
+
+
+def test_another_run_gives_the_same_values(shards: Path, targets: Path, tmp_path: Path) -> None:
+    distill(str(shards), str(tmp_path / "again"), QUICK, INLINE)
+    assert read_targets(tmp_path / "again").equals(read_targets(targets))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_ray_gives_the_same_values(shards: Path, targets: Path, tmp_path: Path, workers: int, local_ray: None) -> None:
+    distill(str(shards), str(tmp_path / "ray"), QUICK, RunnerConfig(executor="ray", workers=workers))
+    assert read_targets(tmp_path / "ray").equals(read_targets(targets))
+    assert not list(verify(open_storage(tmp_path / "ray")))
+
+
+def test_resharding_gives_the_same_values(photographs: Path, targets: Path, tmp_path: Path) -> None:
+    """Randomness hangs on the key: another cut of the same pictures changes the shard column and nothing else."""
+    shard([str(photographs)], str(tmp_path / "shards"), ShardConfig(max_count=3), INLINE)
+    distill(str(tmp_path / "shards"), str(tmp_path / "targets"), QUICK, INLINE)
+    other, expected = read_targets(tmp_path / "targets"), read_targets(targets)
+    assert other.drop_columns("shard").equals(expected.drop_columns("shard"))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"), [({"seed": 1}, "seed: 0 -> 1"), ({"patch_size": 8}, "patch_size: 7 -> 8")]
+)
+def test_another_plan_is_refused_by_name(shards: Path, targets: Path, change: dict, named: str) -> None:
+    with pytest.raises(PlanMismatchError, match=named):
+        distill(str(shards), str(targets), QUICK.model_copy(update=change), INLINE)
+
+
+def test_an_image_below_one_patch_goes_to_quarantine(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "thin.png").write_bytes(images.encode_png(np.full((3, 40, 3), 200, np.uint8)))
+    (tmp_path / "in" / "fine.png").write_bytes(images.encode_png(np.full((14, 14, 3), 200, np.uint8)))
+    shard([str(tmp_path / "in")], str(tmp_path / "shards"), ShardConfig(), INLINE)
+    tally = distill(str(tmp_path / "shards"), str(tmp_path / "targets"), QUICK, INLINE)
+    assert tally.rejected == {"too_small": 1}
+    assert tally.summary["images"] == 1
+
+
+def test_a_black_image_needs_no_gaussians(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "black.png").write_bytes(images.encode_png(np.zeros((21, 21, 3), np.uint8)))
+    shard([str(tmp_path / "in")], str(tmp_path / "shards"), ShardConfig(), INLINE)
+    distill(str(tmp_path / "shards"), str(tmp_path / "targets"), QUICK, INLINE)
+    row = read_targets(tmp_path / "targets").to_pylist()[0]
+    assert row["gaussians"] == row["stage"] == row["psnr_target"] == []
+    save_sheet(open_storage(tmp_path / "targets"), "target", tmp_path / "sheet.png")
+    assert (tmp_path / "sheet.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize("canvas", ["target", "predicted"])
+def test_the_sheet_shows_the_gaussians_that_the_psnr_is_about(shards: Path, tmp_path: Path, canvas: str) -> None:
+    config = QUICK.model_copy(update={"canvas": canvas, "views": 1})
+    distill(str(shards), str(tmp_path / "targets"), config, INLINE)
+    for row in read_targets(tmp_path / "targets").to_pylist():
+        picture = render(final_gaussians(row, canvas), row["height"], row["width"]).clamp(0, 1)
+        original = torch.from_numpy(images.decode_png(row["image"])).permute(2, 0, 1) / 255
+        psnr = -10 * torch.log10((picture - original).square().mean()).item()
+        assert psnr == pytest.approx(row["psnr_target"][-1], abs=5e-3)
+
+
+def test_all_readers_open_the_targets(targets: Path) -> None:
+    duckdb = pytest.importorskip("duckdb")
+    pandas = pytest.importorskip("pandas", reason="pandas is a development dependency")
+    polars = pytest.importorskip("polars", reason="polars is a development dependency")
+    pattern = f"{targets}/data/*.parquet"
+    expected = read_targets(targets)
+    total = sum(map(len, expected["target_x"].to_pylist()))
+    assert duckdb.sql(f"select sum(len(target_x)) from '{pattern}'").fetchall() == [(total,)]
+    assert polars.read_parquet(pattern)["target_x"].list.len().sum() == total
+    assert pandas.read_parquet(targets / "data")["target_x"].map(len).sum() == total
