@@ -173,3 +173,27 @@ def test_all_readers_open_the_targets(targets: Path) -> None:
     assert duckdb.sql(f"select sum(len(target_x)) from '{pattern}'").fetchall() == [(total,)]
     assert polars.read_parquet(pattern)["target_x"].list.len().sum() == total
     assert pandas.read_parquet(targets / "data")["target_x"].map(len).sum() == total
+
+
+AWKWARD = Path(__file__).parents[3] / "shared" / "data" / "awkward"
+
+
+@pytest.mark.skipif(not AWKWARD.is_dir(), reason="../shared/data/awkward is not beside this checkout")
+def test_every_awkward_file_is_distilled_or_refused_for_its_reason(tmp_path: Path) -> None:
+    sharded = shard([str(AWKWARD)], str(tmp_path / "shards"), ShardConfig(), INLINE)
+    assert sharded.rejected == {"truncated": 2, "corrupt": 1, "empty": 1, "not_an_image": 1, "too_many_pixels": 1}
+    distill(str(tmp_path / "shards"), str(tmp_path / "targets"), DistillConfig(stages=1, steps=(20,)), INLINE)
+    rows = {
+        row["key"].rpartition("-")[0].removeprefix("awkward/"): row
+        for row in read_targets(tmp_path / "targets").to_pylist()
+    }
+    quarantine = pa.concat_tables(map(pq.read_table, (tmp_path / "targets" / "quarantine").glob("*.parquet")))
+    refused = {Path(row["message"].partition(":")[0]).stem: row["reason"] for row in quarantine.to_pylist()}
+    assert refused == {"width1_1x400": "too_small", "height1_400x1": "too_small", "single_pixel_1x1": "too_small"}
+    assert len(rows) == 16
+    assert (rows["exif_rotated6"]["height"], rows["exif_rotated6"]["width"]) == (119, 77)  # upright, in whole patches
+    assert rows["constant_colour"]["psnr_target"][-1] > 33
+    # The transparent corner of this picture is white: over white, not over what hides under alpha 0.
+    assert (images.decode_png(rows["rgba_soft_alpha"]["image"])[0, 0] > 250).all()
+    for name, row in rows.items():
+        assert row["psnr_target"][-1] > row["psnr_predicted"][0], name
