@@ -26,7 +26,7 @@ def print_outcome(done: str, output: str, tally: Tally) -> None:
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """A table with its numbers to the right. Piped output keeps its width, so that nothing is cut off."""
     rows = list(rows)
-    table = Table(title=title or None, title_justify="left", title_style="bold", show_header=any(columns))
+    table = Table(title=escape(title) or None, title_justify="left", title_style="bold", show_header=any(columns))
     for position, column in enumerate(columns):
         numeric = all(isinstance(row[position], int | float | None) for row in rows)
         table.add_column(column, justify="right" if numeric else "left", overflow="fold")

@@ -164,21 +164,28 @@ class _Drive:
         """Runs all of `todo`; returns the units that failed for good, with the cause of each."""
         pending = deque(todo)
         with open_executor(self._config, self._report) as self._executor:
-            while pending or self._at_work:
-                while pending and len(self._at_work) < self._executor.window():
-                    self._submit(pending.popleft())
-                if not pending:
-                    self._repeat_stragglers()
-                for handle, outcome in self._executor.wait(list(self._at_work)):
-                    unit = self._at_work.pop(handle, None)
-                    if unit is None:
-                        continue  # the slower of two attempts, cancelled
-                    if isinstance(outcome, Manifest):
-                        self._finish(unit, outcome)
-                    elif unit not in self._at_work.values() and self._again(unit, outcome):
-                        pending.append(unit)
-                self._display.update(self._tally)
+            try:
+                while pending or self._at_work:
+                    while pending and len(self._at_work) < self._executor.window():
+                        self._submit(pending.popleft())
+                    if not pending:
+                        self._repeat_stragglers()
+                    self._take_what_ended(pending)
+                    self._display.update(self._tally)
+            finally:
+                for handle in self._at_work:  # of a run that stops early: the cluster may outlive it
+                    self._executor.cancel(handle)
         return self._failures
+
+    def _take_what_ended(self, pending: deque[Unit]) -> None:
+        for handle, outcome in self._executor.wait(list(self._at_work)):
+            unit = self._at_work.pop(handle, None)
+            if unit is None:
+                continue  # the slower of two attempts, cancelled
+            if isinstance(outcome, Manifest):
+                self._finish(unit, outcome)
+            elif unit not in self._at_work.values() and self._again(unit, outcome):
+                pending.append(unit)
 
     def _report(self, progress: Progress) -> None:
         if any(unit.name == progress.unit for unit in self._at_work.values()):

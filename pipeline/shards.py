@@ -22,17 +22,19 @@ from pipeline.errors import DamagedDataError, JobFailedError, Rejected
 from pipeline.process import EncodedImage, Sample
 from pipeline.sources import Item, ItemReader, find_items
 from pipeline.storage import Storage
-from pipeline.work import PLAN_PATH, Plan, Unit, committed_units, file_safe, read_manifests, read_plan
+from pipeline.work import PLAN_PATH, Plan, Unit, committed_units, file_safe, printable, read_manifests, read_plan
 
-# One tar header, the JSON member with its own, and padding: what a sample costs beside its image.
-_SAMPLE_OVERHEAD = 2048
+# Upper bound on a sample's JSON member, beside its key and source.
+_ABOUT_BYTES = 256
 
 
 class ShardConfig(Config):
     """What `air shard` makes of a collection of images."""
 
     max_count: int = Field(256, ge=1, le=1_000_000, description="most images in a shard")
-    max_bytes: int = Field(256_000_000, ge=10_000, description="most bytes of a shard; one larger image stands alone")
+    max_bytes: int = Field(
+        256_000_000, ge=tarfile.RECORDSIZE, description="most bytes of a shard; one larger image stands alone"
+    )
     check: Literal["decode", "header"] = Field("decode", description="decode every image, or read its header only")
     max_pixels: int = Field(images.MAX_PIXELS, ge=1, description="images with more pixels are refused before decoding")
     image_column: str | None = Field(None, description="Parquet column with image bytes; default: a known name")
@@ -99,14 +101,15 @@ class TarWriter:
 
     def add(self, result: dict[str, Any]) -> Mapping[str, float]:
         """Appends a sample; counts images, bytes and pixels."""
-        size = sum(len(value) for name, value in result.items() if name != "__key__")
-        if self._tar is not None and self._bytes + size + _SAMPLE_OVERHEAD > self._max_bytes:
+        key = result["__key__"]
+        size = sum(_member_bytes(f"{key}.{name}", len(value)) for name, value in result.items() if name != "__key__")
+        if self._tar is not None and _tar_bytes(self._bytes + size) > self._max_bytes:
             self._close()
         if self._tar is None:
             self._tar = self._open()
         self._tar.write(result)
         self._count += 1
-        self._bytes += size + _SAMPLE_OVERHEAD
+        self._bytes += size
         about = json.loads(result["json"])
         return {"images": 1, "image_bytes": about["bytes"], "pixels": about["width"] * about["height"]}
 
@@ -132,6 +135,22 @@ class TarWriter:
         self._stream.close()
         self._files[-1] = (self._files[-1][0], self._count)
         self._tar = self._stream = None
+
+
+def _member_bytes(name: str, size: int) -> int:
+    """What a tar member takes: a header and its content in whole blocks, and as much again for a long name."""
+    length = len(name.encode("utf-8", "surrogateescape"))
+    long_name = tarfile.BLOCKSIZE + _whole(length + 1, tarfile.BLOCKSIZE) if length > tarfile.LENGTH_NAME else 0
+    return long_name + tarfile.BLOCKSIZE + _whole(size, tarfile.BLOCKSIZE)
+
+
+def _tar_bytes(members: int) -> int:
+    """The size of a tar: its members and two empty blocks, in whole records."""
+    return _whole(members + 2 * tarfile.BLOCKSIZE, tarfile.RECORDSIZE)
+
+
+def _whole(size: int, unit: int) -> int:
+    return -(-size // unit) * unit
 
 
 def plan_shards(config: ShardConfig, inputs: Sequence[str]) -> tuple[Plan, dict[str, bytes]]:
@@ -165,8 +184,9 @@ def _cut(items: Sequence[Item], config: ShardConfig) -> Iterator[list[Item]]:
     run: list[Item] = []
     size = 0
     for item in items:
-        cost = item.bytes + _SAMPLE_OVERHEAD
-        if run and (len(run) == config.max_count or size + cost > config.max_bytes):
+        about = _ABOUT_BYTES + len(json.dumps([item.key, item.source]))
+        cost = _member_bytes(f"{item.key}.webp", item.bytes) + _member_bytes(f"{item.key}.json", about)
+        if run and (len(run) == config.max_count or _tar_bytes(size + cost) > config.max_bytes):
             yield run
             run, size = [], 0
         run.append(item)
@@ -211,9 +231,13 @@ def _committed_shards(storage: Storage) -> Iterator[Unit]:
 
 
 def _foreign_shard(storage: Storage, path: str) -> Unit:
+    stem = path.removesuffix(".tar")
+    name = file_safe(stem)
+    if name != stem:  # `a/b` and `a_b` are two shards
+        name += f"-{hashlib.sha256(stem.encode('utf-8', 'surrogateescape')).hexdigest()[:8]}"
     with storage.local_file(path) as local:
         return Unit(
-            name=file_safe(path.removesuffix(".tar")),
+            name=name,
             input=path,
             bytes=local.stat().st_size,
             sha256=_checksum(local),
@@ -244,11 +268,14 @@ def read_samples(storage: Storage, unit: Unit) -> Iterator[Sample]:
                     yield _sample(sample, unit)
             except tarfile.TarError as error:
                 raise DamagedDataError(f"{storage.uri(unit.input)} is not a whole tar: {error}") from None
+            except ValueError as error:  # two members of a sample with one ending
+                raise DamagedDataError(f"{storage.uri(unit.input)} is no WebDataset shard: {error.args[0]}") from None
 
 
 def _sample(sample: Mapping[str, Any], unit: Unit) -> Sample:
-    key = sample["__key__"]
+    key = printable(sample["__key__"])
     data = next((sample[name] for name in sample if f".{name}" in images.IMAGE_EXTENSIONS), None)
+    endings = sorted(f".{name}" for name in sample if not name.startswith("__"))
     source = f"{unit.name}/{key}"
     if "json" in sample:
         try:
@@ -259,7 +286,7 @@ def _sample(sample: Mapping[str, Any], unit: Unit) -> Sample:
 
     def read() -> bytes:
         if data is None:
-            raise Rejected("no_image", f"the sample has no image member (it has {', '.join(sorted(sample))})")
+            raise Rejected("no_image", f"the sample has no image member (its members end in {', '.join(endings)})")
         return data
 
     return Sample(key, source, read)

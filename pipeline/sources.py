@@ -13,7 +13,7 @@ import posixpath
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import ConfigError, DamagedDataError, Rejected, StorageError
 from pipeline.images import IMAGE_EXTENSIONS
-from pipeline.storage import MissingFileError, Storage, normalise, open_parent, open_storage
+from pipeline.storage import Entry, MissingFileError, Storage, normalise, open_parent, open_storage
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +73,8 @@ def find_items(inputs: Sequence[str], image_column: str | None = None) -> list[I
         items += found
     items.sort(key=lambda item: item.key)
     for one, other in pairwise(items):
+        if one.key == other.key and one.root == other.root:
+            raise ConfigError(f"{inputs[one.root]} holds {one.source} twice: remove one of them")
         if one.key == other.key:
             raise ConfigError(
                 f"{inputs[one.root]} and {inputs[other.root]} both hold {one.source}: "
@@ -82,9 +84,9 @@ def find_items(inputs: Sequence[str], image_column: str | None = None) -> list[I
 
 
 def _find_in(root: int, given: str, image_column: str | None) -> Iterator[Item]:
-    storage, name, paths = _expand(given)
+    storage, name, list_files = _expand(given)
     skipped: Counter[str] = Counter()
-    for path, size in paths:
+    for path, size in list_files():
         ending = posixpath.splitext(path)[1].lower()
         full = posixpath.join(name, path)
         if ending in IMAGE_EXTENSIONS:
@@ -105,22 +107,25 @@ def root_storage(given: str) -> Storage:
     return _expand(given)[0]
 
 
-def _expand(given: str) -> tuple[Storage, str, Iterator[tuple[str, int]]]:
-    """The storage of an input, the name that stands for it in keys, and the paths and sizes of its files."""
+def _expand(given: str) -> tuple[Storage, str, Callable[[], Iterator[Entry]]]:
+    """The storage of an input, the name that stands for it in keys, and what lists its files.
+
+    Listing is left to the caller: it takes long, and workers need the storage alone.
+    """
     uri = normalise(given)
-    name = posixpath.basename(uri)
     try:
         parent, last = open_parent(uri)
         if parent.exists(last):
-            return parent, posixpath.basename(parent.uri()), iter([(last, parent.size(last))])
+            return parent, posixpath.basename(parent.uri()), lambda: iter([Entry(last, parent.size(last))])
     except StorageError:
         pass  # a bucket or the root folder has no parent
-    if _WILDCARDS.search(uri):
-        fixed, pattern = _split_glob(uri)
-        folder = open_storage(fixed or "/")
-        matches = _glob_expression(pattern).fullmatch
-        return folder, posixpath.basename(fixed), (entry for entry in folder.list() if matches(entry.path))
-    return open_storage(uri), name, iter(open_storage(uri).list())
+    folder = open_storage(uri)
+    if not _WILDCARDS.search(uri) or next(folder.list(), None):  # a folder may be called `holidays [2020]`
+        return folder, posixpath.basename(uri), folder.list
+    fixed, pattern = _split_glob(uri)
+    above = open_storage(fixed or "/")
+    matches = _glob_expression(pattern).fullmatch
+    return above, posixpath.basename(fixed), lambda: (entry for entry in above.list() if matches(entry.path))
 
 
 def _split_glob(uri: str) -> tuple[str, str]:
@@ -147,7 +152,7 @@ def _find_in_tar(storage: Storage, root: int, path: str, full: str) -> Iterator[
         with storage.open(path) as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
             for member in archive:
                 if member.isreg() and posixpath.splitext(member.name)[1].lower() in IMAGE_EXTENSIONS:
-                    name = posixpath.join(full, member.name.lstrip("./"))
+                    name = posixpath.join(full, member.name.removeprefix("./"))
                     yield Item(_key(name), name, root, path, member.size, offset=member.offset_data)
                 archive.members = []  # type: ignore[attr-defined]  # a million headers would stay in memory
     except tarfile.TarError as error:
@@ -172,7 +177,7 @@ def _find_in_parquet(storage: Storage, root: int, path: str, full: str, image_co
                     name = f"{full}/{row:09d}"
                     yield Item(_key(name), name, root, path, total // metadata.num_rows, row=row)
                     row += 1
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowInvalid, OSError) as error:
         raise DamagedDataError(f"{storage.uri(path)} is not a Parquet file: {error}") from None
 
 

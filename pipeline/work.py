@@ -236,7 +236,7 @@ def file_safe(name: str) -> str:
 
 
 def printable(name: str) -> str:
-    """The name as Unicode that every format can hold: bytes that are no UTF-8 are shown as `\\udc..`."""
+    """The name as Unicode that every format can hold: a byte that is no UTF-8 becomes an escape."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -23,17 +21,11 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
 
 
-def encode_picture(seed: int, height: int = 24, width: int = 32, kind: str = "PNG") -> bytes:
-    """An image file with smooth colours; another seed gives other bytes."""
-    noise = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(noise).resize((width, height), Image.Resampling.BILINEAR).save(buffer, kind)
-    return buffer.getvalue()
-
-
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
     """A folder `pictures` with six PNG files, two of them in a folder below."""
+    from toys import encode_picture
+
     folder = tmp_path / "pictures"
     (folder / "below").mkdir(parents=True)
     for number in range(6):

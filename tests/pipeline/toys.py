@@ -16,6 +16,7 @@ Every start of an attempt and every processed key leaves a note, a file of its o
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import time
@@ -27,8 +28,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from PIL import Image
 
 from pipeline import process, tables
 from pipeline.config import Config
@@ -120,6 +123,14 @@ class ToyJob:
             path.name.removeprefix(f"note-{what}-").rpartition("-")[0]
             for path in Path(self.notes).glob(f"note-{what}-*")
         )
+
+
+def encode_picture(seed: int, height: int = 24, width: int = 32, kind: str = "PNG") -> bytes:
+    """An image file with smooth colours; another seed gives other bytes."""
+    noise = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(noise).resize((width, height), Image.Resampling.BILINEAR).save(buffer, kind)
+    return buffer.getvalue()
 
 
 class ToyWriter:
