@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from pipeline.errors import DamagedDataError
 from pipeline.shards import count_samples
 from pipeline.storage import Storage
-from pipeline.work import DataFile, named_files, read_manifest, read_manifests, read_plan
+from pipeline.work import DataFile, Plan, named_files, read_manifest, read_manifests, read_plan
 
 
 def remove_garbage(output: Storage) -> tuple[int, int]:
@@ -37,12 +37,16 @@ def verify(output: Storage) -> Iterator[str]:
     An output folder that is whole and intact yields nothing.
     """
     plan = read_plan(output)
+    yield from _verify_listings(output, plan)
     planned = {unit.name for unit in plan.units}
     for path, _ in output.list("manifest"):
         try:
             manifest = read_manifest(output, path)
         except DamagedDataError as error:
             yield str(error)
+            continue
+        if path != f"manifest/{manifest.unit}.json":
+            yield f"{path}: speaks of {manifest.unit}"
             continue
         if manifest.unit not in planned:
             yield f"{path}: unit {manifest.unit} is not in the plan"
@@ -55,6 +59,16 @@ def verify(output: Storage) -> Iterator[str]:
         for file in named_files(manifest):
             yield from (f"{path}: {problem}" for problem in _verify_file(output, file))
     yield from (f"unit {name} is not done" for name in sorted(planned))
+
+
+def _verify_listings(output: Storage, plan: Plan) -> Iterator[str]:
+    for unit in plan.units:
+        if unit.input != f"plan/{unit.name}.json":
+            continue  # a shard somewhere else
+        if not output.exists(unit.input):
+            yield f"{unit.input} is missing"
+        elif hashlib.sha256(output.read(unit.input)).hexdigest() != unit.sha256:
+            yield f"{unit.input} is not the listing that the plan names"
 
 
 def _verify_file(output: Storage, file: DataFile) -> Iterator[str]:

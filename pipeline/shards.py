@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -23,6 +24,9 @@ from pipeline.process import EncodedImage, Sample
 from pipeline.sources import Item, ItemReader, find_items
 from pipeline.storage import Storage
 from pipeline.work import PLAN_PATH, Plan, Unit, committed_units, file_safe, printable, read_manifests, read_plan
+
+# Members that webdataset's iterators pass over.
+_META = re.compile(r"__[^/]*__($|/)")
 
 # Upper bound on a sample's JSON member, beside its key and source.
 _ABOUT_BYTES = 256
@@ -304,7 +308,8 @@ def count_samples(local: Path) -> int:
     try:
         with tarfile.open(local, mode="r:") as archive:
             for member in archive:
-                key, _ = base_plus_ext(member.name) if member.isreg() else (None, None)
+                taken = member.isreg() and not _META.match(member.name)
+                key, _ = base_plus_ext(member.name) if taken else (None, None)
                 if key is not None and key != last:
                     count, last = count + 1, key
                 archive.members = []  # type: ignore[attr-defined]  # a million headers would stay in memory

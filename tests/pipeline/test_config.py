@@ -1,4 +1,4 @@
-"""Configuration: whatever is misspelt, out of bounds or no YAML is refused, and the message says which key of which file."""
+"""Configuration: what is misspelt, out of bounds or no YAML is refused, and the message names the key and the file."""
 
 from pathlib import Path
 
