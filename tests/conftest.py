@@ -1,4 +1,4 @@
-"""Fixtures for every room: small pictures, folders of them, and one local Ray for the whole session."""
+"""Fixtures for every room: small pictures, folders of them, an S3 server, and one local Ray for the whole session."""
 
 from __future__ import annotations
 
@@ -61,3 +61,22 @@ def local_ray() -> Iterator[None]:
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, configure_logging=False)
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def s3_bucket() -> Iterator[str]:
+    """A bucket on an S3 server of this machine, found through the usual environment variables."""
+    boto3 = pytest.importorskip("boto3", reason="the S3 tests need boto3 (pip install -e '.[dev]')")
+    server_module = pytest.importorskip("moto.server", reason="the S3 tests need moto[server] (pip install '.[dev]')")
+    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    endpoint = "http://{}:{}".format(*server.get_host_and_port())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", endpoint)
+        patch.setenv("AWS_ALLOW_HTTP", "true")
+        patch.setenv("AWS_ACCESS_KEY_ID", "test")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        patch.setenv("AWS_REGION", "us-east-1")
+        boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1").create_bucket(Bucket="bucket")
+        yield "s3://bucket"
+    server.stop()

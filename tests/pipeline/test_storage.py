@@ -11,16 +11,18 @@ import threading
 import time
 import uuid
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 
-from pipeline import storage as storage_module
+from pipeline import storage_remote
 from pipeline.errors import StorageError
 from pipeline.storage import (
     TEMPORARY_PREFIX,
     Entry,
-    LocalStorage,
     MissingFileError,
     Storage,
     join,
@@ -28,28 +30,10 @@ from pipeline.storage import (
     open_parent,
     open_storage,
 )
+from pipeline.storage_local import LocalStorage
 
 # Forked children must not use obstore, and Ray does not fork either.
 SPAWN = multiprocessing.get_context("spawn")
-
-
-@pytest.fixture(scope="module")
-def s3_bucket():
-    """A bucket on an S3 server of this machine, found through the usual environment variables."""
-    boto3 = pytest.importorskip("boto3", reason="the S3 tests need boto3 (pip install -e '.[dev]')")
-    server_module = pytest.importorskip("moto.server", reason="the S3 tests need moto[server] (pip install '.[dev]')")
-    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    endpoint = "http://{}:{}".format(*server.get_host_and_port())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", endpoint)
-        patch.setenv("AWS_ALLOW_HTTP", "true")
-        patch.setenv("AWS_ACCESS_KEY_ID", "test")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-        patch.setenv("AWS_REGION", "us-east-1")
-        boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1").create_bucket(Bucket="bucket")
-        yield "s3://bucket"
-    server.stop()
 
 
 @pytest.fixture(params=["local", "memory", "s3"])
@@ -128,13 +112,14 @@ def test_a_local_file_of_anything(store: Storage):
     with store.local_file("shard.tar") as file:
         assert file.read_bytes() == b"x" * 1000
         assert file.suffix == ".tar"
+        assert str(file) not in [open_file.path for open_file in psutil.Process().open_files()]  # thousands may be held
     assert file.exists() == isinstance(store, LocalStorage)
     assert store.read("shard.tar") == b"x" * 1000
 
 
 def test_upload_and_download_in_chunks(store: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(storage_module, "_CHUNK_BYTES", 5 * 2**20)  # the least that S3 takes for a part
-    monkeypatch.setattr(storage_module, "_UPLOAD", {"chunk_size": 5 * 2**20, "max_concurrency": 2})
+    monkeypatch.setattr(storage_remote, "_CHUNK_BYTES", 5 * 2**20)  # the least that S3 takes for a part
+    monkeypatch.setattr(storage_remote, "_UPLOAD", {"chunk_size": 5 * 2**20, "max_concurrency": 2})
     source = tmp_path / "source"
     source.write_bytes(os.urandom(12 * 2**20 + 1))
     store.write("copy", b"old")
@@ -364,9 +349,49 @@ def test_a_missing_bucket_and_a_dead_server_are_explained(s3_bucket: str, monkey
     assert "\n" not in str(caught.value)
 
 
+@pytest.fixture
+def busy_server(monkeypatch: pytest.MonkeyPatch):
+    """A server in the place of S3 that answers "slow down" as often as `left` says, then "not found"."""
+
+    class Answer(BaseHTTPRequestHandler):
+        left = 0
+
+        def do_GET(self):
+            Answer.left -= 1
+            self.send_response(503 if Answer.left >= 0 else 404)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+    for name, value in {"ALLOW_HTTP": "true", "ACCESS_KEY_ID": "a", "SECRET_ACCESS_KEY": "b"}.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    yield Answer
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_server_that_is_busy_for_a_moment_is_asked_again(busy_server: Any):
+    busy_server.left = 3
+    with pytest.raises(MissingFileError):
+        open_storage("s3://bucket").read("x")
+
+
+def test_a_server_that_stays_busy_is_given_up(busy_server: Any):
+    busy_server.left = 1000
+    with pytest.raises(StorageError, match=r"cannot read s3://bucket/x.*503.*check the bucket") as caught:
+        open_storage("s3://bucket").read("x")
+    assert "\n" not in str(caught.value)
+    assert 1000 - busy_server.left == 7
+
+
 def test_a_download_never_mixes_two_versions(s3_bucket: str, monkeypatch: pytest.MonkeyPatch):
     store = open_storage(f"{s3_bucket}/versions")
-    monkeypatch.setattr(storage_module, "_CHUNK_BYTES", 10)
+    monkeypatch.setattr(storage_remote, "_CHUNK_BYTES", 10)
     store.write("x", b"a" * 25)
     get, calls = type(store._store).get, []  # type: ignore[attr-defined]
 
