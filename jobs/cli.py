@@ -42,7 +42,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command not in COMMANDS:
         print(f"air: unknown command '{command}'{suggestion(command, COMMANDS)}\n\n{_overview()}", file=sys.stderr)
         return EXIT_USAGE
-    logging.basicConfig(format="%(message)s", level=os.environ.get("AIR_LOG_LEVEL", "WARNING").upper())
+    level = os.environ.get("AIR_LOG_LEVEL", "WARNING").upper()
+    if level not in logging.getLevelNamesMapping():
+        print(f"air: AIR_LOG_LEVEL={level} is no level: use DEBUG, INFO, WARNING or ERROR", file=sys.stderr)
+        return EXIT_USAGE
+    logging.basicConfig(format="%(message)s", level=level)
     try:
         return import_module(f"jobs.{command}").main(rest)
     except SystemExit as stop:  # argparse: --help, or a wrong option that it has explained

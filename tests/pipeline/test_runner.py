@@ -3,6 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -189,6 +190,14 @@ def test_inline_and_ray_give_the_same(tmp_path: Path, local_ray: None):
     assert toys.read_rows(here.output) == toys.read_rows(there.output)
     assert toys.read_quarantine(here.output) == toys.read_quarantine(there.output)
     assert (one.samples, one.rejected, one.summary) == (other.samples, other.rejected, other.summary)
+
+
+def test_two_drivers_of_one_folder_do_every_unit_once_for_the_reader(tmp_path: Path):
+    bench = Bench(tmp_path, 12)
+    with ThreadPoolExecutor(2) as pool:
+        tallies = list(pool.map(lambda _: bench.run(INLINE), range(2)))
+    bench.assert_rows()
+    assert [(tally.units_done, tally.samples, tally.summary["rows"]) for tally in tallies] == [(12, 36, 36)] * 2
 
 
 def bad_keys(units: int, samples: int, bad: int) -> dict[str, str]:

@@ -15,7 +15,7 @@ from toys import encode_picture
 
 from pipeline.errors import ConfigError, DamagedDataError, Rejected, StorageError
 from pipeline.sources import ItemReader, find_items, root_storage
-from pipeline.storage import LocalStorage, open_storage
+from pipeline.storage import Storage, open_storage
 
 
 def write_tar(file: Path, members: Mapping[str, bytes] | Sequence[tuple[str, bytes]], mode: str = "w") -> Path:
@@ -325,12 +325,12 @@ def test_a_worker_reads_an_item_without_listing_the_input_again(pictures: Path, 
     inputs = [str(pictures), f"{pictures}/*.png"]
     items = [find_items([given])[0] for given in inputs]
 
-    def refuse(self: LocalStorage, prefix: str = ""):
+    def refuse(self: Storage, prefix: str = ""):
         if self.root == str(pictures):
             raise AssertionError("the folder was listed")
         return iter(())
 
-    monkeypatch.setattr(LocalStorage, "list", refuse)
+    monkeypatch.setattr(type(open_storage(pictures)), "list", refuse)
     for given, item in zip(inputs, items, strict=True):
         assert root_storage(given).root == str(pictures)
         assert ItemReader([given]).read(item)

@@ -1,0 +1,341 @@
+"""The command line: what a person types, what is said back, and the exit status 0 (done), 1 (failed) or 2 (usage)."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import toys
+
+import air
+from jobs.cli import COMMANDS, main
+from jobs.command import sections
+from pipeline.shards import list_shards
+from pipeline.storage import open_storage
+
+DONE, FAILED, USAGE = 0, 1, 2
+INLINE = ("--executor", "inline")
+
+
+class Said(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def run_air(capfd: pytest.CaptureFixture[str]):
+    """Runs one command line in this process."""
+
+    def run(*arguments: object) -> Said:
+        capfd.readouterr()
+        status = main([str(argument) for argument in arguments])
+        return Said(status, *capfd.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def shards(run_air, pictures: Path, tmp_path: Path) -> Path:
+    """The output of `air shard`: three shards of two pictures."""
+    assert run_air("shard", pictures, tmp_path / "shards", "--max-count", 2, *INLINE).status == DONE
+    return tmp_path / "shards"
+
+
+def test_shard_says_what_it_did(run_air, pictures: Path, tmp_path: Path):
+    (pictures / "bad.png").write_bytes(b"")
+    said = run_air("shard", pictures, tmp_path / "out", "--max-count", 3, *INLINE)
+    assert said.status == DONE
+    assert re.fullmatch(r"6 images \(0\.0 MB\) in 3 shards; 1 quarantined \(empty 1\)\. Output: .*/out\n", said.out), (
+        said.out
+    )
+    assert len(list_shards(open_storage(tmp_path / "out"))) == 3
+
+
+def test_shard_takes_relative_paths_and_several_inputs(run_air, pictures: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run_air("shard", "pictures/0.png", "pictures/below", "pictures/[34].png", "out", *INLINE).status == DONE
+    units = list_shards(open_storage(tmp_path / "out"))
+    assert [unit.samples for unit in units] == [5]
+
+
+def test_shard_again_goes_on_and_with_another_plan_is_refused(run_air, shards: Path, pictures: Path):
+    manifest = shards / "manifest" / "shard-00001.json"
+    manifest.unlink()
+    untouched = (shards / "manifest" / "shard-00000.json").stat()
+    again = run_air("shard", pictures, shards, "--max-count", 2, *INLINE)
+    assert (again.status, manifest.exists()) == (DONE, True)
+    assert (shards / "manifest" / "shard-00000.json").stat() == untouched
+
+    other = run_air("shard", pictures, shards, "--max-count", 3, *INLINE)
+    assert other.status == FAILED
+    assert "belongs to another plan" in other.err
+    assert "max_count: 2 -> 3" in other.err
+    (pictures / "new.png").write_bytes(toys.encode_picture(9))
+    assert run_air("shard", pictures, shards, "--max-count", 2, *INLINE).status == FAILED
+
+
+def test_shard_refuses_to_write_into_what_it_reads(run_air, pictures: Path, monkeypatch):
+    """Going on would find the shards of the first run among the pictures."""
+    monkeypatch.chdir(pictures)
+    said = run_air("shard", ".", "shards", *INLINE)
+    assert said.status == USAGE
+    assert "lies in the input" in said.err
+    assert not (pictures / "shards").exists()
+
+
+def test_shard_without_images_or_with_too_many_bad_ones(run_air, pictures: Path, tmp_path: Path):
+    said = run_air("shard", tmp_path / "nowhere", tmp_path / "out", *INLINE)
+    assert said.status == USAGE
+    assert f"{tmp_path / 'nowhere'} holds no images" in said.err
+    for file in pictures.rglob("*.png"):
+        file.write_bytes(b"no picture")
+    said = run_air("shard", pictures, tmp_path / "out", *INLINE)
+    assert said.status == FAILED
+    assert "6 of 6 images are bad (not_an_image 6)" in said.err
+
+
+def test_status_of_a_finished_and_of_an_unfinished_job(run_air, shards: Path):
+    said = run_air("status", shards)
+    assert said.status == DONE
+    assert re.search(r"job\W+shard\b", said.out)
+    assert re.search(r"shards done\W+3 of 3", said.out)
+    assert re.search(r"images seen\W+6\b", said.out)
+    assert "none quarantined" in said.out
+    assert said.out.endswith("complete\n")
+    (shards / "manifest" / "shard-00001.json").unlink()
+    said = run_air("status", shards)
+    assert said.status == DONE
+    assert re.search(r"shards done\W+2 of 3", said.out)
+    assert "to do: shard-00001. Run the same `air shard` again to go on." in said.out
+
+
+def test_status_shows_names_as_they_are(run_air, shards: Path):
+    moved = shards.rename(shards.parent / "run [final]")
+    assert "run [final]" in run_air("status", moved).out
+
+
+def test_verify_of_an_intact_and_of_a_damaged_output(run_air, shards: Path):
+    said = run_air("verify", shards)
+    assert said.status == DONE
+    assert "verified 3 shards, 3 files, 6 rows" in said.out
+    assert "complete and intact" in said.out
+
+    tar = next((shards / "data").glob("shard-00000-*.tar"))
+    data = bytearray(tar.read_bytes())
+    data[700] ^= 1
+    tar.write_bytes(data)
+    (shards / "manifest" / "shard-00002.json").write_text("{")
+    said = run_air("verify", shards)
+    assert said.status == FAILED
+    assert f"data/{tar.name} is damaged" in said.err
+    assert "shard-00002.json is not a manifest" in said.err
+    assert "unit shard-00002 is not done" in said.err
+    assert f"{shards}: 3 problems" in said.err
+
+
+def test_gc_removes_what_killed_attempts_left(run_air, shards: Path):
+    before = sorted(shards.rglob("*"))
+    (shards / "data" / "shard-00000-killed.tar").write_bytes(bytes(2_000_000))
+    (shards / "quarantine").mkdir()
+    (shards / "quarantine" / "shard-00000-killed.parquet").write_bytes(b"x")
+    temporary = shards / "data" / ".tmp-0123"
+    temporary.touch()
+    os.utime(temporary, (0, 0))
+    said = run_air("gc", shards)
+    assert said.status == DONE
+    assert "removed 2 files (2.0 MB) and 1 temporary files" in said.out
+    assert sorted(path for path in shards.rglob("*") if path.name != "quarantine") == before
+    assert run_air("verify", shards).status == DONE
+
+
+@pytest.mark.parametrize("command", ["status", "verify", "gc"])
+def test_a_folder_that_is_no_output_is_left_alone(run_air, tmp_path: Path, command: str):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "thesis.doc").touch()
+    said = run_air(command, tmp_path)
+    assert said.status == FAILED
+    assert "is not the output of a job" in said.err
+    assert (tmp_path / "data" / "thesis.doc").exists()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_helps_and_shows_the_default_of_every_option(run_air, command: str):
+    said = run_air(command, "--help")
+    assert said.status == DONE
+    assert f"usage: air {command}" in said.out
+    fields = sections()[command].model_fields if command in sections() else {}
+    options = " ".join(said.out.partition("\noptions:")[2].split())
+    without = [name for name in fields if not re.search(rf"--{name.replace('_', '-')} ((?! --).)*default: ", options)]
+    assert without == []
+
+
+def test_help_shows_bounds_units_and_defaults(run_air):
+    said = " ".join(run_air("shard", "--help").out.split())
+    assert "--max-count N" in said
+    assert "most images in a shard (>= 1 and <= 1000000; default: 256)" in said
+    assert "--check {decode,header}" in said
+    assert "--executor {ray,inline}" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["shard", "in", "out", "--max-cuont", "3"], "unrecognized arguments: --max-cuont"),
+        (["shard", "in", "out", "--max-coun", "3"], "unrecognized arguments: --max-coun"),
+        (["shard", "in", "out", "--check", "twice"], "invalid choice: 'twice'"),
+        (["shard", "in", "out", "--max-count"], "expected one argument"),
+        (["shard", "in"], "required: OUT"),
+        (["status"], "required: OUT"),
+        (["status", "out", "--max-count", "3"], "unrecognized arguments: --max-count"),
+        (["shard", "in", "out", "--max-count", "many"], "max_count = 'many'"),
+        (["shard", "in", "out", "--max-count", "0"], "greater than or equal to 1"),
+        (["shard", "in", "out", "--num-cpus", "nan"], "num_cpus = 'nan'"),
+        (["shard", "in", "out", "--max-bad-share", "1.5"], "less than or equal to 1"),
+        (["shard", "in", "ftp://host/out"], "ftp:// is not supported"),
+    ],
+)
+def test_wrong_usage_is_explained(run_air, pictures: Path, monkeypatch, arguments: list[str], said: str):
+    monkeypatch.chdir(pictures.parent)
+    pictures.rename(pictures.parent / "in")
+    answer = run_air(*arguments)
+    assert said in answer.err
+    assert answer.status == (FAILED if "ftp" in said else USAGE)
+    assert "Traceback" not in answer.err
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("shrad", "shard"), ("stat", "stats"), ("verfy", "verify"), ("quux", None)]
+)
+def test_an_unknown_command_is_named_and_the_nearest_suggested(run_air, typed: str, meant: str | None):
+    said = run_air(typed)
+    assert said.status == USAGE
+    assert f"unknown command '{typed}'" in said.err
+    assert (f"did you mean '{meant}'?" in said.err) == (meant is not None)
+    assert "commands:" in said.err
+
+
+def test_the_overview_lists_every_command(run_air):
+    for arguments, status in (((), USAGE), (("--help",), DONE), (("help",), DONE)):
+        said = run_air(*arguments)
+        assert said.status == status
+        assert all(f"\n  {command} " in said.out for command in COMMANDS)
+    assert run_air("--version") == (DONE, f"air {air.__version__}\n", "")
+
+
+def write_config(folder: Path, text: str) -> Path:
+    file = folder / "air.yaml"
+    file.write_text(text)
+    return file
+
+
+def test_a_file_configures_and_options_win_over_it(run_air, pictures: Path, tmp_path: Path):
+    file = write_config(tmp_path, "shard:\n  max_count: 2\n  check: header\nrunner:\n  executor: inline\n")
+    out = tmp_path / "out"
+    assert run_air("shard", pictures, out, "--config", file, "--max-count", 4).status == DONE
+    config = json.loads((out / "plan.json").read_text())["config"]
+    assert (config["max_count"], config["check"]) == (4, "header")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("shard:\n  max_cuont: 2\n", ["section 'shard'", "unknown key 'max_cuont'", "did you mean 'max_count'?"]),
+        ("distill:\n  patch_sise: 7\n", ["section 'distill'", "'patch_sise'", "did you mean 'patch_size'?"]),
+        ("runner:\n  num_gpu: 1\n", ["section 'runner'", "'num_gpu'", "did you mean 'num_gpus'?"]),
+        ("shards:\n  max_count: 2\n", ["unknown section 'shards'", "did you mean 'shard'?"]),
+        ("shard:\n  max_count: .inf\n", ["max_count = inf"]),
+        ("shard: {\n", ["not valid YAML"]),
+    ],
+)
+def test_a_misspelt_file_is_refused_whoever_asks(run_air, pictures: Path, tmp_path: Path, text: str, said: list[str]):
+    file = write_config(tmp_path, text)
+    answer = run_air("shard", pictures, tmp_path / "out", "--config", file, *INLINE)
+    assert answer.status == USAGE
+    assert [part for part in [str(file), *said] if part not in answer.err] == []
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_file_is_wrong_usage(run_air, pictures: Path, tmp_path: Path):
+    answer = run_air("shard", pictures, tmp_path / "out", "--config", tmp_path / "nowhere.yaml")
+    assert answer.status == USAGE
+    assert "nowhere.yaml" in answer.err
+
+
+@pytest.mark.parametrize(
+    "file", sorted((Path(__file__).parents[2] / "configs").glob("*.yaml")), ids=lambda file: file.name
+)
+def test_every_configuration_of_the_project_can_be_read(file: Path):
+    from pipeline.config import read_sections
+
+    assert read_sections(file, sections())
+
+
+def air_process(*arguments: object, **options) -> subprocess.Popen:
+    command = [sys.executable, "-m", "jobs.cli", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def test_exit_statuses_reach_the_shell(shards: Path, tmp_path: Path):
+    for arguments, status in ((("verify", shards), DONE), (("verify", tmp_path), FAILED), (("verify",), USAGE)):
+        process = air_process(*arguments)
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == status, err
+        assert "Traceback" not in err
+
+
+def test_an_interrupted_run_says_so_and_goes_on(pictures: Path, tmp_path: Path):
+    """Stopped by ^C between units: no traceback, and the same command ends well."""
+    for number in range(10, 160):
+        shutil.copyfile(pictures / "0.png", pictures / f"{number}.png")
+    command = ("shard", pictures, tmp_path / "out", "--max-count", 1, *INLINE)
+    process = air_process(*command)
+    manifests = tmp_path / "out" / "manifest"
+    while process.poll() is None and not list(manifests.glob("*.json")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert err == "air shard: interrupted; run the same command again to go on\n"
+    assert 0 < len(list(manifests.glob("*.json"))) < 156
+    process = air_process(*command)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == DONE, err
+    assert out.startswith("156 images")
+
+
+def test_a_log_level_that_is_none_is_no_crash(run_air, shards: Path, monkeypatch):
+    monkeypatch.setenv("AIR_LOG_LEVEL", "loud")
+    said = run_air("status", shards)
+    assert said.status == USAGE
+    assert "AIR_LOG_LEVEL=LOUD is no level" in said.err
+
+
+@pytest.mark.slow
+def test_shard_on_a_ray_of_its_own(pictures: Path, tmp_path: Path):
+    process = air_process("shard", pictures, tmp_path / "out", "--max-count", 2, "--executor", "ray")
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == DONE, err
+    assert out.startswith("6 images")
+    assert err == ""
+    assert [unit.samples for unit in list_shards(open_storage(tmp_path / "out"))] == [2, 2, 2]
+
+
+@pytest.mark.slow
+def test_a_cluster_that_cannot_be_reached_and_one_that_is_too_small(pictures: Path, tmp_path: Path):
+    for options, said in (
+        (("--address", "127.0.0.1:1"), "cannot reach the Ray cluster 127.0.0.1:1"),
+        (("--num-gpus", "64"), "num_gpus = 64, but this machine has"),
+    ):
+        process = air_process("shard", pictures, tmp_path / "out", *options)
+        _, err = process.communicate(timeout=300)
+        assert process.returncode == USAGE, err
+        assert said in err
+        assert "Traceback" not in err
