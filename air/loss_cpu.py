@@ -26,6 +26,7 @@ from air.render.planes import PAD_COLUMNS, PAD_ROWS, FloatArray, image_planes, p
 from air.render.simd import (
     LANES,
     absolute,
+    aligned_scratch,
     define_column_convolution,
     define_row_convolution,
     define_row_loader,
@@ -97,7 +98,7 @@ def blur_target(target, mean, variance, channel, first_row, end_row, height, wid
     """Windowed mean and variance of a channel of the target, rows first_row (a multiple of ROWS) .. end_row - 1."""
     stride = target.shape[2]
     base = (channel * target.shape[1] + PAD_ROWS) * stride + PAD_COLUMNS
-    blurred = np.zeros(2 * ROWS * stride, np.float32)
+    blurred = aligned_scratch(2 * ROWS * stride)
     squares = ROWS * stride
     for row in range(first_row, end_row, ROWS):
         for column in range(0, width, LANES):
@@ -180,8 +181,8 @@ def sweep_loss(image, target, mean, variance, gradient, sums, channel, first_row
     pixel_count = 3 * height * width
     l1_weight = f32(L1_WEIGHT / pixel_count)
     ssim_weight = f32(-SSIM_WEIGHT / pixel_count)
-    blurred = np.zeros(3 * ROWS * stride, np.float32)
-    ring = np.zeros(3 * RING * stride, np.float32)
+    blurred = aligned_scratch(3 * ROWS * stride)
+    ring = aligned_scratch(3 * RING * stride)
     # Results trail the derivative maps by the window's reach; starting 7 rows early puts them on multiples of ROWS.
     for row in range(first_row - 7, end_row + _REACH, ROWS):
         if row + ROWS > 0 and row < height:

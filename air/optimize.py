@@ -50,13 +50,13 @@ class OptimizeConfig:
 
     steps: int = 50
     offset_rate: float = 0.1
-    scale_rate: float = 0.1
-    angle_rate: float = 0.1
-    colour_rate: float = 0.1
-    constant_share: float = 0.5
-    final_share: float = 0.02
-    beta1: float = 0.9
-    beta2: float = 0.999
+    scale_rate: float = 0.3
+    angle_rate: float = 0.15
+    colour_rate: float = 0.04
+    constant_share: float = 0.75
+    final_share: float = 0.1
+    beta1: float = 0.8
+    beta2: float = 0.95
     eps: float = 1e-8
 
     def __post_init__(self) -> None:

@@ -33,6 +33,7 @@ from air.render.planes import BAND_ROWS, PAD_COLUMNS, PAD_ROWS
 from air.render.simd import (
     LANES,
     add_lane_sums,
+    aligned_scratch,
     ceil,
     exp,
     floor,
@@ -70,11 +71,14 @@ MOST_RUN_ROWS = 32
 RUN_CAPACITY = 256
 """Runs collected before they are walked."""
 
+# What a run starts from: four vectors.
+START_WEIGHT, START_RATIO, START_DX, START_T = 0, LANES, 2 * LANES, 3 * LANES
+START_SIZE = 4 * LANES
+
 _CUTOFF = f32(SUPPORT_CUTOFF)
 _REACH = f32(-2 * math.log(SUPPORT_CUTOFF))  # dᵀ Σ⁻¹ d on the border of the support
 _LOWEST_EXPONENT = f32(-86)  # exp of this is still a normal float
 _OUTSIDE = f32(-1e4)  # an exponent whose exp is zero
-_ROUND = f32(12582912.0)  # adding and subtracting 1.5 · 2²³ rounds to a whole number
 _SMALLEST_SCALE, _LARGEST_SCALE = f32(1e-6), f32(1e8)  # their fourth powers are still normal floats
 ZERO, HALF, ONE, TWO, PI = f32(0), f32(0.5), f32(1), f32(2), f32(math.pi)
 
@@ -141,7 +145,7 @@ def derive_geometry(parameters, geometry, first, end):
 
 
 @inline
-def find_strips(geometry, i, first_row, end_row, width, aligned, counts, lefts, run_rows, firsts, lasts):
+def find_strips(geometry, i, first_row, end_row, width, counts, lefts, run_rows, firsts, lasts):
     """The strips of Gaussians i .. i + LANES - 1 that touch the rows first_row .. end_row - 1.
 
     Fills, for each of the LANES Gaussians: the number of strips, the leftmost column, the rows of a run; and, for
@@ -159,8 +163,6 @@ def find_strips(geometry, i, first_row, end_row, width, aligned, counts, lefts, 
     margin = load(geometry, MARGIN * row + i)
     left = maximum(ceil(x - half_width - margin), ZERO)
     right = minimum(floor(x + half_width + margin), f32(width - 1))
-    if aligned:
-        left = floor(left * f32(1 / LANES)) * f32(LANES)
     strips = floor((right - left) * f32(1 / LANES)) + ONE
     # Each test gives no strips where it fails and where a number is not finite.
     strips = where_ge(right, left, strips, ZERO)
@@ -189,35 +191,43 @@ def find_strips(geometry, i, first_row, end_row, width, aligned, counts, lefts, 
 
 
 @inline
-def start_run(geometry, gaussian, column, first, width):
-    """(dx, t, w, r) of the LANES pixels from `column` in row `first`: the true exponentials a run starts from."""
-    c = geometry[ROW_PRECISION, gaussian]
-    columns = lane_numbers() + f32(column)
-    dx = columns - geometry[CENTRE_X, gaussian]
-    t = fma(dx, -geometry[SLOPE, gaussian], f32(first) - geometry[CENTRE_Y, gaussian])
-    exponent = fma(dx * dx, f32(-0.5) * geometry[COLUMN_PRECISION, gaussian], t * t * (f32(-0.5) * c))
-    exponent = where_ge(f32(width - 1), columns, exponent, _OUTSIDE)
-    weight = where_ge(exponent, _LOWEST_EXPONENT, exp(exponent), ZERO)
-    ratio = exp((t + HALF) * -c)
-    return dx, t, weight, ratio
+def start_runs(runs, count, geometry, starts, width):
+    """Fills `starts` with (w, r, dx, t) of the first LANES pixels of each run, from true exponentials.
+
+    All runs at once, since this loop has no branches: started one by one, the exponentials would be thrown away
+    whenever the CPU guesses the length of the preceding run wrongly.
+    """
+    for k in range(count):
+        gaussian = runs[k, 0]
+        c = geometry[ROW_PRECISION, gaussian]
+        columns = lane_numbers() + f32(runs[k, 1])
+        dx = columns - geometry[CENTRE_X, gaussian]
+        t = fma(dx, -geometry[SLOPE, gaussian], f32(runs[k, 2]) - geometry[CENTRE_Y, gaussian])
+        exponent = fma(dx * dx, f32(-0.5) * geometry[COLUMN_PRECISION, gaussian], t * t * (f32(-0.5) * c))
+        exponent = where_ge(f32(width - 1), columns, exponent, _OUTSIDE)
+        weight = where_ge(exponent, _LOWEST_EXPONENT, exp(exponent), ZERO)
+        store(starts, k * START_SIZE + START_WEIGHT, weight)
+        store(starts, k * START_SIZE + START_RATIO, exp((t + HALF) * -c))
+        store(starts, k * START_SIZE + START_DX, dx)
+        store(starts, k * START_SIZE + START_T, t)
 
 
 @kernel
-def draw_runs(runs, count, parameters, geometry, planes, width):
+def draw_runs(runs, starts, count, parameters, geometry, planes, width):
     """Adds the pixels of `count` runs (Gaussian, column, first row, rows) to the image."""
     stride = planes.shape[2]
     plane = planes.shape[1] * stride
     origin = PAD_ROWS * stride + PAD_COLUMNS
+    start_runs(runs, count, geometry, starts, width)
     for k in range(count):
         gaussian = runs[k, 0]
-        column = runs[k, 1]
-        first = runs[k, 2]
-        _, _, weight, ratio = start_run(geometry, gaussian, column, first, width)
+        weight = load(starts, k * START_SIZE + START_WEIGHT)
+        ratio = load(starts, k * START_SIZE + START_RATIO)
         red = splat(parameters[RED, gaussian])
         green = splat(parameters[GREEN, gaussian])
         blue = splat(parameters[BLUE, gaussian])
         minus_decay = splat(-geometry[DECAY, gaussian])
-        pixel = origin + first * stride + column
+        pixel = origin + runs[k, 2] * stride + runs[k, 1]
         for _ in range(runs[k, 3]):
             visible = where_ge(weight, _CUTOFF, weight, ZERO)
             store(planes, pixel, fma(visible, red, load(planes, pixel)))
@@ -229,21 +239,23 @@ def draw_runs(runs, count, parameters, geometry, planes, width):
 
 
 @kernel
-def gather_runs(runs, count, parameters, geometry, planes, moments, width):
+def gather_runs(runs, starts, count, parameters, geometry, planes, moments, width):
     """Adds the moments of the image gradient in `planes` under `count` runs to their Gaussians' moments."""
     stride = planes.shape[2]
     plane = planes.shape[1] * stride
     origin = PAD_ROWS * stride + PAD_COLUMNS
+    start_runs(runs, count, geometry, starts, width)
     for k in range(count):
         gaussian = runs[k, 0]
-        column = runs[k, 1]
-        first = runs[k, 2]
-        dx, t, weight, ratio = start_run(geometry, gaussian, column, first, width)
+        weight = load(starts, k * START_SIZE + START_WEIGHT)
+        ratio = load(starts, k * START_SIZE + START_RATIO)
+        dx = load(starts, k * START_SIZE + START_DX)
+        t = load(starts, k * START_SIZE + START_T)
         red = splat(parameters[RED, gaussian])
         green = splat(parameters[GREEN, gaussian])
         blue = splat(parameters[BLUE, gaussian])
         minus_decay = splat(-geometry[DECAY, gaussian])
-        pixel = origin + first * stride + column
+        pixel = origin + runs[k, 2] * stride + runs[k, 1]
         sum_red = splat(ZERO)
         sum_green = splat(ZERO)
         sum_blue = splat(ZERO)
@@ -286,13 +298,12 @@ def sweep(parameters, geometry, planes, moments, width, first, end, first_row, e
     firsts = np.empty(most_strips * LANES, np.int32)
     lasts = np.empty(most_strips * LANES, np.int32)
     runs = np.empty((RUN_CAPACITY, 4), np.int32)
+    starts = aligned_scratch(RUN_CAPACITY * START_SIZE)
     pending = 0
     if gather:
         moments[first:end] = ZERO
     for i in range(first, end, LANES):
-        # Stores want aligned strips, since a misaligned vector waits for the stores it overlaps. Loads do not mind,
-        # and strips that start at the support's edge are fewer.
-        find_strips(geometry, i, first_row, end_row, width, not gather, counts, lefts, run_rows, firsts, lasts)
+        find_strips(geometry, i, first_row, end_row, width, counts, lefts, run_rows, firsts, lasts)
         for lane in range(LANES):
             for j in range(counts[lane]):
                 row = firsts[j * LANES + lane]
@@ -307,14 +318,14 @@ def sweep(parameters, geometry, planes, moments, width, first, end, first_row, e
                     row = stop + 1
                     if pending == RUN_CAPACITY:
                         if gather:
-                            gather_runs(runs, pending, parameters, geometry, planes, moments, width)
+                            gather_runs(runs, starts, pending, parameters, geometry, planes, moments, width)
                         else:
-                            draw_runs(runs, pending, parameters, geometry, planes, width)
+                            draw_runs(runs, starts, pending, parameters, geometry, planes, width)
                         pending = 0
     if gather:
-        gather_runs(runs, pending, parameters, geometry, planes, moments, width)
+        gather_runs(runs, starts, pending, parameters, geometry, planes, moments, width)
     else:
-        draw_runs(runs, pending, parameters, geometry, planes, width)
+        draw_runs(runs, starts, pending, parameters, geometry, planes, width)
 
 
 @kernel

@@ -25,6 +25,7 @@ from typing import Any
 
 import llvmlite.binding as llvm
 import numba
+import numpy as np
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic as numba_intrinsic
@@ -334,6 +335,14 @@ def store_as_int(typing_context, array, offset, x):
         return context.get_dummy_value()
 
     return types.none(array, offset, x), generate
+
+
+@inline
+def aligned_scratch(size):
+    """A float32 array of zeros that starts a 64-byte cache line, so that whole vectors never straddle two."""
+    buffer = np.zeros(size + 16, np.float32)
+    start = (-(buffer.ctypes.data >> 2)) & 15
+    return buffer[start : start + size]
 
 
 # --- Across lanes ------------------------------------------------------------------------------------------------
