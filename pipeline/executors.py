@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
+import socket
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +25,7 @@ Handle = Hashable
 
 _POLL_SECONDS = 0.5
 _REPORT_SECONDS = 0.5
+_CONNECT_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -178,7 +181,7 @@ class RayExecutor:
             return _failure(error.cause)
         except exceptions.RayError as error:
             # Not raised by the task: its process, its node or its memory is gone.
-            first_line = str(error).strip().splitlines()[0]
+            first_line = str(error).strip().splitlines()[0][:120]
             return Failure(f"its worker died ({type(error).__name__}: {first_line})", crashed=True, may_pass=True)
 
     def _pass_on(self) -> None:
@@ -240,7 +243,12 @@ def _ray(config: RunnerConfig) -> Iterator[None]:
     ours = not ray.is_initialized()
     if ours:
         local = config.address is None and "RAY_ADDRESS" not in os.environ
-        options: dict[str, Any] = {"include_dashboard": False} if local else {"address": config.address}
+        # Without `local`, Ray would join any other job's on this machine, and die with it.
+        options: dict[str, Any] = (
+            {"address": "local", "include_dashboard": False} if local else {"address": config.address}
+        )
+        if config.address:
+            _check_reachable(config.address)
         try:
             ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=False, **options)
         except (ConnectionError, RuntimeError, ValueError) as error:
@@ -252,6 +260,17 @@ def _ray(config: RunnerConfig) -> Iterator[None]:
     finally:
         if ours:
             ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Ray itself would try for many minutes to reach a head that is not there."""
+    match = re.fullmatch(r"(?:ray://)?([^/:]+|\[[^]]+\]):(\d+)", address)
+    if match is None:
+        return  # `auto` and the like: Ray looks for a cluster on this machine, and says so at once if there is none
+    try:
+        socket.create_connection((match[1].strip("[]"), int(match[2])), timeout=_CONNECT_SECONDS).close()
+    except OSError as error:
+        raise ConfigError(f"cannot reach the Ray cluster {address}: {error.strerror or error}") from None
 
 
 def _check_fits(config: RunnerConfig, resources: Mapping[str, float]) -> None:
