@@ -27,9 +27,6 @@ from air.render.simd import (
     LANES,
     absolute,
     aligned_scratch,
-    define_column_convolution,
-    define_row_convolution,
-    define_row_loader,
     fma,
     inline,
     kernel,
@@ -38,11 +35,11 @@ from air.render.simd import (
     load,
     maximum,
     minimum,
-    multiply_rows,
     splat,
     store,
     where_ge,
 )
+from air.render.stencil import define_column_convolution, define_row_convolution, define_row_loader, multiply_rows
 from air.render.threads import Workers, bands
 
 f32 = np.float32

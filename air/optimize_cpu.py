@@ -144,15 +144,16 @@ class FusedOptimizer:
         self._mean = table(RAW_CHANNELS, self.count)
         self._square = table(RAW_CHANNELS, self.count)
         self._updates = 0
-        self.background = image_planes(height, width)
-        pixels(self.background, height, width)[:] = background
+        self.background = None
+        if background.any():
+            self.background = image_planes(height, width)
+            pixels(self.background, height, width)[:] = background
         self.image = image_planes(height, width)
 
     def evaluate(self) -> LossValues:
         """Draws the present state; returns its loss and leaves the loss's gradient for `update`."""
         self.workers.run(self._activate, self.raster.ranges)
-        np.copyto(self.image, self.background)
-        self.raster.draw(self.image)
+        self.raster.draw(self.image, self.background)
         return self.loss.evaluate(self.image)
 
     def raw_gradient(self) -> FloatArray:

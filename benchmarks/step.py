@@ -67,7 +67,7 @@ def fused(count: int, threads: int) -> dict[str, float]:
         state.raw_gradient()
         parts = {
             "activate": best_milliseconds(lambda: workers.run(state._activate, state.raster.ranges), 0.3),
-            "draw": best_milliseconds(lambda: state.raster.draw(state.image), 1),
+            "draw": best_milliseconds(lambda: state.raster.draw(state.image, state.background), 1),
             "loss": best_milliseconds(lambda: state.loss.evaluate(state.image), 1),
             "gather": best_milliseconds(lambda: state.raster.gather(state.loss.gradient), 1),
         }

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from air.gaussians import Gaussians
 from air.render import cpu_kernels as kernels
-from air.render.planes import FloatArray, aligned_zeros, image_planes, pixels, table
+from air.render.planes import PAD_ROWS, FloatArray, aligned_zeros, image_planes, pixels, table
 from air.render.threads import Workers, bands, groups
 
 OFF_IMAGE = -1e6
@@ -38,15 +38,18 @@ class Raster:
         self._geometry = table(kernels.GEOMETRY, count)
         self._padded = self.parameters.shape[1]
         self._moments = aligned_zeros(self._padded, kernels.MOMENTS)
-        self._bands = bands(height, workers.count)
+        # Bands that fit in a core's cache, even for one thread: each is filled and drawn before the next.
+        self._bands = bands(height, height)
         # Several ranges to a thread, since some regions have larger Gaussians than others.
         self.ranges = groups(self._padded, workers.count if workers.count == 1 else 4 * workers.count)
 
-    def draw(self, planes: FloatArray) -> None:
-        """Adds the Gaussians to an image."""
+    def draw(self, planes: FloatArray, background: FloatArray | None = None) -> None:
+        """Sets an image's planes to the Gaussians, added to a background if there is one."""
         self.workers.run(self._derive, self.ranges)
 
         def draw_band(first_row: int, end_row: int) -> None:
+            rows = slice(PAD_ROWS + first_row, PAD_ROWS + end_row)
+            planes[:, rows] = 0 if background is None else background[:, rows]
             kernels.sweep(
                 self.parameters,
                 self._geometry,

@@ -116,7 +116,7 @@ class _VectorModel(models.PrimitiveModel):
         super().__init__(manager, front_end_type, _FLOATS)
 
 
-def _constant(value: float) -> ir.Constant:
+def constant_vector(value: float) -> ir.Constant:
     return ir.Constant(_FLOATS, [ir.Constant(_FLOAT, value)] * LANES)
 
 
@@ -124,7 +124,7 @@ def _int_constant(value: int) -> ir.Constant:
     return ir.Constant(_INTS, [ir.Constant(_INT, value)] * LANES)
 
 
-def _shuffle(builder, first, second, lanes):
+def shuffle(builder, first, second, lanes):
     """The vector of the given lanes of `first` followed by `second`."""
     mask = ir.Constant(ir.VectorType(_INT, len(lanes)), [ir.Constant(_INT, lane) for lane in lanes])
     return builder.shuffle_vector(first, second, mask)
@@ -133,7 +133,7 @@ def _shuffle(builder, first, second, lanes):
 def _splat(builder, scalar):
     undefined = ir.Constant(_FLOATS, ir.Undefined)
     first = builder.insert_element(undefined, scalar, ir.Constant(_INT, 0))
-    return _shuffle(builder, first, undefined, [0] * LANES)
+    return shuffle(builder, first, undefined, [0] * LANES)
 
 
 def _as_vector(context, builder, value, numba_type):
@@ -152,14 +152,14 @@ def _are_operands(*operands) -> bool:
     return any(isinstance(t, VectorType) for t in operands) and all(isinstance(t, numbers) for t in operands)
 
 
-def _call(builder, name, *vectors):
+def call_vector_function(builder, name, *vectors):
     """A call of LLVM's function `name` on vectors."""
     function_type = ir.FunctionType(_FLOATS, [_FLOATS] * len(vectors))
     function = cgutils.get_or_insert_function(builder.module, function_type, f"llvm.{name}.v{LANES}f32")
     return builder.call(function, vectors)
 
 
-def _address(context, builder, array_type, array, offset, offset_type, pointee=_FLOATS):
+def address_of(context, builder, array_type, array, offset, offset_type, pointee=_FLOATS):
     data = context.make_array(array_type)(context, builder, array).data
     element = builder.gep(data, [context.cast(builder, offset, offset_type, types.intp)])
     return builder.bitcast(element, pointee.as_pointer())
@@ -211,7 +211,7 @@ maximum = _define_extremum(">")
 def _define_function(name: str):
     @intrinsic
     def function(typing_context, x):
-        return vector(x), lambda context, builder, signature, values: _call(builder, name, *values)
+        return vector(x), lambda context, builder, signature, values: call_vector_function(builder, name, *values)
 
     return function
 
@@ -228,7 +228,7 @@ def fma(typing_context, a, b, c):
     """The value a · b + c, rounded once where the CPU can."""
 
     def generate(context, builder, signature, values):
-        return _call(builder, "fmuladd", *_as_vectors(context, builder, signature, values))
+        return call_vector_function(builder, "fmuladd", *_as_vectors(context, builder, signature, values))
 
     return vector(a, b, c), generate
 
@@ -270,24 +270,24 @@ def exp(typing_context, x):
 
     def generate(context, builder, signature, values):
         x_value = values[0]
-        low, high = _constant(-87.0), _constant(87.0)
+        low, high = constant_vector(-87.0), constant_vector(87.0)
         x_value = builder.select(builder.fcmp_ordered(">", x_value, low), x_value, low)
         x_value = builder.select(builder.fcmp_ordered("<", x_value, high), x_value, high)
 
         def multiply_add(a, b, c):
-            return _call(builder, "fmuladd", a, b, c)
+            return call_vector_function(builder, "fmuladd", a, b, c)
 
         # x = n·ln 2 + f. Adding 1.5·2²³ leaves no bits for a fraction, so it rounds to the integer n. ln 2 is
         # subtracted in two parts, the first of which has few enough bits to make n times it exact.
-        rounder = _constant(12582912.0)
-        n = builder.fsub(multiply_add(x_value, _constant(1.44269504088896), rounder), rounder)
-        f = multiply_add(n, _constant(-0.693359375), x_value)
-        f = multiply_add(n, _constant(2.12194440e-4), f)
+        rounder = constant_vector(12582912.0)
+        n = builder.fsub(multiply_add(x_value, constant_vector(1.44269504088896), rounder), rounder)
+        f = multiply_add(n, constant_vector(-0.693359375), x_value)
+        f = multiply_add(n, constant_vector(2.12194440e-4), f)
         # exp(f) on |f| <= ln(2)/2: the polynomial of the Cephes library.
-        polynomial = _constant(1.9875691500e-4)
+        polynomial = constant_vector(1.9875691500e-4)
         for coefficient in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
-            polynomial = multiply_add(polynomial, f, _constant(coefficient))
-        fraction = builder.fadd(multiply_add(builder.fmul(polynomial, f), f, f), _constant(1.0))
+            polynomial = multiply_add(polynomial, f, constant_vector(coefficient))
+        fraction = builder.fadd(multiply_add(builder.fmul(polynomial, f), f, f), constant_vector(1.0))
         # 2ⁿ from its bits: n + 127 in the exponent field.
         exponent = builder.add(builder.fptosi(n, _INTS), _int_constant(127))
         power = builder.bitcast(builder.shl(exponent, _int_constant(23)), _FLOATS)
@@ -305,7 +305,7 @@ def load(typing_context, array, offset):
 
     def generate(context, builder, signature, values):
         return builder.load(
-            _address(context, builder, signature.args[0], values[0], values[1], signature.args[1]), align=4
+            address_of(context, builder, signature.args[0], values[0], values[1], signature.args[1]), align=4
         )
 
     return vector(array, offset), generate
@@ -317,7 +317,7 @@ def store(typing_context, array, offset, x):
 
     def generate(context, builder, signature, values):
         array_value, offset_value, x_value = values
-        address = _address(context, builder, signature.args[0], array_value, offset_value, signature.args[1])
+        address = address_of(context, builder, signature.args[0], array_value, offset_value, signature.args[1])
         builder.store(x_value, address, align=4)
         return context.get_dummy_value()
 
@@ -330,7 +330,7 @@ def store_as_int(typing_context, array, offset, x):
 
     def generate(context, builder, signature, values):
         array_value, offset_value, x_value = values
-        address = _address(context, builder, signature.args[0], array_value, offset_value, signature.args[1], _INTS)
+        address = address_of(context, builder, signature.args[0], array_value, offset_value, signature.args[1], _INTS)
         builder.store(builder.fptosi(x_value, _INTS), address, align=4)
         return context.get_dummy_value()
 
@@ -357,8 +357,8 @@ def lane_sum(typing_context, x):
         lanes = LANES
         while lanes > 1:
             lanes //= 2
-            low = _shuffle(builder, total, total, range(lanes))
-            high = _shuffle(builder, total, total, range(lanes, 2 * lanes))
+            low = shuffle(builder, total, total, range(lanes))
+            high = shuffle(builder, total, total, range(lanes, 2 * lanes))
             total = builder.fadd(low, high)
         return builder.extract_element(total, ir.Constant(_INT, 0))
 
@@ -373,7 +373,7 @@ def add_lane_sums(typing_context, array, offset, x0, x1, x2, x3, x4, x5, x6, x7)
         vectors = list(values[2:])
         if LANES == 16:
             vectors = [
-                builder.fadd(_shuffle(builder, x, x, range(8)), _shuffle(builder, x, x, range(8, 16))) for x in vectors
+                builder.fadd(shuffle(builder, x, x, range(8)), shuffle(builder, x, x, range(8, 16))) for x in vectors
             ]
         # Each round adds neighbouring blocks of `width` lanes of two vectors into one vector, halving their number.
         width = 1
@@ -381,129 +381,13 @@ def add_lane_sums(typing_context, array, offset, x0, x1, x2, x3, x4, x5, x6, x7)
             even = [i if not (i // width) & 1 else 8 + i - width for i in range(8)]
             odd = [i + width if not (i // width) & 1 else 8 + i for i in range(8)]
             vectors = [
-                builder.fadd(_shuffle(builder, a, b, even), _shuffle(builder, a, b, odd))
+                builder.fadd(shuffle(builder, a, b, even), shuffle(builder, a, b, odd))
                 for a, b in zip(vectors[0::2], vectors[1::2], strict=True)
             ]
             width *= 2
         eight = ir.VectorType(_FLOAT, 8)
-        address = _address(context, builder, signature.args[0], values[0], values[1], signature.args[1], eight)
+        address = address_of(context, builder, signature.args[0], values[0], values[1], signature.args[1], eight)
         builder.store(builder.fadd(builder.load(address, align=4), vectors[0]), address, align=4)
         return context.get_dummy_value()
 
     return types.none(array, offset, x0, x1, x2, x3, x4, x5, x6, x7), generate
-
-
-# --- Symmetric convolutions --------------------------------------------------------------------------------------
-
-
-def _symmetric_sum(builder, taps, weights):
-    """Σ weights[k] · taps[k] for weights that read the same backwards; `taps` has an odd number of vectors."""
-    half = len(taps) // 2
-    total = builder.fmul(taps[half], _constant(weights[half]))
-    for k in range(half):
-        pair = builder.fadd(taps[k], taps[-1 - k])
-        total = _call(builder, "fmuladd", pair, _constant(weights[k]), total)
-    return total
-
-
-def define_row_loader(count: int):
-    """An intrinsic that loads `count` vectors, `stride` floats apart, as a tuple."""
-
-    @intrinsic
-    def load_rows(typing_context, array, offset, stride):
-        result: Any = types.UniTuple(vector, count)
-
-        def generate(context, builder, signature, values):
-            array_value, offset_value, stride_value = values
-            array_type, offset_type, stride_type = signature.args
-            position = context.cast(builder, offset_value, offset_type, types.intp)
-            step = context.cast(builder, stride_value, stride_type, types.intp)
-            rows = []
-            for _ in range(count):
-                address = _address(context, builder, array_type, array_value, position, types.intp)
-                rows.append(builder.load(address, align=4))
-                position = builder.add(position, step)
-            return context.make_tuple(builder, result, rows)
-
-        return result(array, offset, stride), generate
-
-    return load_rows
-
-
-@intrinsic
-def multiply_rows(typing_context, left, right):
-    """Elementwise product of two tuples of vectors."""
-
-    def generate(context, builder, signature, values):
-        count = signature.return_type.count
-        products = [
-            builder.fmul(builder.extract_value(values[0], k), builder.extract_value(values[1], k)) for k in range(count)
-        ]
-        return context.make_tuple(builder, signature.return_type, products)
-
-    return left(left, right), generate
-
-
-def define_column_convolution(weights: tuple[float, ...]):
-    """An intrinsic that convolves down the rows of a tuple and stores every result that the tuple suffices for.
-
-    `store_convolved(array, offset, stride, rows)` stores len(rows) - len(weights) + 1 vectors, `stride` floats apart.
-    """
-
-    @intrinsic
-    def store_convolved(typing_context, array, offset, stride, rows):
-        def generate(context, builder, signature, values):
-            array_value, offset_value, stride_value, rows_value = values
-            array_type, offset_type, stride_type, rows_type = signature.args
-            inputs = [builder.extract_value(rows_value, k) for k in range(rows_type.count)]
-            position = context.cast(builder, offset_value, offset_type, types.intp)
-            step = context.cast(builder, stride_value, stride_type, types.intp)
-            for first in range(len(inputs) - len(weights) + 1):
-                result = _symmetric_sum(builder, inputs[first : first + len(weights)], weights)
-                address = _address(context, builder, array_type, array_value, position, types.intp)
-                builder.store(result, address, align=4)
-                position = builder.add(position, step)
-            return context.get_dummy_value()
-
-        return types.none(array, offset, stride, rows), generate
-
-    return store_convolved
-
-
-def define_row_convolution(weights: tuple[float, ...], shuffled: int):
-    """An intrinsic `convolve(array, offset)`: convolution along a row, for the vector at an aligned offset.
-
-    Of the shifted neighbours, the `shuffled` nearest on each side are cut out of registers and the others loaded.
-    A load that straddles two cache lines occupies the load ports twice, a shuffle one of the arithmetic ports once:
-    sharing the work keeps both busy.
-    """
-    half = len(weights) // 2
-
-    @intrinsic
-    def convolve(typing_context, array, offset):
-        def generate(context, builder, signature, values):
-            array_value, offset_value = values
-            array_type, offset_type = signature.args
-            origin = context.cast(builder, offset_value, offset_type, types.intp)
-
-            def load_at(shift):
-                position = builder.add(origin, ir.Constant(origin.type, shift))
-                address = _address(context, builder, array_type, array_value, position, types.intp)
-                return builder.load(address, align=4)
-
-            middle = load_at(0)
-            before, after = load_at(-LANES), load_at(LANES)
-
-            def neighbour(shift):
-                if abs(shift) > shuffled:
-                    return load_at(shift)
-                if shift < 0:
-                    return _shuffle(builder, before, middle, range(LANES + shift, 2 * LANES + shift))
-                return _shuffle(builder, middle, after, range(shift, LANES + shift)) if shift else middle
-
-            taps = [neighbour(shift) for shift in range(-half, half + 1)]
-            return _symmetric_sum(builder, taps, weights)
-
-        return vector(array, offset), generate
-
-    return convolve

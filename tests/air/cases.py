@@ -11,6 +11,9 @@ from torch import Tensor
 
 from air.gaussians import SUPPORT_CUTOFF, Gaussians
 
+# The pictures are so small that torch's threads would only wait for each other.
+torch.set_num_threads(1)
+
 BORDER = -2 * math.log(SUPPORT_CUTOFF)
 
 

@@ -1,4 +1,8 @@
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -195,3 +199,16 @@ def test_a_constant_picture_stays_constant_at_another_size(factor):
     unevenness = (render(gaussians, size, size)[:, 8:-8, 8:-8] - 0.6).abs().max()
     assert inside.mean() == pytest.approx(0.6, abs=0.005)
     assert (inside - 0.6).abs().max() < 1.5 * unevenness + 0.005
+
+
+@pytest.mark.slow
+def test_eight_lanes_agree_too():
+    """The same tests with the vectors of a CPU without AVX-512; a fresh process, since lanes are fixed at import."""
+    here = Path(__file__).parent
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "agree or threads"]
+    files = [str(here / name) for name in ("test_render.py", "test_loss.py", "test_optimize.py")]
+    environment = {**os.environ, "AIR_LANES": "8"}
+    result = subprocess.run(
+        [*command, "-m", "not slow", *files], env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stdout
