@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import io
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -180,7 +181,7 @@ def _memory_store(bucket: str) -> ObjectStore:
 
 @contextmanager
 def _explained(action: str, where: str) -> Iterator[None]:
-    """Turn obstore's errors into ours. Its messages carry a long dump after the first line: that stays in the cause."""
+    """Turn obstore's errors into ours."""
     from obstore.exceptions import BaseError
 
     try:
@@ -188,8 +189,15 @@ def _explained(action: str, where: str) -> Iterator[None]:
     except FileNotFoundError as error:
         raise MissingFileError(f"cannot {action} {where}: no such object or bucket; check the path") from error
     except (BaseError, OSError, ValueError) as error:
-        cause = str(error).partition("\n")[0]
         raise StorageError(
-            f"cannot {action} {where}: {cause}; check the bucket, the network, and the store's environment variables "
-            "(for S3 AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT_URL, AWS_ALLOW_HTTP)"
+            f"cannot {action} {where}: {_cause(error)}; check the bucket, the network, and the store's environment "
+            "variables (for S3 AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT_URL, AWS_ALLOW_HTTP)"
         ) from error
+
+
+def _cause(error: Exception) -> str:
+    """The first line of obstore's message: a long dump follows. Of an XML answer, what the server says in it."""
+    text = str(error)
+    first = text.partition("\n")[0].partition("<?xml")[0].rstrip(" :")
+    said = re.search("<Message>(.*?)</Message>", text)
+    return f"{first}: {said[1]}" if said else first

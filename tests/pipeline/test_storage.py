@@ -341,7 +341,7 @@ def test_errors_say_what_stands_in_the_way(tmp_path: Path):
 
 
 def test_a_missing_bucket_and_a_dead_server_are_explained(s3_bucket: str, monkeypatch: pytest.MonkeyPatch):
-    with pytest.raises(StorageError, match=r"s3://no-such-bucket/x.*check the bucket"):
+    with pytest.raises(StorageError, match=r"s3://no-such-bucket/x.*bucket does not exist; check"):
         list(open_storage("s3://no-such-bucket/x").list())
     monkeypatch.setenv("AWS_ALLOW_HTTP", "false")
     with pytest.raises(StorageError, match=r"cannot write s3://bucket/a/b.*AWS_ALLOW_HTTP") as caught:
