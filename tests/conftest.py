@@ -55,10 +55,11 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def local_ray() -> Iterator[None]:
-    """A Ray of this machine with four slots, shared by all tests: jobs find it initialised."""
+    """A Ray of this machine with more slots than cores, shared by all tests: jobs find it initialised."""
     import ray
 
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    slots = max(4, (os.cpu_count() or 1) + 1)
+    ray.init("local", num_cpus=slots, include_dashboard=False, log_to_driver=False, configure_logging=False)
     yield
     ray.shutdown()
 

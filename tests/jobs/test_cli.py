@@ -329,6 +329,16 @@ def test_shard_on_a_ray_of_its_own(pictures: Path, tmp_path: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("local_ray")
+def test_a_job_does_not_join_the_ray_of_another(pictures: Path, tmp_path: Path):
+    """That one would end with its owner. It has one slot more than this machine has cores, which gives a guest away."""
+    process = air_process("shard", pictures, tmp_path / "out", "--num-cpus", (os.cpu_count() or 1) + 1)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == USAGE, err
+    assert "but this machine has" in err
+
+
+@pytest.mark.slow
 def test_a_cluster_that_cannot_be_reached_and_one_that_is_too_small(pictures: Path, tmp_path: Path):
     for options, said in (
         (("--address", "127.0.0.1:1"), "cannot reach the Ray cluster 127.0.0.1:1"),

@@ -17,7 +17,7 @@ from toys import encode_picture, read_quarantine
 from pipeline.config import RunnerConfig
 from pipeline.errors import ConfigError, DamagedDataError, JobFailedError, Rejected
 from pipeline.runner import Tally, run
-from pipeline.shards import ShardConfig, ShardJob, count_samples, list_shards, plan_shards, read_samples
+from pipeline.shards import ShardConfig, ShardJob, TarWriter, count_samples, list_shards, plan_shards, read_samples
 from pipeline.storage import Storage, open_storage
 from pipeline.work import Manifest, committed_units, read_manifests, settle_plan
 
@@ -143,6 +143,18 @@ def test_shards_are_bounded_by_bytes(tmp_path: Path, make, max_bytes: int):
     assert sum(unit.samples or 0 for unit in units) == tally.summary["images"] == tally.samples_total
     # Well filled: two neighbours never fit into one, but for the estimate of what stands beside the images.
     assert len(units) <= 2 * sum(unit.bytes for unit in units) / max_bytes + 1
+
+
+@pytest.mark.parametrize("max_bytes", range(tarfile.RECORDSIZE, 5 * tarfile.RECORDSIZE, 1777))
+def test_no_tar_is_larger_than_the_bound_to_the_byte(tmp_path: Path, max_bytes: int):
+    writer = TarWriter("unit", tmp_path, max_bytes)
+    about = json.dumps({"bytes": 1, "width": 1, "height": 1}).encode()
+    for number in range(60):
+        writer.add({"__key__": f"{number:0{1 + 5 * number}d}", "png": bytes(100 * number), "json": about})
+    files = writer.finish()
+    assert sum(count for _, count in files) == 60
+    assert [path.name for path, count in files if count > 1 and path.stat().st_size > max_bytes] == []
+    assert [count_samples(path) for path, _ in files] == [count for _, count in files]
 
 
 def test_where_sizes_are_known_a_unit_is_one_tar(tmp_path: Path):
