@@ -95,7 +95,8 @@ class Gaussians:
         InvalidGaussiansError: A number is not finite, or a scale is not positive. The message names the first.
         """
         for name in ("xy", "scale", "angle", "colour"):
-            bad = ~torch.isfinite(getattr(self, name)).reshape(len(self), -1).all(dim=1)
+            finite = torch.isfinite(getattr(self, name))
+            bad = ~(finite if finite.ndim == 1 else finite.all(dim=1))
             if bool(bad.any()):
                 first = int(bad.nonzero()[0])
                 value = getattr(self, name)[first].tolist()

@@ -187,8 +187,7 @@ def optimize(
     """
     _check_arguments(raw, anchor, target, patch_size, canvas, free, backend, threads)
     start = activate(raw.detach(), anchor, patch_size)
-    if len(start):
-        start.validate()
+    start.validate()
     raw = raw.detach().clone()
     anchor = anchor.to(raw)
     _, height, width = target.shape

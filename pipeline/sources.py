@@ -115,10 +115,10 @@ def _expand(given: str) -> tuple[Storage, str, Callable[[], Iterator[Entry]]]:
     uri = normalise(given)
     try:
         parent, last = open_parent(uri)
-        if parent.exists(last):
-            return parent, posixpath.basename(parent.uri()), lambda: iter([Entry(last, parent.size(last))])
     except StorageError:
-        pass  # a bucket or the root folder has no parent
+        parent, last = open_storage(uri), ""  # a bucket or the root folder has no parent, and is no file
+    if last and parent.exists(last):
+        return parent, posixpath.basename(parent.uri()), lambda: iter([Entry(last, parent.size(last))])
     folder = open_storage(uri)
     if not _WILDCARDS.search(uri) or next(folder.list(), None):  # a folder may be called `holidays [2020]`
         return folder, posixpath.basename(uri), folder.list

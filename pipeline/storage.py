@@ -22,13 +22,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 from pipeline.errors import StorageError
-
-if TYPE_CHECKING:
-    from pipeline.storage_local import LocalStorage as LocalStorage
 
 REMOTE_SCHEMES = ("s3", "gs", "az", "memory")
 
@@ -205,12 +202,3 @@ def check_path(path: str) -> str:
     if names[-1].startswith(TEMPORARY_PREFIX):
         raise StorageError(f"{path!r}: names that start with {TEMPORARY_PREFIX} are unfinished writes; choose another")
     return path
-
-
-def __getattr__(name: str) -> Any:
-    """`LocalStorage` by its former place: an import at the top would be circular."""
-    if name == "LocalStorage":
-        from pipeline.storage_local import LocalStorage
-
-        return LocalStorage
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

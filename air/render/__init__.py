@@ -52,8 +52,7 @@ def render(gaussians: Gaussians, height: int, width: int, *, backend: str = "aut
         raise ValueError(f"threads must be at least 1, got {threads}")
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; use one of {', '.join(BACKENDS)}")
-    if len(gaussians):
-        gaussians.validate()
+    gaussians.validate()
     fits_cpu = gaussians.xy.device.type == "cpu" and gaussians.xy.dtype == torch.float32
     if backend == "reference" or (backend == "auto" and not fits_cpu):
         from air.render.reference import render_reference
