@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test test-all lint format clean
 
 demo: $(VENV)/.installed
-	$(BIN)/air demo
+	$(BIN)/air demo --config configs/demo.yaml
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -m "not slow and not gpu"

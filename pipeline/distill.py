@@ -119,7 +119,7 @@ def distill_view(rgb: np.ndarray, config: DistillConfig) -> dict[str, Any]:
     """
     import torch
 
-    from air.errors import NonFiniteLossError
+    from air.errors import InvalidGaussiansError, NonFiniteLossError
     from air.stages import GridPredictor, StageControl, all_gaussians, run_stages
 
     torch.set_num_threads(1)  # sums of another order would make other values on another machine
@@ -134,7 +134,7 @@ def distill_view(rgb: np.ndarray, config: DistillConfig) -> dict[str, Any]:
                 canvas=config.canvas,
             )
         )
-    except NonFiniteLossError as error:
+    except (InvalidGaussiansError, NonFiniteLossError) as error:
         raise Rejected("non_finite", str(error)) from None
     return {
         "height": rgb.shape[0],

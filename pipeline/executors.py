@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from air.errors import AirError
 from pipeline.config import RunnerConfig
-from pipeline.errors import ConfigError, StorageError
+from pipeline.errors import ConfigError, JobFailedError, StorageError
 from pipeline.process import Job, Progress, execute
 from pipeline.work import Manifest, Unit
 
@@ -251,10 +251,11 @@ def _ray(config: RunnerConfig) -> Iterator[None]:
             _check_reachable(config.address)
         try:
             ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=False, **options)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (ConnectionError, ValueError) as error:
             raise ConfigError(f"cannot reach the Ray cluster {config.address or ''}: {error}") from None
-        if local:
-            _check_fits(config, ray.cluster_resources())
+        except Exception as error:  # Ray raises bare exceptions, for a time-out of its start among others
+            raise JobFailedError(f"Ray did not start: {error}") from error
+        _check_fits(config, ray.cluster_resources(), can_grow=not local)
     try:
         yield
     finally:
@@ -273,11 +274,15 @@ def _check_reachable(address: str) -> None:
         raise ConfigError(f"cannot reach the Ray cluster {address}: {error.strerror or error}") from None
 
 
-def _check_fits(config: RunnerConfig, resources: Mapping[str, float]) -> None:
-    """A task that asks for more than this machine has would wait for ever."""
+def _check_fits(config: RunnerConfig, resources: Mapping[str, float], can_grow: bool) -> None:
+    """A task that asks for more than there is waits for ever, unless the cluster grows."""
     for name, wanted in (("CPU", config.num_cpus), ("GPU", config.num_gpus)):
-        if wanted > resources.get(name, 0.0):
+        there = resources.get(name, 0.0)
+        if wanted > there and can_grow:
+            logger.warning(
+                "num_%ss = %g, but the cluster has %g now: waiting for it to grow", name.lower(), wanted, there
+            )
+        elif wanted > there:
             raise ConfigError(
-                f"num_{name.lower()}s = {wanted:g}, but this machine has {resources.get(name, 0.0):g}; "
-                "name a cluster with --address"
+                f"num_{name.lower()}s = {wanted:g}, but this machine has {there:g}; name a cluster with --address"
             )

@@ -30,6 +30,9 @@ MIN_SAMPLES_TO_JUDGE = 100
 CRASHES_BEFORE_ISOLATION = 2
 """A unit whose worker died this often is run one image per process: once may be the machine's fault."""
 
+FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 1.0, 60.0
+"""A unit whose storage failed waits before it is tried again, twice as long each time."""
+
 _MIN_DURATIONS = 5  # finished units before stragglers are looked for
 
 
@@ -159,6 +162,7 @@ class _Drive:
         self._first_seen: dict[str, float] = {}
         self._durations: list[float] = []
         self._failures: dict[str, str] = {}
+        self._not_before: dict[str, float] = {}
 
     def __call__(self, todo: Sequence[Unit]) -> dict[str, str]:
         """Runs all of `todo`; returns the units that failed for good, with the cause of each."""
@@ -166,8 +170,8 @@ class _Drive:
         with open_executor(self._config, self._report) as self._executor:
             try:
                 while pending or self._at_work:
-                    while pending and len(self._at_work) < self._executor.window():
-                        self._submit(pending.popleft())
+                    while len(self._at_work) < self._executor.window() and (unit := self._next(pending)):
+                        self._submit(unit)
                     if not pending:
                         self._repeat_stragglers()
                     self._take_what_ended(pending)
@@ -177,7 +181,18 @@ class _Drive:
                     self._executor.cancel(handle)
         return self._failures
 
+    def _next(self, pending: deque[Unit]) -> Unit | None:
+        """The first unit whose pause after a failure is over."""
+        now = time.monotonic()
+        unit = next((unit for unit in pending if self._not_before.get(unit.name, 0.0) <= now), None)
+        if unit is not None:
+            pending.remove(unit)
+        return unit
+
     def _take_what_ended(self, pending: deque[Unit]) -> None:
+        if not self._at_work:
+            time.sleep(FIRST_PAUSE_SECONDS / 4)  # all that is left pauses
+            return
         for handle, outcome in self._executor.wait(list(self._at_work)):
             unit = self._at_work.pop(handle, None)
             if unit is None:
@@ -215,6 +230,8 @@ class _Drive:
         self._first_seen.pop(unit.name, None)
         self._tally.running.pop(unit.name, None)
         if failure.may_pass and attempt < self._config.max_attempts:
+            pause = 0.0 if failure.crashed else FIRST_PAUSE_SECONDS * 2 ** (attempt - 1)
+            self._not_before[unit.name] = time.monotonic() + min(pause, LONGEST_PAUSE_SECONDS)
             return True
         self._failures[unit.name] = failure.cause
         return False

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import ConfigError, DamagedDataError, Rejected, StorageError
 from pipeline.images import IMAGE_EXTENSIONS
-from pipeline.storage import Entry, MissingFileError, Storage, normalise, open_parent, open_storage
+from pipeline.storage import Entry, ForbiddenFileError, MissingFileError, Storage, normalise, open_parent, open_storage
 
 logger = logging.getLogger(__name__)
 
@@ -218,6 +218,7 @@ class ItemReader:
 
         Raises:
             Rejected: `missing`: the file was there when the plan was made, and is gone; or the row is null.
+                `forbidden`: its permissions do not allow reading it.
             StorageError: It cannot be read for a reason that may pass.
         """
         if item.root not in self._storages:
@@ -236,6 +237,8 @@ class ItemReader:
             return storage.read(item.path)
         except MissingFileError:
             raise Rejected("missing", "the file is gone since the plan was made") from None
+        except ForbiddenFileError:
+            raise Rejected("forbidden", "the file's permissions do not allow reading it") from None
 
     def _read_row(self, storage: Storage, item: Item) -> bytes:
         assert item.row is not None

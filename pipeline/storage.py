@@ -39,6 +39,10 @@ class MissingFileError(StorageError):
     """A file that is not there."""
 
 
+class ForbiddenFileError(StorageError):
+    """A file of this machine that its permissions do not let us touch."""
+
+
 class Entry(NamedTuple):
     """One listed file: its path below the storage's root, and its size in bytes."""
 

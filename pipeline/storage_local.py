@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from pipeline.errors import StorageError
-from pipeline.storage import TEMPORARY_PREFIX, Entry, MissingFileError, Storage, check_path
+from pipeline.storage import TEMPORARY_PREFIX, Entry, ForbiddenFileError, MissingFileError, Storage, check_path
 
 
 @dataclass(frozen=True)
@@ -220,6 +220,8 @@ def _explained(action: str, where: str) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise MissingFileError(f"cannot {action} {where}: no such file; check the path") from error
+    except PermissionError as error:
+        raise ForbiddenFileError(f"cannot {action} {where}: permission denied; check its owner and mode") from error
     except OSError as error:
         advice = _ADVICE.get(error.errno or 0, "check the disk and run it again")
         raise StorageError(f"cannot {action} {where}: {error.strerror or error}; {advice}") from error

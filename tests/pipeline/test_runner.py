@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import toys
 
-from pipeline import runner
+from pipeline import executors, runner
 from pipeline.config import RunnerConfig
-from pipeline.errors import JobFailedError
+from pipeline.errors import JobFailedError, StorageError
 from pipeline.executors import Failure, Handle, Task
 from pipeline.process import Progress, execute
 from pipeline.runner import CRASHES_BEFORE_ISOLATION, MIN_SAMPLES_TO_JUDGE, Tally, run
@@ -324,3 +324,23 @@ def test_output_on_another_storage_is_run_as_well(tmp_path: Path):
     plan = toys.make_plan(output, 2)
     run(toys.ToyJob(notes, {"unit-0/000": "lose once"}), plan, output, INLINE)
     assert [row["key"] for row in toys.read_rows(output)] == toys.keys_of(plan.units)
+
+
+def test_a_storage_that_failed_is_given_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The second and the third attempt wait, the third twice as long."""
+    monkeypatch.setattr(runner, "FIRST_PAUSE_SECONDS", 0.2)
+    output, notes = toys.open_output(tmp_path)
+    plan = toys.make_plan(output, 1)
+    begins: list[float] = []
+
+    def fail_twice(*arguments: object, **options: object) -> Manifest:
+        begins.append(time.monotonic())
+        if len(begins) < 3:
+            raise StorageError("the network is down")
+        return execute(*arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(executors, "execute", fail_twice)
+    run(toys.ToyJob(notes, {}), plan, output, INLINE)
+    assert begins[1] - begins[0] >= 0.2
+    assert begins[2] - begins[1] >= 0.4
+    assert len(committed_units(output)) == 1

@@ -304,6 +304,19 @@ def test_a_file_that_vanishes_after_planning_is_missing(pictures: Path, given: s
     assert caught.value.reason == "missing"
 
 
+def test_a_file_without_permission_is_forbidden(pictures: Path, monkeypatch: pytest.MonkeyPatch):
+    """The superuser may read anything, so the refusal is made up."""
+    (item, *_) = find_items([str(pictures)])
+
+    def refuse(path: Path) -> bytes:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(Rejected) as caught:
+        ItemReader([str(pictures)]).read(item)
+    assert caught.value.reason == "forbidden"
+
+
 def test_a_tar_that_shrank_after_planning_is_damaged(tmp_path: Path):
     file = write_tar(tmp_path / "batch.tar", {"a.png": bytes(5000)})
     (item,) = find_items([str(file)])
