@@ -45,10 +45,7 @@ def grid_initialization(residual: Tensor, patch_size: int, *, raw_scale: float =
     Raises:
         ValueError: The residual is not of shape (3, height, width), or the patch size is below 1.
     """
-    if residual.ndim != 3 or residual.shape[0] != 3 or 0 in residual.shape:
-        raise ValueError(f"the residual must be an image of shape (3, height, width), got {tuple(residual.shape)}")
-    if patch_size < 1:
-        raise ValueError(f"patch_size must be at least 1, got {patch_size}")
+    check_residual(residual, patch_size)
     _, height, width = residual.shape
     rows, columns = grid_shape(height, width, patch_size)
     centres = anchors(height, width, patch_size, torch.float64).reshape(rows, columns, 2)
@@ -63,6 +60,7 @@ def grid_initialization(residual: Tensor, patch_size: int, *, raw_scale: float =
 
 
 def check_residual(residual: Tensor, patch_size: int) -> None:
+    """Raises ValueError for what is no image of shape (3, height, width), or no patch size."""
     if residual.ndim != 3 or residual.shape[0] != 3 or 0 in residual.shape:
         raise ValueError(f"the residual must be an image of shape (3, height, width), got {tuple(residual.shape)}")
     if patch_size < 1:

@@ -1,6 +1,6 @@
 """Throughput of the Ray executor beside inline processes that share the same images, in one run.
 
-    python benchmarks/executors.py [--shards 8] [--images 4] [--processes 2] [--repeat 2]
+    python benchmarks/executors.py [--shards 40] [--images 4] [--processes 2] [--repeat 2]
 
 The pictures are those of `air demo`, several renditions of each, so that nothing is downloaded. N inline processes
 get the shards dealt out between them; then one Ray job gets them all with N workers. Both are timed from the first
@@ -34,7 +34,7 @@ OPTIONS = [
     "--stages",
     "4",
     "--steps",
-    "30",
+    "50",
     "--min-view-pixels",
     "150000",
     "--max-view-pixels",
@@ -83,7 +83,7 @@ def timed(commands: list[list[str]], outputs: list[Path]) -> tuple[float, float]
 def main() -> None:
     """Measures and prints a line of JSON per run, and the ratio."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shards", type=int, default=8)
+    parser.add_argument("--shards", type=int, default=40)
     parser.add_argument("--images", type=int, default=4, help="per shard")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--repeat", type=int, default=2)
