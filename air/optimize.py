@@ -1,8 +1,9 @@
 """Short-horizon optimisation of raw Gaussians against an image (method.md section 5), and `fit`.
 
 `optimize` is the inner loop of predict-optimise-distill and the refinement after a prediction: a fixed number of Adam
-steps on 0.7 L1 + 0.3 (1 - SSIM), with earlier stages frozen in a canvas. `fit` starts it from a plain grid. On a CPU
-the whole step runs in compiled kernels; the same loop in plain torch is its definition.
+steps on 0.7 L1 + 0.3 (1 - SSIM), with earlier stages frozen in a canvas. `optimize_batch` does it for several images
+at once, which is what fills a GPU. `fit` starts it from a plain grid. On a CPU and on CUDA the whole step runs in
+compiled kernels; the same loop in plain torch is its definition.
 
     result = fit(image, steps=100)
     print(result.trajectory.psnr[-1], "dB")
@@ -13,21 +14,21 @@ This module knows nothing of files, stages or networks.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from air.errors import NonFiniteLossError
+from air.errors import BackendUnavailableError, NonFiniteLossError
 from air.gaussians import RAW_CHANNELS, Gaussians, activate, anchors
 from air.grid import grid_initialization
 from air.loss import loss as torch_loss
 from air.metrics import psnr_of
-from air.render import render
+from air.render import render, require_cuda_kernels, triton_is_installed
 
 StepCallback = Callable[[int, float, float], None]
 """Called with (number of updates done, loss, PSNR in dB)."""
@@ -109,6 +110,15 @@ class OptimizeResult:
     trajectory: Trajectory
 
 
+class Problem(NamedTuple):
+    """One image of a batch; see `optimize` for the fields."""
+
+    raw: Tensor
+    anchor: Tensor
+    target: Tensor
+    canvas: Tensor | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class FitResult:
     """One fitted image.
@@ -176,15 +186,18 @@ def optimize(
         config: Steps, rates and schedule.
         canvas: What is already drawn and stays, shape (3, height, width); black if not given.
         free: Which Gaussians may change, boolean, shape (N,); all if not given. The others are drawn once.
-        backend: "cpu" (compiled, float32), "reference" (plain torch), or "auto": "cpu" for float32 on the CPU.
+        backend: "cpu" (compiled, float32), "cuda" (compiled, float32, needs triton), "reference" (plain torch), or
+            "auto": for float32 the compiled one of the tensors' device, else "reference".
         threads: The most threads that "cpu" uses; its results do not depend on it.
-        on_step: Called for every entry of the trajectory, as soon as it is known.
+        on_step: Called for every entry of the trajectory, as soon as it is known: with "cuda" at the end.
 
     Raises:
         InvalidGaussiansError: `raw` and `anchor` do not fit each other or are not finite.
         ValueError: An image, mask or option does not fit.
         NonFiniteLossError: The loss stopped being a number; the message names the step.
+        BackendUnavailableError: The backend asked for cannot be loaded here.
     """
+    backend = _choose_backend(backend, raw)
     _check_arguments(raw, anchor, target, patch_size, canvas, free, backend, threads)
     start = activate(raw.detach(), anchor, patch_size)
     start.validate()
@@ -198,8 +211,7 @@ def optimize(
         frozen = activate(raw[~free], anchor[~free], patch_size)
         background = background + render(frozen, height, width, backend=backend, threads=threads)
     recorder = _Recorder(on_step)
-    fits_cpu = raw.dtype == torch.float32 and raw.device.type == "cpu"
-    run = _optimize_torch if backend == "reference" or (backend == "auto" and not fits_cpu) else _optimize_cpu
+    run = {"reference": _optimize_torch, "cpu": _optimize_cpu, "cuda": _optimize_cuda}[backend]
     raw[chosen] = run(raw[chosen], anchor[chosen], target, patch_size, config, background, threads, recorder)
     return OptimizeResult(raw, recorder.trajectory())
 
@@ -229,10 +241,21 @@ def _check_arguments(
         raise ValueError(f"patch_size must be at least 1, got {patch_size}")
     if threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
-    if backend not in ("auto", "cpu", "reference"):
-        raise ValueError(f"unknown backend {backend!r}; use auto, cpu or reference")
     if backend == "cpu" and (raw.dtype != torch.float32 or raw.device.type != "cpu"):
         raise ValueError(f"the cpu backend optimises float32 on the CPU, got {raw.dtype} on {raw.device}")
+
+
+def _choose_backend(backend: str, raw: Tensor) -> str:
+    """The backend that `optimize` uses for such tensors: "cpu", "cuda" or "reference"."""
+    if backend not in ("auto", "cpu", "cuda", "reference"):
+        raise ValueError(f"unknown backend {backend!r}; use auto, cpu, cuda or reference")
+    if backend != "auto":
+        return backend
+    if raw.dtype != torch.float32:
+        return "reference"
+    if raw.device.type == "cuda":
+        return "cuda" if triton_is_installed() else "reference"
+    return "cpu" if raw.device.type == "cpu" else "reference"
 
 
 def _optimize_torch(
@@ -291,6 +314,90 @@ def _optimize_cpu(
         return torch.from_numpy(state.raw_rows())
 
 
+def _optimize_cuda(
+    raw: Tensor,
+    anchor: Tensor,
+    target: Tensor,
+    patch_size: int,
+    config: OptimizeConfig,
+    background: Tensor,
+    threads: int,
+    recorder: _Recorder,
+) -> Tensor:
+    """A batch of one. `threads` is of no use here."""
+    return _run_batch([Problem(raw, anchor, target, background)], patch_size, config, [recorder])[0]
+
+
+def _run_batch(
+    problems: Sequence[Problem], patch_size: int, config: OptimizeConfig, recorders: Sequence[_Recorder]
+) -> list[Tensor]:
+    """The optimised raw Gaussians of problems whose tensors were checked, by the cuda backend."""
+    require_cuda_kernels(problems[0].raw)
+    from air.optimize_cuda import BatchOptimizer
+
+    state = BatchOptimizer(problems, patch_size, config)
+    state.run()
+    losses, squared_errors = state.trajectories()
+    for image, recorder in enumerate(recorders):
+        for loss, squared_error in zip(losses[:, image], squared_errors[:, image], strict=True):
+            recorder.add(float(loss), float(squared_error))
+    return [raw.clone() for raw in state.raw]
+
+
+def optimize_batch(
+    problems: Sequence[Problem | tuple[Tensor, Tensor, Tensor, Tensor | None]],
+    patch_size: int,
+    config: OptimizeConfig,
+    *,
+    backend: str = "auto",
+    threads: int = 1,
+) -> list[OptimizeResult]:
+    """What `optimize` gives for each of several images (raw, anchor, target, canvas), in order.
+
+    Sizes and numbers of Gaussians may differ; dtype and device may not. With "cuda" all images take each step together,
+    in the same launches; otherwise they are optimised one after another.
+
+    Raises:
+        As `optimize`; a message about a tensor does not say of which image.
+    """
+    batch = [Problem(*problem) for problem in problems]
+    if not batch:
+        return []
+    backend = _choose_backend(backend, batch[0].raw)
+    if backend != "cuda":
+        return [
+            optimize(p.raw, p.anchor, p.target, patch_size, config, canvas=p.canvas, backend=backend, threads=threads)
+            for p in batch
+        ]
+    ready = []
+    for raw, anchor, target, canvas in batch:
+        _check_arguments(raw, anchor, target, patch_size, canvas, None, backend, threads)
+        if raw.device != batch[0].raw.device:
+            raise ValueError(f"a batch must be on one device, got {batch[0].raw.device} and {raw.device}")
+        activate(raw.detach(), anchor, patch_size).validate()
+        ready.append(Problem(raw.detach(), anchor.to(raw), target, None if canvas is None else canvas.detach()))
+    recorders = [_Recorder(None) for _ in ready]
+    optimized = _run_batch(ready, patch_size, config, recorders)
+    return [OptimizeResult(raw, recorder.trajectory()) for raw, recorder in zip(optimized, recorders, strict=True)]
+
+
+def choose_device(device: str, backend: str = "auto") -> torch.device:
+    """The device that "auto", "cpu" or "cuda" (or "cuda:1") means for a backend.
+
+    "auto" is CUDA where there is a GPU and triton is installed, unless the backend is one of the CPU.
+
+    Raises:
+        BackendUnavailableError: CUDA was asked for and there is none.
+    """
+    if device == "auto":
+        has_cuda = torch.cuda.is_available() and triton_is_installed()
+        return torch.device("cuda" if has_cuda and backend in ("auto", "cuda") else "cpu")
+    chosen = torch.device(device)
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise BackendUnavailableError("torch finds no CUDA device here; use device='cpu' or 'auto'")
+    return chosen
+
+
 def fit(
     image: Any,
     steps: int = 100,
@@ -298,6 +405,7 @@ def fit(
     *,
     config: OptimizeConfig | None = None,
     backend: str = "auto",
+    device: str = "auto",
     threads: int = 1,
     on_step: StepCallback | None = None,
 ) -> FitResult:
@@ -309,6 +417,8 @@ def fit(
         patch_size: Pixels between anchors; the number of Gaussians is ceil(height/p) · ceil(width/p).
         config: Rates and schedule.
         backend: As for `optimize`.
+        device: Where to compute: "cpu", "cuda", or "auto", which is "cuda" where there is a GPU and triton. An image
+            tensor that is on a GPU stays there. The result is on the image's device, which for arrays is the CPU.
         threads: As for `optimize`.
         on_step: As for `optimize`.
 
@@ -323,7 +433,10 @@ def fit(
     target = image_tensor(image)
     options = dict((config or OptimizeConfig()).__dict__, steps=steps)
     _, height, width = target.shape
-    if backend != "reference" and target.dtype == torch.float32:
+    home = target.device
+    if home.type == "cpu" and target.dtype == torch.float32:
+        target = target.to(choose_device(device, backend))
+    if _choose_backend(backend, target) == "cpu":
         compile_kernels()
     start = time.perf_counter()
     anchor = anchors(height, width, patch_size, target.dtype).to(target.device)
@@ -331,8 +444,9 @@ def fit(
     result = optimize(
         raw, anchor, target, patch_size, OptimizeConfig(**options), backend=backend, threads=threads, on_step=on_step
     )
-    gaussians = activate(result.raw, anchor, patch_size)
-    return FitResult(gaussians, result.raw, result.trajectory, time.perf_counter() - start, height, width)
+    gaussians = activate(result.raw, anchor, patch_size).to(home)
+    seconds = time.perf_counter() - start
+    return FitResult(gaussians, result.raw.to(home), result.trajectory, seconds, height, width)
 
 
 def image_tensor(image: Any) -> Tensor:

@@ -148,7 +148,7 @@ def test_non_finite_numbers_are_an_error(backend, name):
         ({"height": 0, "width": 5}, "at least one row"),
         ({"height": 5, "width": 0}, "at least one row"),
         ({"height": 5, "width": 5, "threads": 0}, "threads"),
-        ({"height": 5, "width": 5, "backend": "cuda"}, "unknown backend"),
+        ({"height": 5, "width": 5, "backend": "metal"}, "unknown backend"),
     ],
 )
 def test_options_that_cannot_be_are_refused(options, message):

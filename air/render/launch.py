@@ -1,0 +1,39 @@
+"""How Triton kernels are started: by whom the tensors allow it, on the tensors' device.
+
+Importing this module needs triton.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import triton
+
+_WARPS = 4
+
+
+@triton.jit
+def _nothing() -> None:
+    pass
+
+
+INTERPRETED = not isinstance(_nothing, triton.JITFunction)
+"""Whether kernels run in Triton's interpreter, on CPU tensors. Decided when triton was first imported."""
+
+
+def runs_on(device: torch.device) -> bool:
+    """Whether kernels can work on tensors of this device."""
+    return device.type == ("cpu" if INTERPRETED else "cuda")
+
+
+def selected(device: torch.device) -> AbstractContextManager[Any]:
+    """Kernels are launched on the current device, which this makes the tensors' own."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def launch(kernel: Any, programs: int, *arguments: Any, warps: int = _WARPS, **constants: int) -> None:
+    """Starts so many programs of a kernel, if any, each of so many warps."""
+    if programs:
+        kernel[(programs,)](*arguments, num_warps=warps, **constants)
