@@ -17,14 +17,16 @@ _EXPORTS = {
     "AirError": "air.errors",
     "Gaussians": "air.gaussians",
     "fit": "air.optimize",
+    "grow": "air.growth",
     "render": "air.render",
 }
 
-__all__ = ["AirError", "Gaussians", "__version__", "fit", "render"]
+__all__ = ["AirError", "Gaussians", "__version__", "fit", "grow", "render"]
 
 if TYPE_CHECKING:
     from air.errors import AirError
     from air.gaussians import Gaussians
+    from air.growth import grow
     from air.optimize import fit
     from air.render import render
 
