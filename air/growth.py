@@ -2,7 +2,7 @@
 
     result = grow(image, num_gaussians=28_000, steps=100)
 
-Unlike in the stage loop (`air.stages`), nothing is frozen: after every growth all Gaussians are optimised together. That
+Unlike in the stage loop (`air.stages`), nothing is frozen: after every growth all Gaussians are optimised together. It
 is worth several decibels at the same number of Gaussians and the same time, and is what to use when the Gaussians
 themselves are wanted and not the training targets of a staged network. docs/optimizer.md has the search.
 """

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -22,11 +22,16 @@ from pipeline.config import Config
 from pipeline.errors import Rejected, StorageError
 from pipeline.storage import open_parent
 
+_PIXELS_PER_GAUSSIAN = 16
+
 
 class FitConfig(Config):
     """How one image is fitted."""
 
-    patch_size: int = Field(4, ge=1, le=256, description="pixels between Gaussians of the start grid")
+    gaussians: int | None = Field(None, ge=1, le=100_000_000, description="most Gaussians; default: one per 16 pixels")
+    patch_size: int | None = Field(
+        None, ge=1, le=256, description="fit a plain grid, one Gaussian per patch of so many pixels, instead of growing"
+    )
     steps: int = Field(100, ge=0, le=1_000_000, description="optimisation steps")
     rate: float = Field(1.0, gt=0, le=100, description="factor on the optimiser's learning rates (docs/optimizer.md)")
     threads: int | None = Field(None, ge=1, le=1024, description="CPU threads; default: all cores")
@@ -51,12 +56,15 @@ def main(arguments: Sequence[str]) -> int:
         raise StorageError(f"{given.image} cannot be used: {rejection}") from None
     if not target.lower().endswith(".png"):
         parser.error(f"{target}: the render is written as PNG; give it a name that ends in .png")
+    if config.gaussians and config.patch_size:
+        parser.error("give --gaussians or --patch-size, not both: a grid's size follows from its patches")
     fit_image(rgb, target, config)
     return 0
 
 
 def fit_image(rgb: np.ndarray, target: str, config: FitConfig) -> None:
     """Fits, shows progress where someone watches, writes the render and prints what was reached."""
+    from air.growth import GrowthConfig, grow
     from air.optimize import COMPILE_SECONDS, OptimizeConfig, compile_kernels, fit, kernels_are_compiled
     from air.render import render
 
@@ -82,15 +90,17 @@ def fit_image(rgb: np.ndarray, target: str, config: FitConfig) -> None:
                 shown = time.monotonic()
                 progress.update(task, completed=step, description=f"loss {loss:.4f}, {psnr:.2f} dB")
 
-        result = fit(
-            rgb,
-            config.steps,
-            config.patch_size,
-            config=OptimizeConfig().scaled(config.rate),
-            backend=config.backend,
-            threads=config.threads or os.cpu_count() or 1,
-            on_step=on_step,
-        )
+        adam = OptimizeConfig().scaled(config.rate)
+        options: dict[str, Any] = {
+            "backend": config.backend,
+            "threads": config.threads or os.cpu_count() or 1,
+            "on_step": on_step,
+        }
+        if config.patch_size:
+            result = fit(rgb, config.steps, config.patch_size, config=adam, **options)
+        else:
+            budget = config.gaussians or max(1, rgb.shape[0] * rgb.shape[1] // _PIXELS_PER_GAUSSIAN)
+            result = grow(rgb, budget, config.steps, config=GrowthConfig(optimization=adam), **options)
     picture = render(result.gaussians, result.height, result.width, backend=config.backend).clamp(0, 1)
     pixels = (picture.permute(1, 2, 0).numpy() * 255 + 0.5).astype(np.uint8)
     try:

@@ -26,6 +26,16 @@ def test_fit_writes_the_render_that_it_reports(
     assert text.strip().endswith(str(out))
 
 
+def test_the_budget_of_gaussians_is_kept(photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        main(["fit", str(photographs / "china.jpg"), str(tmp_path / "o.png"), "--gaussians", "150", "--steps", "9"])
+        == 0
+    )
+    counted = re.search(r"([\d,]+) Gaussians", capsys.readouterr().out)
+    assert counted is not None
+    assert 100 < int(counted[1]) <= 150
+
+
 def test_without_steps_the_start_is_drawn(
     photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -42,6 +52,7 @@ def test_without_steps_the_start_is_drawn(
         (["fine.png", "out.jpg"], 2, ".png"),
         (["fine.png", "nowhere/out.png"], 1, "nowhere/out.png"),
         (["fine.png", "--steps", "-1"], 2, "steps"),
+        (["fine.png", "--gaussians", "9", "--patch-size", "4"], 2, "not both"),
         (["fine.png", "--stepz", "1"], 2, "--stepz"),
     ],
 )
