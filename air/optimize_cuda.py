@@ -22,11 +22,12 @@ from numpy.typing import NDArray
 
 from air.gaussians import MIN_RAW_SCALE, RAW_CHANNELS
 from air.loss_cuda import SUMS, BatchLoss
-from air.optimize import OptimizeConfig, Problem
+from air.optimize import Problem
 from air.render.cuda import BLOCKS, launch_draw
 from air.render.cuda_kernels import COLOUR, HALF_TURNS, IMAGE_COLUMNS, PARAMETERS, SCALE_1, gather_gradient
 from air.render.launch import launch, selected
 from air.render.ragged import RaggedImages
+from air.schedule import OptimizeConfig
 
 GRAPH_STEPS = 20
 """Steps in one CUDA graph: enough that starting a graph costs little beside its steps."""
@@ -127,7 +128,7 @@ class BatchOptimizer:
     """Adam on the raw Gaussians of several images at once; images may differ in size and number of Gaussians.
 
     - Create it: allocates and fills all buffers on the device of the problems.
-    - `run` it once: all steps of the configuration, without waiting for the device.
+    - `run` it: all steps of the configuration, from the start, without waiting for the device.
     - Read `raw`, and `trajectories`, which wait for it.
 
     Args:
@@ -162,6 +163,8 @@ class BatchOptimizer:
         canvases = [empty if p.canvas is None else p.canvas for p, empty in zip(problems, black, strict=True)]
         self._background = self.layout.pack(canvases)
         self._image = self.layout.buffer()
+        # Kept, so that it does not go while the device still works at it.
+        self._graph: torch.cuda.CUDAGraph | None = None
         with selected(self.device):
             self._loss = BatchLoss(self.layout, [problem.target for problem in problems])
 
@@ -207,14 +210,16 @@ class BatchOptimizer:
 
     def run(self) -> None:
         """All steps, and the loss of the last state."""
+        left = self.config.steps
         with selected(self.device):
-            graph = self._capture() if self.device.type == "cuda" and self.config.steps >= GRAPH_STEPS else None
+            if self._graph is None and self.device.type == "cuda" and left >= GRAPH_STEPS:
+                self._graph = self._capture()
             self.reset()
-            replays = self.config.steps // GRAPH_STEPS if graph else 0
-            if graph:
-                for _ in range(replays):
-                    graph.replay()
-            for _ in range(self.config.steps - replays * GRAPH_STEPS):
+            if self._graph is not None:
+                for _ in range(left // GRAPH_STEPS):
+                    self._graph.replay()
+                left %= GRAPH_STEPS
+            for _ in range(left):
                 self.evaluate()
                 self.update()
             self.evaluate()
@@ -226,10 +231,17 @@ class BatchOptimizer:
         self.evaluate()
         self.update()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream())
+        # Not `with torch.cuda.graph(graph)`, which also collects garbage and empties the cache of device memory: that
+        # may take longer than the steps. Nothing here allocates. Other threads may use the GPU meanwhile.
+        with torch.cuda.stream(stream):
+            graph.capture_begin(capture_error_mode="thread_local")
             for _ in range(GRAPH_STEPS):
                 self.evaluate()
                 self.update()
+            graph.capture_end()
+        torch.cuda.current_stream().wait_stream(stream)
         return graph
 
     def trajectories(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

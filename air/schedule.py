@@ -1,0 +1,65 @@
+"""How the optimiser steps: Adam's constants and the learning rate of every raw number at every step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from air.gaussians import RAW_CHANNELS
+
+GROUPS = {"offset": slice(0, 2), "scale": slice(2, 4), "angle": slice(4, 5), "colour": slice(5, 8)}
+"""Columns of raw Gaussians that share a learning rate."""
+
+
+@dataclass(frozen=True)
+class OptimizeConfig:
+    """How to optimise. The defaults and what else was tried are in docs/optimizer.md.
+
+    Attributes:
+        steps: Number of Adam updates, at least 0.
+        offset_rate, scale_rate, angle_rate, colour_rate: Adam's learning rates of the raw numbers of each group.
+        constant_share: Share of the steps, 0 to 1, at these rates; then they fall linearly.
+        final_share: The rates that the fall heads for, as a share of the first.
+        beta1, beta2, eps: Adam's constants.
+    """
+
+    steps: int = 50
+    offset_rate: float = 0.1
+    scale_rate: float = 0.3
+    angle_rate: float = 0.15
+    colour_rate: float = 0.04
+    constant_share: float = 0.75
+    final_share: float = 0.1
+    beta1: float = 0.8
+    beta2: float = 0.95
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        if self.steps < 0:
+            raise ValueError(f"steps must be at least 0, got {self.steps}")
+        for name in ("offset_rate", "scale_rate", "angle_rate", "colour_rate", "eps"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be a positive number, got {getattr(self, name)}")
+        for name in ("constant_share", "final_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
+
+    def scaled(self, factor: float) -> OptimizeConfig:
+        """The same with all learning rates multiplied."""
+        rates = {name: getattr(self, name) * factor for name in (f"{group}_rate" for group in GROUPS)}
+        return replace(self, **rates)
+
+    def rates(self, step: int) -> NDArray[np.float64]:
+        """Learning rate of each of the 8 raw columns for update number `step`, counted from 0."""
+        done = step / self.steps
+        falling = (1 - done) / (1 - self.constant_share) if self.constant_share < 1 else 1.0
+        share = self.final_share + (1 - self.final_share) * min(1.0, falling)
+        rates = np.empty(RAW_CHANNELS)
+        for name, columns in GROUPS.items():
+            rates[columns] = share * getattr(self, f"{name}_rate")
+        return rates

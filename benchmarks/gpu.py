@@ -1,0 +1,217 @@
+"""Checks and times the cuda backend: steps per second of single images and of batches, beside a counted floor.
+
+    python benchmarks/gpu.py [--json FILE] [--steps 1000] [--skip-checks]
+
+Needs a CUDA device and triton. First come the GPU tests. Then, on 768 x 512 pixels with scales as in a fitted image:
+whole optimiser steps for 8,140, 30,000 and 100,000 Gaussians, and for batches of 1, 8 and 32 images of 8,140.
+
+The floor is what the arithmetic and the memory traffic below would take at the speeds that this GPU reaches in the same
+run: float32 matrix products, and copies within its cache and within its memory. It is counted, not a model of waiting.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from step import HEIGHT, PATCH_SIZE, WIDTH, workload
+
+from air.gaussians import SUPPORT_CUTOFF, activate
+from air.optimize import OptimizeConfig, Problem, optimize_batch
+
+SINGLE_COUNTS = (8_140, 30_000, 100_000)
+BATCHES = (1, 8, 32)
+BATCH_COUNT = 8_140
+
+# Arithmetic per pair of Gaussian and pixel: distance, sheared distance, exponent, exponential, cut, three products; and
+# to gather, three sums, the product with the colour, five moments.
+DRAW_FLOP, GATHER_FLOP = 14, 34
+# Bytes per pair: one pixel of four floats, added to or read.
+PAIR_BYTES = 16
+# Per pixel and channel: 11 taps along and 11 across for three maps, twice; products and formulas.
+LOSS_FLOP = 306
+# Four maps read and three written, then six read and two written; a fourth channel travels along.
+LOSS_BYTES = 15 * 4 * 4 / 3
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """What this GPU reaches: flop/s and bytes/s."""
+
+    arithmetic: float
+    cache: float
+    memory: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+        images: In the batch.
+        gaussians: Per image.
+        steps_per_second: Of the whole batch, graphs replayed, set-up excluded.
+        image_steps_per_second: Times the number of images.
+        fit_seconds: A whole call of `optimize_batch` with 50 steps, set-up and results included.
+        floor_microseconds: Counted floor of one step.
+        share_of_floor: Floor over measured time of a step.
+    """
+
+    images: int
+    gaussians: int
+    steps_per_second: float
+    image_steps_per_second: float
+    fit_seconds: float
+    floor_microseconds: float
+    share_of_floor: float
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write everything here, too")
+    parser.add_argument("--steps", type=int, default=1000, help="steps per timing (default 1000)")
+    parser.add_argument("--skip-checks", action="store_true", help="do not run the GPU tests first")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("benchmarks/gpu.py needs a CUDA device, and torch finds none here")
+    try:
+        import triton
+    except ImportError as error:
+        sys.exit(f"benchmarks/gpu.py needs triton, which does not load here: {error}")
+    machine = {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cuda": torch.version.cuda,
+    }
+    print(", ".join(f"{name} {value}" for name, value in machine.items()))
+    if not arguments.skip_checks:
+        check()
+    speeds = measure_speeds()
+    print(
+        f"reached here: {speeds.arithmetic / 1e12:.1f} Tflop/s float32, {speeds.cache / 1e12:.2f} TB/s in the cache, "
+        f"{speeds.memory / 1e12:.2f} TB/s in memory\n"
+    )
+    cases = [(1, count) for count in SINGLE_COUNTS] + [(images, BATCH_COUNT) for images in BATCHES]
+    rows = [measure(images, count, arguments.steps, speeds) for images, count in cases]
+    print_table(rows)
+    kernels = top_kernels(images=1, count=BATCH_COUNT)
+    print("\nmost time on the device, one image of 8,140 Gaussians, microseconds a step:")
+    for name, microseconds in kernels.items():
+        print(f"  {microseconds:8.1f}  {name}")
+    if arguments.json:
+        report = {"machine": machine, "speeds": asdict(speeds), "rows": [asdict(row) for row in rows]}
+        arguments.json.write_text(json.dumps({**report, "kernels": kernels}, indent=2) + "\n")
+
+
+def check() -> None:
+    """Runs the GPU tests; ends the benchmark if one fails."""
+    tests = Path(__file__).parent.parent / "tests" / "air" / "test_cuda.py"
+    result = subprocess.run([sys.executable, "-m", "pytest", "-m", "gpu", "-rs", str(tests)], check=False)
+    if result.returncode:
+        sys.exit("the GPU tests fail, so the times would mean nothing")
+
+
+def seconds_of(function: Callable[[], object], repeats: int = 5) -> float:
+    """Least seconds of a call, the device waited for."""
+    function()
+    best = math.inf
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        function()
+        torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def measure_speeds() -> Speeds:
+    size = 4096
+    matrix = torch.randn(size, size, device="cuda")
+    arithmetic = 2 * size**3 / seconds_of(lambda: matrix @ matrix)
+
+    def copy_speed(megabytes: int, copies: int) -> float:
+        source = torch.zeros(megabytes << 18, device="cuda")
+        target = torch.empty_like(source)
+
+        def copy() -> None:
+            for _ in range(copies):
+                target.copy_(source)
+
+        return copies * 8 * source.numel() / seconds_of(copy)
+
+    return Speeds(arithmetic, cache=copy_speed(8, 200), memory=copy_speed(1024, 5))
+
+
+def problems(images: int, count: int) -> list[Problem]:
+    raw, anchor, target = (part.cuda() for part in workload(count))
+    return [Problem(raw, anchor, target) for _ in range(images)]
+
+
+def count_pairs(count: int) -> int:
+    """Pairs of Gaussian and pixel within the supports of the workload, from areas: π · 2 ln 255 · s1 · s2 each."""
+    raw, anchor, _ = workload(count)
+    scale = activate(raw, anchor, PATCH_SIZE).scale
+    return int((math.pi * -2 * math.log(SUPPORT_CUTOFF) * scale.prod(dim=1)).sum())
+
+
+def floor_seconds(images: int, count: int, speeds: Speeds) -> float:
+    """The counted floor of one step."""
+    pairs = images * count_pairs(count)
+    values = images * 3 * HEIGHT * WIDTH
+    # Pixels are used again and again by neighbours, so pairs meet them in the cache. The loss streams through eight
+    # buffers, which a batch does not leave in the cache.
+    streams = speeds.cache if images == 1 else speeds.memory
+    draw = max(pairs * DRAW_FLOP / speeds.arithmetic, pairs * PAIR_BYTES / speeds.cache)
+    gather = max(pairs * GATHER_FLOP / speeds.arithmetic, pairs * PAIR_BYTES / speeds.cache)
+    loss = max(values * LOSS_FLOP / speeds.arithmetic, values * LOSS_BYTES / streams)
+    return draw + gather + loss
+
+
+def measure(images: int, count: int, steps: int, speeds: Speeds) -> Row:
+    from air.optimize_cuda import BatchOptimizer
+
+    batch = problems(images, count)
+    state = BatchOptimizer(batch, PATCH_SIZE, OptimizeConfig(steps=steps))
+    step = seconds_of(state.run, repeats=3) / steps
+    whole = seconds_of(lambda: optimize_batch(batch, PATCH_SIZE, OptimizeConfig(steps=50)), repeats=3)
+    floor = floor_seconds(images, count, speeds)
+    return Row(images, count, 1 / step, images / step, whole, floor * 1e6, floor / step)
+
+
+def print_table(rows: list[Row]) -> None:
+    print(
+        "| images | Gaussians each | steps/s | image-steps/s | 50 steps, whole call | floor of a step | of the floor |"
+    )
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for row in rows:
+        print(
+            f"| {row.images} | {row.gaussians:,} | {row.steps_per_second:,.0f} | {row.image_steps_per_second:,.0f} | "
+            f"{row.fit_seconds * 1e3:.1f} ms | {row.floor_microseconds:.0f} µs | {row.share_of_floor:.0%} |"
+        )
+
+
+def top_kernels(images: int, count: int, steps: int = 40) -> dict[str, float]:
+    """Microseconds per step of the five kernels that take the most time on the device."""
+    from air.optimize_cuda import BatchOptimizer
+
+    state = BatchOptimizer(problems(images, count), PATCH_SIZE, OptimizeConfig(steps=steps))
+    state.run()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        state.run()
+        torch.cuda.synchronize()
+    events = sorted(profile.key_averages(), key=lambda event: event.self_device_time_total, reverse=True)
+    return {event.key: event.self_device_time_total / steps for event in events[:5]}
+
+
+if __name__ == "__main__":
+    main()
