@@ -108,10 +108,11 @@ def blur_targets(work, images, target, mean, variance, STRIP: tl.constexpr, ROWS
     squares = _no_rows(offset)
     for row in range(first_row - _HALF, end_row + _HALF):
         line = origin + row * stride
+        y_here = target + line + offset
         blurred = tl.zeros((STRIP,), tl.float32)
         blurred_square = tl.zeros((STRIP,), tl.float32)
         for tap in tl.static_range(_TAPS):
-            y = tl.load(target + line + (offset + (tap - _HALF) * PIXEL))
+            y = tl.load(y_here + (tap - _HALF) * PIXEL)
             blurred += _WINDOW[tap] * y
             blurred_square += _WINDOW[tap] * y * y
         mu, means = _add_row(means, blurred)
@@ -155,12 +156,15 @@ def differentiate_ssim(
     total = tl.zeros((STRIP,), tl.float32)
     for row in range(first_row - _HALF, end_row + _HALF):
         line = origin + row * stride
+        # Taps are then at constant distances from an address, which a load has room for.
+        x_here = image + line + offset
+        y_here = target + line + offset
         blurred_x = tl.zeros((STRIP,), tl.float32)
         blurred_xx = tl.zeros((STRIP,), tl.float32)
         blurred_xy = tl.zeros((STRIP,), tl.float32)
         for tap in tl.static_range(_TAPS):
-            x = tl.load(image + line + (offset + (tap - _HALF) * PIXEL))
-            y = tl.load(target + line + (offset + (tap - _HALF) * PIXEL))
+            x = tl.load(x_here + (tap - _HALF) * PIXEL)
+            y = tl.load(y_here + (tap - _HALF) * PIXEL)
             weighted = _WINDOW[tap] * x
             blurred_x += weighted
             blurred_xx += weighted * x
@@ -218,14 +222,16 @@ def finish_gradient(
     squares = tl.zeros((STRIP,), tl.float32)
     for row in range(first_row - _HALF, end_row + _HALF):
         line = origin + row * stride
+        mean_here = slopes + _BY_MEAN * map_size + line + offset
+        square_here = slopes + _BY_SQUARE * map_size + line + offset
+        product_here = slopes + _BY_PRODUCT * map_size + line + offset
         blurred_mean = tl.zeros((STRIP,), tl.float32)
         blurred_square = tl.zeros((STRIP,), tl.float32)
         blurred_product = tl.zeros((STRIP,), tl.float32)
         for tap in tl.static_range(_TAPS):
-            slope = slopes + line + (offset + (tap - _HALF) * PIXEL)
-            blurred_mean += _WINDOW[tap] * tl.load(slope + _BY_MEAN * map_size)
-            blurred_square += _WINDOW[tap] * tl.load(slope + _BY_SQUARE * map_size)
-            blurred_product += _WINDOW[tap] * tl.load(slope + _BY_PRODUCT * map_size)
+            blurred_mean += _WINDOW[tap] * tl.load(mean_here + (tap - _HALF) * PIXEL)
+            blurred_square += _WINDOW[tap] * tl.load(square_here + (tap - _HALF) * PIXEL)
+            blurred_product += _WINDOW[tap] * tl.load(product_here + (tap - _HALF) * PIXEL)
         by_mean, mean_rows = _add_row(mean_rows, blurred_mean)
         by_square, square_rows = _add_row(square_rows, blurred_square)
         by_product, product_rows = _add_row(product_rows, blurred_product)

@@ -36,4 +36,5 @@ def selected(device: torch.device) -> AbstractContextManager[Any]:
 def launch(kernel: Any, programs: int, *arguments: Any, warps: int = _WARPS, **constants: int) -> None:
     """Starts so many programs of a kernel, if any, each of so many warps."""
     if programs:
-        kernel[(programs,)](*arguments, num_warps=warps, **constants)
+        # A product and a sum become one instruction: said here, since the default depends on triton's version.
+        kernel[(programs,)](*arguments, num_warps=warps, enable_fp_fusion=True, **constants)

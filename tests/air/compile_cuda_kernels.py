@@ -50,7 +50,9 @@ def compile_kernel(kernel, constants: dict[str, int], warps: int, capability: in
         (place,): [["tt.divisibility", 16]] for place, name in enumerate(signature) if signature[name].startswith("*")
     }
     source = ASTSource(kernel, signature, constants, aligned)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+    return triton.compile(
+        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps, "enable_fp_fusion": True}
+    )
 
 
 def main() -> None:

@@ -227,6 +227,30 @@ def test_whole_steps_agree_with_the_definition():
     assert found.trajectory.loss[-1] < found.trajectory.loss[0]
 
 
+def test_a_run_replays_its_graph_and_does_the_rest_step_by_step(monkeypatch):
+    """The bookkeeping around graphs, with something that replays steps as a graph would."""
+    from air import optimize_cuda
+
+    class Steps:
+        replays = 0
+
+        def replay(self) -> None:
+            self.replays += 1
+            for _ in range(2):
+                state.evaluate()
+                state.update()
+
+    monkeypatch.setattr(optimize_cuda, "GRAPH_STEPS", 2)
+    config = OptimizeConfig(steps=3)
+    state = optimize_cuda.BatchOptimizer([problem(4, 5)], PATCH, config)
+    state._graph = Steps()
+    state.run()
+    assert state._graph.replays == 1
+    expected = definition(4, 5, 1, config)
+    assert state.trajectories()[0][:, 0] == pytest.approx(expected.trajectory.loss, rel=1e-5)
+    assert (state.raw[0].cpu() - expected.raw).abs().max() < 1e-4
+
+
 @real_gpu
 @pytest.mark.parametrize("steps", [19, 20, 47])
 def test_graphs_of_many_steps_take_the_same_way(steps):
