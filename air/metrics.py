@@ -7,10 +7,13 @@ import math
 import torch
 from torch import Tensor
 
+HIGHEST_PSNR = 100.0
+"""Decibels; no error at all counts as this, so that means over images stay numbers."""
+
 
 def psnr_of(squared_error: float) -> float:
-    """Peak signal-to-noise ratio in dB for a mean squared error of values in [0, 1]; infinite for no error."""
-    return -10 * math.log10(squared_error) if squared_error > 0 else math.inf
+    """Peak signal-to-noise ratio in dB for a mean squared error of values in [0, 1], at most `HIGHEST_PSNR`."""
+    return min(HIGHEST_PSNR, -10 * math.log10(squared_error)) if squared_error > 0 else HIGHEST_PSNR
 
 
 def psnr(image: Tensor, target: Tensor) -> float:

@@ -16,12 +16,10 @@ from torch import Tensor
 
 from air.gaussians import Gaussians, activate, anchors, grid_shape
 from air.grid import grid_initialization
+from air.loss import SSIM_C1, SSIM_C2
 from air.optimize import OptimizeConfig, optimize
 from air.render import render
 from air.residual import residual_initialization
-
-_SSIM_C1 = 0.01**2
-_SSIM_C2 = 0.03**2
 
 
 @dataclass(frozen=True)
@@ -56,8 +54,8 @@ def active_patches(canvas: Tensor, image: Tensor, patch_size: int, control: Stag
     variance_x = x.square().mean(dim=2) - mean_x.square()
     variance_y = y.square().mean(dim=2) - mean_y.square()
     covariance = (x * y).mean(dim=2) - mean_x * mean_y
-    ssim = ((2 * mean_x * mean_y + _SSIM_C1) * (2 * covariance + _SSIM_C2)) / (
-        (mean_x.square() + mean_y.square() + _SSIM_C1) * (variance_x + variance_y + _SSIM_C2)
+    ssim = ((2 * mean_x * mean_y + SSIM_C1) * (2 * covariance + SSIM_C2)) / (
+        (mean_x.square() + mean_y.square() + SSIM_C1) * (variance_x + variance_y + SSIM_C2)
     )
     return (mse > control.max_mse) | (1 - ssim.mean(dim=0) > control.max_dssim)
 
@@ -97,7 +95,7 @@ class Predictor(Protocol):
 class GridPredictor:
     """The built-in predictor "grid": closed form, no network. The baseline, and the first round's predictor.
 
-    - Stage 0: round Gaussians on the anchors, as wide as the patch asks for, coloured by the image there.
+    - Stage 0: round Gaussians on the anchors, as wide as the patch asks for, with least-squares colours.
     - Later stages: narrow ones at that pixel of each patch where they take most of the residual away.
     """
 

@@ -9,11 +9,11 @@ config, runner = configure(arguments, shard=ShardConfig, runner=RunnerConfig)
 import argparse
 import types
 import typing
-from typing import Any
+from typing import Any, NoReturn
 
 from pydantic.fields import FieldInfo
 
-from pipeline.config import Config, RunnerConfig, build, read_sections
+from pipeline.config import Config, RunnerConfig, build, read_sections, suggestion
 
 
 def sections() -> dict[str, type[Config]]:
@@ -32,9 +32,18 @@ def sections() -> dict[str, type[Config]]:
     }
 
 
+class _Parser(argparse.ArgumentParser):
+    """Explains a wrong option in a line or two, and names the one that was meant."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = [word.partition("=")[0] for word in message.split() if word.startswith("--")]
+        meant = suggestion(unknown[0], self._option_string_actions) if "unrecognized" in message and unknown else ""
+        self.exit(2, f"{self.prog}: {message}{meant}\nSee `{self.prog} --help`.\n")
+
+
 def make_parser(command: str, description: str | None, *models: type[Config]) -> argparse.ArgumentParser:
     """A parser with `--config` and an option for every field of the models."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=f"air {command}",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,

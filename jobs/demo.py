@@ -72,29 +72,35 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("out", nargs="?", default="demo-out", metavar="OUT", help="local folder (default: demo-out)")
     given = parser.parse_args(arguments)
     models = {"demo": DemoConfig, "shard": ShardConfig, "distill": DistillConfig, "runner": RunnerConfig}
-    run_demo(Path(given.out), *configure(given, **models))
+    run_demo(Path(given.out), *configure(given, **models), file=given.config)
     return 0
 
 
 def run_demo(
-    out: Path, demo: DemoConfig, shard_config: ShardConfig, distill_config: DistillConfig, runner: RunnerConfig
+    out: Path,
+    demo: DemoConfig,
+    shard_config: ShardConfig,
+    distill_config: DistillConfig,
+    runner: RunnerConfig,
+    file: str | None,
 ) -> None:
-    """All the steps, each with the command that does it alone."""
+    """All the steps, each with the command that does it alone; `file` is the configuration, for those commands."""
     from jobs import distill, shard, stats, verify
     from jobs.report import print_outcome
     from pipeline.sheet import save_sheet
 
     begin = time.monotonic()
+    option = f" --config {file}" if file else ""
     pictures, shards, targets = (str(out / name) for name in ("pictures", "shards", "targets"))
     count = collect_pictures(out / "pictures", demo.pictures)
     print(f"{count} photographs that scikit-image and scikit-learn ship are in {pictures}/.")
 
-    _announce(f"air shard {pictures} {shards}", "Pack them, untouched, into WebDataset shards.")
+    _announce(f"air shard {pictures} {shards}{option}", "Pack them, untouched, into WebDataset shards.")
     tally = shard.shard([pictures], shards, shard_config, runner)
     print_outcome(shard.describe(tally), shards, tally)
 
     _announce(
-        f"air distill {shards} {targets}",
+        f"air distill {shards} {targets}{option}",
         f"Fit Gaussians: {distill_config.stages} stages, each adding Gaussians only where the picture is still bad.",
     )
     tally = distill.distill(shards, targets, distill_config, runner)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
-from pipeline.runner import Display, Silent, Tally
+from pipeline.runner import Display, Tally
 
 _LOG_EVERY_SECONDS = 60.0
 
@@ -76,12 +76,10 @@ def _detail(tally: Tally, elapsed: float) -> str:
 
 
 @contextmanager
-def show(job: str, quiet: bool = False) -> Iterator[Display]:
+def show(job: str) -> Iterator[Display]:
     """A display that suits where the output goes."""
     console = Console(stderr=True)
-    if quiet:
-        yield Silent()
-    elif not console.is_terminal:
+    if not console.is_terminal:
         yield LogDisplay(console, job)
     else:
         columns = (

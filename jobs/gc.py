@@ -1,7 +1,7 @@
 """Removes what killed attempts left behind: data that no manifest names, and temporary files.
 
-A job that ends well does this by itself. Do not run it while a job is at work in the folder: attempts that have not
-committed yet would lose their files.
+A job that ends well does this by itself, but for temporary files of the last day. Do not run it while a job is at work
+in the folder: attempts that have not committed yet would lose their files.
 
   air gc targets/
 """

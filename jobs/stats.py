@@ -45,10 +45,10 @@ _SHAPES = f"""
         from views
     ),
     quantiles as (
-        select quantile_cont(greatest(scale_1, scale_2), {list(_QUANTILES)}) as larger,
-               quantile_cont(least(scale_1, scale_2), {list(_QUANTILES)}) as smaller,
-               quantile_cont(greatest(scale_1, scale_2) / least(scale_1, scale_2), {list(_QUANTILES)}) as anisotropy,
-               quantile_cont(greatest(abs(red), abs(green), abs(blue)), {list(_QUANTILES)}) as amplitude
+        select approx_quantile(greatest(scale_1, scale_2), {list(_QUANTILES)}) as larger,
+               approx_quantile(least(scale_1, scale_2), {list(_QUANTILES)}) as smaller,
+               approx_quantile(greatest(scale_1, scale_2) / least(scale_1, scale_2), {list(_QUANTILES)}) as anisotropy,
+               approx_quantile(greatest(abs(red), abs(green), abs(blue)), {list(_QUANTILES)}) as amplitude
         from shapes
     )
     select larger, smaller, anisotropy, amplitude from quantiles
@@ -81,8 +81,8 @@ def main(arguments: Sequence[str]) -> int:
 def _print_query(connection: duckdb.DuckDBPyConnection, sql: str, layout: str) -> None:
     try:
         result = connection.execute(sql)
-        names = [column[0] for column in result.description or []]
-        rows = result.fetchall()
+        names = [column[0] for column in (result.description if result else None) or []]
+        rows = result.fetchall() if names else []
     except duckdb.Error as error:
         raise ConfigError(f"the query failed: {error}") from None
     if layout == "csv":
@@ -120,7 +120,7 @@ def print_summary(connection: duckdb.DuckDBPyConnection, title: str) -> None:
     )
     names = ("larger scale, px", "smaller scale, px", "anisotropy", "amplitude")
     shapes = [(name, *values) for name, values in zip(names, _one(connection, _SHAPES), strict=True) if values]
-    print_table("optimised Gaussians, quantiles", ("", *(f"{q:.0%}" for q in _QUANTILES)), shapes)
+    print_table("optimised Gaussians, approximate quantiles", ("", *(f"{q:.0%}" for q in _QUANTILES)), shapes)
     refused = _all(connection, _QUARANTINE)
     if refused:
         print_table("quarantine", ("reason", "images", "for example"), refused)

@@ -1,5 +1,7 @@
 """Recounts and rechecksums everything that a job committed, and says what is missing. Exit status 1 if anything is.
 
+With --repair it takes back the commits that do not verify; the job's own command then does those shards again.
+
 air verify targets/ && next-step
 """
 
@@ -7,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from jobs.command import make_parser
-from pipeline.audit import verify
+from pipeline.audit import repair, verify
 from pipeline.storage import open_storage
 from pipeline.work import read_manifests
 
@@ -16,14 +18,22 @@ def main(arguments: Sequence[str]) -> int:
     """The command."""
     parser = make_parser("verify", __doc__)
     parser.add_argument("out", metavar="OUT", help="output folder of a job; a local path or a URI")
+    parser.add_argument("--repair", action="store_true", help="take back the commits that do not verify")
     given = parser.parse_args(arguments)
     output = open_storage(given.out)
+    if given.repair:
+        for path in repair(output):
+            print(f"took back {path}", file=sys.stderr)
     problems = 0
     for problem in verify(output):
         problems += 1
         print(problem, file=sys.stderr)
     if problems:
-        print(f"{given.out}: {problems} problems", file=sys.stderr)
+        print(
+            f"{given.out}: {problems} problems. What is not done, the job's own command does when it is run again; "
+            "what is damaged, after `air verify --repair`.",
+            file=sys.stderr,
+        )
         return 1
     manifests = list(read_manifests(output))
     files = [file for manifest in manifests for file in manifest.files]

@@ -3,67 +3,123 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pyarrow.parquet as pq
 
 from pipeline.errors import DamagedDataError
 from pipeline.shards import count_samples
-from pipeline.storage import Storage
-from pipeline.work import DataFile, Plan, named_files, read_manifest, read_manifests, read_plan
+from pipeline.storage import Entry, Storage
+from pipeline.work import DataFile, Manifest, Plan, named_files, read_manifest, read_manifests, read_plan
 
 
 def remove_garbage(output: Storage) -> tuple[int, int]:
-    """Removes data and quarantine files that no manifest names: what killed and beaten attempts left behind.
+    """Removes what no manifest and no plan names: files that killed and beaten attempts left behind.
 
     An attempt that is still at work loses its files, so call this only when none is.
 
     Returns:
         How many files were removed, and their bytes.
     """
-    named = {file.path for manifest in read_manifests(output) for file in named_files(manifest)}
     files, total = 0, 0
-    for folder in ("data", "quarantine"):
-        for path, size in list(output.list(folder)):
-            if path not in named:
-                output.delete(path)
-                files, total = files + 1, total + size
+    for path, size in _unnamed(output):
+        output.delete(path)
+        files, total = files + 1, total + size
     return files, total
+
+
+def _unnamed(output: Storage) -> list[Entry]:
+    """Files in the folders of the protocol that neither the plan nor a manifest names."""
+    named = {file.path for manifest in read_manifests(output) for file in named_files(manifest)}
+    named |= {unit.input for unit in read_plan(output).units}
+    return [
+        entry for folder in ("data", "quarantine", "plan") for entry in output.list(folder) if entry.path not in named
+    ]
+
+
+def check_present(output: Storage, manifests: Sequence[Manifest]) -> None:
+    """Holds the sizes of committed files against a listing, which costs no reading.
+
+    Raises:
+        DamagedDataError: A file is missing or has another size.
+    """
+    sizes = {path: size for folder in ("data", "quarantine") for path, size in output.list(folder)}
+    bad = [file.path for manifest in manifests for file in named_files(manifest) if sizes.get(file.path) != file.bytes]
+    if bad:
+        raise DamagedDataError(
+            f"{output.uri()}: {len(bad)} committed files are missing or cut ({bad[0]} first). "
+            f"`air verify --repair {output.uri()}` takes their commits back; then run this command again."
+        )
 
 
 def verify(output: Storage) -> Iterator[str]:
     """Recounts and rechecksums everything that manifests name; yields one line for each thing that is wrong.
 
-    An output folder that is whole and intact yields nothing.
+    An output folder that is whole and intact, and holds nothing else, yields nothing.
     """
     plan = read_plan(output)
     yield from _verify_listings(output, plan)
-    planned = {unit.name for unit in plan.units}
+    missing = {unit.name for unit in plan.units}
+    sound = True
     for path, _ in output.list("manifest"):
         try:
-            manifest = read_manifest(output, path)
+            manifest = _read_commit(output, path)
         except DamagedDataError as error:
+            sound = False
             yield str(error)
             continue
-        if path != f"manifest/{manifest.unit}.json":
-            yield f"{path}: speaks of {manifest.unit}"
+        missing.discard(manifest.unit)
+        for problem in _verify_commit(output, plan, manifest):
+            sound = False
+            yield f"{path}: {problem}"
+    yield from (f"unit {name} is not done" for name in sorted(missing))
+    if sound and not missing:  # else a job may be at work, whose files have no names yet
+        yield from (f"{path} is named by no manifest; `air gc` removes it" for path, _ in _unnamed(output))
+
+
+def repair(output: Storage) -> list[str]:
+    """Takes back every commit that does not verify, so that running the job again does those units anew.
+
+    Returns:
+        The manifests that were removed.
+    """
+    plan = read_plan(output)
+    broken = []
+    for path, _ in list(output.list("manifest")):
+        try:
+            manifest = _read_commit(output, path)
+        except DamagedDataError:
+            broken.append(path)
             continue
-        if manifest.unit not in planned:
-            yield f"{path}: unit {manifest.unit} is not in the plan"
-        planned.discard(manifest.unit)
-        if manifest.plan != plan.hash:
-            yield f"{path}: committed under another plan ({manifest.plan[:12]}, expected {plan.hash[:12]})"
-        rejected = manifest.quarantine.rows if manifest.quarantine else 0
-        if rejected != sum(manifest.rejected.values()):
-            yield f"{path}: {sum(manifest.rejected.values())} rejections counted, {rejected} in quarantine"
-        for file in named_files(manifest):
-            yield from (f"{path}: {problem}" for problem in _verify_file(output, file))
-    yield from (f"unit {name} is not done" for name in sorted(planned))
+        if any(_verify_commit(output, plan, manifest)):
+            broken.append(path)
+    for path in broken:
+        output.delete(path)
+    return broken
+
+
+def _read_commit(output: Storage, path: str) -> Manifest:
+    manifest = read_manifest(output, path)
+    if path != f"manifest/{manifest.unit}.json":
+        raise DamagedDataError(f"{path}: speaks of {manifest.unit}")
+    return manifest
+
+
+def _verify_commit(output: Storage, plan: Plan, manifest: Manifest) -> Iterator[str]:
+    if manifest.unit not in {unit.name for unit in plan.units}:
+        yield f"unit {manifest.unit} is not in the plan"
+    if manifest.plan != plan.hash:
+        yield f"committed under another plan ({manifest.plan[:12]}, expected {plan.hash[:12]})"
+    rejected = manifest.quarantine.rows if manifest.quarantine else 0
+    if rejected != sum(manifest.rejected.values()):
+        yield f"{sum(manifest.rejected.values())} rejections counted, {rejected} in quarantine"
+    for file in named_files(manifest):
+        yield from _verify_file(output, file)
 
 
 def _verify_listings(output: Storage, plan: Plan) -> Iterator[str]:
     for unit in plan.units:
-        if unit.input != f"plan/{unit.name}.json":
+        if not unit.input.startswith("plan/"):
             continue  # a shard somewhere else
         if not output.exists(unit.input):
             yield f"{unit.input} is missing"

@@ -7,10 +7,10 @@ which keys exist is said beside the code that uses them.
 import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pipeline.errors import ConfigError
 
@@ -19,6 +19,17 @@ class Config(BaseModel):
     """Base of every configuration: unknown keys are errors, numbers are finite, values do not change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_is_a_list_of_one(cls, values: Any) -> Any:
+        """`steps: 50` in YAML, as `--steps 50` on the command line."""
+        if not isinstance(values, dict):
+            return values
+        lists = {name for name, field in cls.model_fields.items() if get_origin(field.annotation) is tuple}
+        return {
+            key: (value,) if key in lists and isinstance(value, int | float) else value for key, value in values.items()
+        }
 
 
 class RunnerConfig(Config):

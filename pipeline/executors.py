@@ -26,6 +26,7 @@ Handle = Hashable
 _POLL_SECONDS = 0.5
 _REPORT_SECONDS = 0.5
 _CONNECT_SECONDS = 10.0
+_MEGABYTE = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ class RayExecutor:
         self._board = self._ray.remote(num_cpus=0, max_restarts=-1)(_Board).remote()
         resources: dict[str, Any] = {"num_cpus": config.num_cpus, "num_gpus": config.num_gpus, "max_retries": 0}
         if config.memory_mb:
-            resources["memory"] = config.memory_mb * 1_000_000
+            resources["memory"] = config.memory_mb * _MEGABYTE
         self._work = self._ray.remote(**resources)(_work)
         self._asked = 0.0
 
@@ -158,6 +159,8 @@ class RayExecutor:
         slots = resources.get("CPU", 1.0) / self._config.num_cpus
         if self._config.num_gpus:
             slots = min(slots, resources.get("GPU", 0.0) / self._config.num_gpus)
+        if self._config.memory_mb:
+            slots = min(slots, resources.get("memory", 0.0) / (self._config.memory_mb * _MEGABYTE))
         return max(1, 2 * math.floor(slots))
 
     def submit(self, task: Task) -> Handle:
@@ -276,13 +279,13 @@ def _check_reachable(address: str) -> None:
 
 def _check_fits(config: RunnerConfig, resources: Mapping[str, float], can_grow: bool) -> None:
     """A task that asks for more than there is waits for ever, unless the cluster grows."""
-    for name, wanted in (("CPU", config.num_cpus), ("GPU", config.num_gpus)):
-        there = resources.get(name, 0.0)
+    asked = (
+        ("num_cpus", config.num_cpus, resources.get("CPU", 0.0)),
+        ("num_gpus", config.num_gpus, resources.get("GPU", 0.0)),
+        ("memory_mb", config.memory_mb or 0, resources.get("memory", 0.0) / _MEGABYTE),
+    )
+    for name, wanted, there in asked:
         if wanted > there and can_grow:
-            logger.warning(
-                "num_%ss = %g, but the cluster has %g now: waiting for it to grow", name.lower(), wanted, there
-            )
+            logger.warning("%s = %g, but the cluster has %g: waiting for it to grow", name, wanted, there)
         elif wanted > there:
-            raise ConfigError(
-                f"num_{name.lower()}s = {wanted:g}, but this machine has {there:g}; name a cluster with --address"
-            )
+            raise ConfigError(f"{name} = {wanted:g}, but this machine has {there:.0f}; name a cluster with --address")

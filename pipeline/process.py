@@ -7,6 +7,7 @@ of Ray: it runs wherever it is called.
 from __future__ import annotations
 
 import hashlib
+import os
 import tempfile
 import time
 import uuid
@@ -210,16 +211,26 @@ class _Caller:
     def __call__(self, image: EncodedImage) -> Any:
         if not self._isolate:
             return self._job.process(image)
+        try:
+            return self._in_child(image)
+        except BrokenProcessPool:
+            pass
+        try:
+            return self._in_child(image)  # once may be the machine's fault, such as a neighbour that took the memory
+        except BrokenProcessPool:
+            raise Rejected("killed_worker", "its process died of it, twice: crash or out of memory") from None
+
+    def _in_child(self, image: EncodedImage) -> Any:
         if self._pool is None:
-            self._pool = ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn"))
+            pool = ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn"))
+            pool.submit(os.getpid).result()  # a child that cannot start is no image's fault
+            self._pool = pool
         try:
             return self._pool.submit(self._job.process, image).result()
         except BrokenProcessPool:
             self._pool = None
-            raise Rejected(
-                "killed_worker", "the process that worked on this image died: crash or out of memory"
-            ) from None
-        except AirError:
+            raise
+        except (AirError, OSError, MemoryError):
             raise
         except Exception as error:
             raise Rejected("failed", f"{type(error).__name__}: {error}") from error

@@ -14,13 +14,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from pipeline.audit import remove_garbage
+from pipeline.audit import check_present, remove_garbage
 from pipeline.config import RunnerConfig
 from pipeline.errors import JobFailedError
 from pipeline.executors import Failure, Handle, Task, open_executor
 from pipeline.process import Job, Progress
 from pipeline.storage import Storage
-from pipeline.work import Manifest, Plan, Unit, committed_units, read_manifests
+from pipeline.work import Manifest, Plan, Unit, read_manifests
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +33,7 @@ CRASHES_BEFORE_ISOLATION = 2
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 1.0, 60.0
 """A unit whose storage failed waits before it is tried again, twice as long each time."""
 
+_OLD_SECONDS = 24 * 3600.0  # a temporary file this old has no writer any more
 _MIN_DURATIONS = 5  # finished units before stragglers are looked for
 
 
@@ -109,14 +110,16 @@ def run(job: Job, plan: Plan, output: Storage, config: RunnerConfig, display: Di
         JobFailedError: Units failed for good, or too many images are bad. What was committed stays.
     """
     display = display or Silent()
-    done = committed_units(output)
+    manifests = list(read_manifests(output))
+    check_present(output, manifests)
+    done = {manifest.unit for manifest in manifests}
     todo = [unit for unit in plan.units if unit.name not in done]
     counts = [unit.samples for unit in plan.units]
     tally = Tally(
         units_total=len(plan.units),
         samples_total=None if None in counts else sum(count or 0 for count in counts),
     )
-    for manifest in read_manifests(output):
+    for manifest in manifests:
         tally.add(manifest)
     tally.samples_before = tally.samples
     display.update(tally)
@@ -130,6 +133,7 @@ def run(job: Job, plan: Plan, output: Storage, config: RunnerConfig, display: Di
             )
     _judge(tally, config, final=True)
     remove_garbage(output)
+    output.sweep_temporaries(older_than=_OLD_SECONDS)
     return tally
 
 

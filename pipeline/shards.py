@@ -169,14 +169,16 @@ def plan_shards(config: ShardConfig, inputs: Sequence[str]) -> tuple[Plan, dict[
     for items in _cut(find_items(inputs, config.image_column), config):
         name = f"shard-{len(units):05d}"
         listing = json.dumps([asdict(item) for item in items], separators=(",", ":")).encode()
-        path = f"plan/{name}.json"
+        checksum = hashlib.sha256(listing).hexdigest()
+        # Named by its content: a driver with another plan, that will lose, cannot overwrite it.
+        path = f"plan/{name}-{checksum[:12]}.json"
         listings[path] = listing
         units.append(
             Unit(
                 name=name,
                 input=path,
                 bytes=sum(item.bytes for item in items),
-                sha256=hashlib.sha256(listing).hexdigest(),
+                sha256=checksum,
                 samples=len(items),
             )
         )
@@ -212,7 +214,7 @@ def list_shards(storage: Storage) -> list[Unit]:
     else:
         units = [_foreign_shard(storage, entry.path) for entry in storage.list() if entry.path.endswith(".tar")]
     if not units:
-        raise JobFailedError(f"{storage.uri()} holds no shards: no file ends in .tar")
+        raise JobFailedError(f"{storage.uri()} holds no shards: no file ends in .tar; make them with `air shard`")
     return sorted(units, key=lambda unit: unit.name)
 
 

@@ -95,7 +95,7 @@ def contact_sheet(rows: Sequence[Mapping[str, Any]], canvas: str) -> Image.Image
             left = _MARGIN + column * (_CELL_WIDTH + _MARGIN)
             picture.thumbnail((_CELL_WIDTH, _CELL_HEIGHT), Image.Resampling.LANCZOS)
             sheet.paste(picture, (left + (_CELL_WIDTH - picture.width) // 2, top))
-            draw.text((left, top + _CELL_HEIGHT + 3), caption, _FAINT, small)
+            draw.text((left, top + picture.height + 3), caption, _FAINT, small)
     return sheet
 
 

@@ -86,17 +86,30 @@ def find_items(inputs: Sequence[str], image_column: str | None = None) -> list[I
 def _find_in(root: int, given: str, image_column: str | None) -> Iterator[Item]:
     storage, name, list_files = _expand(given)
     skipped: Counter[str] = Counter()
+    seen = False
     for path, size in list_files():
+        seen = True
         ending = posixpath.splitext(path)[1].lower()
         full = posixpath.join(name, path)
         if ending in IMAGE_EXTENSIONS:
             yield Item(_key(full), full, root, path, size)
-        elif ending == ".tar":
-            yield from _find_in_tar(storage, root, path, full)
-        elif ending == ".parquet":
-            yield from _find_in_parquet(storage, root, path, full, image_column)
+        elif ending in (".tar", ".parquet"):
+            try:
+                inside = list(
+                    _find_in_tar(storage, root, path, full)
+                    if ending == ".tar"
+                    else _find_in_parquet(storage, root, path, full, image_column)
+                )
+            except (ConfigError, DamagedDataError) as error:
+                if storage.uri(path) == normalise(given):
+                    raise  # named by the user, not met in a folder
+                logger.warning("skipped: %s", error)
+                continue
+            yield from inside
         else:
             skipped[ending or "no ending"] += 1
+    if not seen:
+        raise ConfigError(f"{given} does not exist, or is empty")
     if skipped:
         kinds = ", ".join(f"{ending} {count}" for ending, count in skipped.most_common(5))
         logger.info("%s: skipped %d files that are no images, tars or Parquet (%s)", given, skipped.total(), kinds)

@@ -94,7 +94,7 @@ def test_shard_refuses_to_write_into_what_it_reads(run_air, pictures: Path, monk
 def test_shard_without_images_or_with_too_many_bad_ones(run_air, pictures: Path, tmp_path: Path):
     said = run_air("shard", tmp_path / "nowhere", tmp_path / "out", *INLINE)
     assert said.status == USAGE
-    assert f"{tmp_path / 'nowhere'} holds no images" in said.err
+    assert f"{tmp_path / 'nowhere'} does not exist, or is empty" in said.err
     for file in pictures.rglob("*.png"):
         file.write_bytes(b"no picture")
     said = run_air("shard", pictures, tmp_path / "out", *INLINE)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import toys
 
-from pipeline.audit import remove_garbage, verify
+from pipeline.audit import remove_garbage, repair, verify
 from pipeline.config import RunnerConfig
 from pipeline.errors import DamagedDataError, StorageError
 from pipeline.runner import run
@@ -46,9 +46,21 @@ def test_an_intact_output_yields_nothing(output: Storage):
     assert list(verify(output)) == []
 
 
-def test_garbage_is_no_fault(output: Storage):
+def test_garbage_of_a_finished_job_is_named_and_swept(output: Storage):
+    """A reader of `data/*.parquet` would meet it."""
     output.write("data/unit-0-killed.parquet", b"garbage")
+    (problem,) = verify(output)
+    assert "data/unit-0-killed.parquet is named by no manifest" in problem
+    assert remove_garbage(output) == (1, 7)
     assert list(verify(output)) == []
+
+
+def test_repair_takes_back_exactly_the_broken_commits(output: Storage):
+    flip(output, data_of(output, "unit-0"))
+    output.write("manifest/unit-1.json", b"[]")
+    assert repair(output) == ["manifest/unit-0.json", "manifest/unit-1.json"]
+    assert committed_units(output) == {"unit-2"}
+    assert repair(output) == []
 
 
 def test_a_flipped_byte(output: Storage):
@@ -181,9 +193,7 @@ def test_a_listing_that_changed_is_a_fault(pictures: Path, tmp_path: Path):
     plan, listings = plan_shards(config, [str(pictures)])
     plan = settle_plan(output, plan, listings)
     run(ShardJob(config, [str(pictures)], output), plan, output, RunnerConfig(executor="inline"))
-    flip(output, "plan/shard-00000.json")
-    output.delete("plan/shard-00001.json")
-    assert list(verify(output)) == [
-        "plan/shard-00000.json is not the listing that the plan names",
-        "plan/shard-00001.json is missing",
-    ]
+    first, second = (unit.input for unit in plan.units)
+    flip(output, first)
+    output.delete(second)
+    assert list(verify(output)) == [f"{first} is not the listing that the plan names", f"{second} is missing"]

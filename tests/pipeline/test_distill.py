@@ -8,15 +8,17 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from air import metrics
 from air.gaussians import Gaussians
 from air.render import render
+from jobs.cli import main
 from jobs.distill import distill
 from jobs.shard import shard
 from pipeline import images, tables
 from pipeline.audit import verify
 from pipeline.config import RunnerConfig
 from pipeline.distill import DistillConfig
-from pipeline.errors import PlanMismatchError
+from pipeline.errors import DamagedDataError, PlanMismatchError
 from pipeline.shards import ShardConfig
 from pipeline.sheet import final_gaussians, save_sheet
 from pipeline.storage import open_storage
@@ -197,3 +199,25 @@ def test_every_awkward_file_is_distilled_or_refused_for_its_reason(tmp_path: Pat
     assert (images.decode_png(rows["rgba_soft_alpha"]["image"])[0, 0] > 250).all()
     for name, row in rows.items():
         assert row["loss_last"][-1] < row["loss_first"][0], name
+
+
+def test_a_picture_that_is_met_exactly_does_not_stop_its_shard(tmp_path: Path) -> None:
+    """No error at all is a finite PSNR, so that sums over images can be committed."""
+    assert metrics.psnr_of(0.0) == metrics.HIGHEST_PSNR
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "red.png").write_bytes(images.encode_png(np.full((4, 4, 3), (255, 0, 0), np.uint8)))
+    shard([str(tmp_path / "in")], str(tmp_path / "shards"), ShardConfig(), INLINE)
+    config = DistillConfig(patch_size=2, stages=1, steps=(10,), rate=3.0)
+    tally = distill(str(tmp_path / "shards"), str(tmp_path / "targets"), config, INLINE)
+    assert tally.summary["views"] == 1
+
+
+def test_a_lost_file_is_noticed_and_repaired(shards: Path, targets: Path, tmp_path: Path) -> None:
+    distill(str(shards), str(tmp_path / "targets"), QUICK, INLINE)
+    lost = next((tmp_path / "targets" / "data").iterdir())
+    lost.unlink()
+    with pytest.raises(DamagedDataError, match="verify --repair"):
+        distill(str(shards), str(tmp_path / "targets"), QUICK, INLINE)
+    assert main(["verify", "--repair", str(tmp_path / "targets")]) == 1
+    distill(str(shards), str(tmp_path / "targets"), QUICK, INLINE)
+    assert read_targets(tmp_path / "targets").equals(read_targets(targets))

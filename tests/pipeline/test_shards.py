@@ -231,7 +231,7 @@ def test_a_changed_listing_is_refused(pictures: Path, tmp_path: Path):
     output, config, given = open_storage(tmp_path / "out"), ShardConfig(), [str(pictures)]
     plan, listings = plan_shards(config, given)
     settle_plan(output, plan, listings)
-    output.write("plan/shard-00000.json", b"[]")
+    output.write(plan.units[0].input, b"[]")
     with pytest.raises(DamagedDataError, match="not the listing that the plan names"):
         list(ShardJob(config, given, output).samples(plan.units[0], tmp_path))
 
@@ -385,3 +385,15 @@ def test_every_awkward_image_gets_what_it_deserves(tmp_path: Path):
     endings = {name.rpartition("-")[0]: name.rpartition(".")[2] for name in names}
     assert endings["png_named"] == "png"
     assert (endings["gray"], endings["lossy"], endings["animated"]) == ("jpg", "webp", "gif")
+
+
+def test_a_plan_that_loses_leaves_the_winners_listings_alone(pictures: Path, tmp_path: Path):
+    """Two drivers, two configurations, one folder: the loser may write its listings after the winner has its plan."""
+    output, given = open_storage(tmp_path / "out"), [str(pictures)]
+    plan, listings = plan_shards(ShardConfig(max_count=4), given)
+    _, others = plan_shards(ShardConfig(max_count=3), given)
+    settle_plan(output, plan, listings)
+    for path, content in others.items():
+        output.write(path, content)
+    job = ShardJob(ShardConfig(max_count=4), given, output)
+    assert sum(len(list(job.samples(unit, tmp_path))) for unit in plan.units) == 6

@@ -75,7 +75,7 @@ def test_globs_mean_what_they_mean_in_a_shell(pictures: Path, pattern: str, expe
 
 def test_a_glob_that_fits_nothing_and_a_folder_that_is_not_there_are_refused(pictures: Path):
     for given in (f"{pictures}/*.jpg", f"{pictures}/nowhere", f"{pictures}/0.jpg"):
-        with pytest.raises(ConfigError, match=f"{re.escape(given)} holds no images"):
+        with pytest.raises(ConfigError, match=f"{re.escape(given)} does not exist, or is empty"):
             find_items([given])
 
 
@@ -290,7 +290,7 @@ def test_a_parquet_file_that_is_none_is_refused(tmp_path: Path, damage: str):
 
 def test_a_parquet_file_without_rows_holds_no_images(tmp_path: Path):
     file = write_parquet(tmp_path / "table.parquet", "image", [], pa.binary())
-    with pytest.raises(ConfigError, match="holds no images"):
+    with pytest.raises(ConfigError, match="does not exist, or is empty"):
         find_items([str(file)])
 
 
@@ -352,3 +352,15 @@ def test_a_worker_reads_an_item_without_listing_the_input_again(pictures: Path, 
 def test_an_input_that_cannot_be_reached_is_a_storage_error():
     with pytest.raises(StorageError, match="ftp:// is not supported"):
         find_items(["ftp://host/pictures"])
+
+
+def test_tables_and_tars_without_images_in_a_folder_are_skipped(pictures: Path, caplog: pytest.LogCaptureFixture):
+    """img2dataset leaves a table of captions beside its tars; one broken tar must not stop the rest."""
+    pq.write_table(pa.table({"url": ["x"], "caption": ["y"]}), pictures / "00000.parquet")
+    (pictures / "junk.tar").write_bytes(b"junk" * 300)
+    assert len(find_items([str(pictures)])) == 6
+    assert "00000.parquet" in caplog.text
+    assert "junk.tar" in caplog.text
+    for name, error in (("00000.parquet", ConfigError), ("junk.tar", DamagedDataError)):
+        with pytest.raises(error, match=name):
+            find_items([str(pictures / name)])
