@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 .PHONY: demo test test-all lint format clean
 
-demo: $(VENV)/.installed
+demo: $(VENV)/.installed-demo
 	$(BIN)/air demo --config configs/demo.yaml
 
 test: $(VENV)/.installed
@@ -23,11 +23,13 @@ format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The stamp is newer than pyproject.toml exactly when the environment matches it.
-$(VENV)/.installed: pyproject.toml
+# A stamp is newer than pyproject.toml exactly when the environment has what it stands for: the demo needs less.
+$(VENV)/.installed-demo: EXTRA := demo
+$(VENV)/.installed: EXTRA := dev
+$(VENV)/.installed $(VENV)/.installed-demo: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
-	$(BIN)/python -m pip install --disable-pip-version-check --editable ".[dev]"
+	$(BIN)/python -m pip install --disable-pip-version-check --editable ".[$(EXTRA)]"
 	touch $@
 
 clean:

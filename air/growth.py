@@ -19,7 +19,7 @@ from torch import Tensor
 
 from air.gaussians import Gaussians, activate, anchors, grid_shape
 from air.grid import grid_initialization
-from air.optimize import OptimizeConfig, StepCallback, Trajectory, compile_kernels, image_tensor, optimize
+from air.optimize import OptimizeConfig, StepCallback, Trajectory, check_counts, optimize, place_image
 from air.render import render
 from air.residual import residual_initialization
 
@@ -87,6 +87,7 @@ def grow(
     *,
     config: GrowthConfig | None = None,
     backend: str = "auto",
+    device: str = "auto",
     threads: int = 1,
     on_step: StepCallback | None = None,
 ) -> GrowthResult:
@@ -102,6 +103,7 @@ def grow(
         steps: Adam updates in all.
         config: How it grows.
         backend: As for `air.optimize.optimize`.
+        device: As for `air.optimize.fit`.
         threads: As for `air.optimize.optimize`.
         on_step: Called with the updates done, loss and PSNR in dB.
 
@@ -110,15 +112,12 @@ def grow(
         NonFiniteLossError: The loss stopped being a number.
     """
     config = config or GrowthConfig()
-    if num_gaussians < 1:
-        raise ValueError(f"num_gaussians must be at least 1, got {num_gaussians}")
-    target = image_tensor(image)
-    if backend != "reference" and target.dtype == torch.float32:
-        compile_kernels()
+    check_counts(num_gaussians=(num_gaussians, 1), steps=(steps, 0), threads=(threads, 1))
+    target, home = place_image(image, device, backend)
     begin = time.perf_counter()
     _, height, width = target.shape
     patch_size = _patch_size(height, width, max(1, int(num_gaussians * config.start_share)))
-    grid = anchors(height, width, patch_size, target.dtype)
+    grid = anchors(height, width, patch_size, target.dtype).to(target.device)
     raw, anchor = grid_initialization(target, patch_size), grid
     trajectories: list[Trajectory] = []
     phases = config.phases(steps)
@@ -140,9 +139,9 @@ def grow(
         trajectories.append(result.trajectory)
         done += count
     return GrowthResult(
-        gaussians=activate(raw, anchor, patch_size),
-        raw=raw,
-        anchor=anchor,
+        gaussians=activate(raw, anchor, patch_size).to(home),
+        raw=raw.to(home),
+        anchor=anchor.to(home),
         patch_size=patch_size,
         trajectory=_joined(trajectories),
         seconds=time.perf_counter() - begin,

@@ -376,14 +376,10 @@ def fit(
         >>> fit(torch.full((3, 8, 8), 0.5), steps=0).raw.shape
         torch.Size([4, 8])
     """
-    target = image_tensor(image)
+    check_counts(steps=(steps, 0), patch_size=(patch_size, 1), threads=(threads, 1))
+    target, home = place_image(image, device, backend)
     options = dict((config or OptimizeConfig()).__dict__, steps=steps)
     _, height, width = target.shape
-    home = target.device
-    if home.type == "cpu" and target.dtype == torch.float32:
-        target = target.to(choose_device(device, backend))
-    if _choose_backend(backend, target) == "cpu":
-        compile_kernels()
     start = time.perf_counter()
     anchor = anchors(height, width, patch_size, target.dtype).to(target.device)
     raw = grid_initialization(target, patch_size)
@@ -393,6 +389,29 @@ def fit(
     gaussians = activate(result.raw, anchor, patch_size).to(home)
     seconds = time.perf_counter() - start
     return FitResult(gaussians, result.raw.to(home), result.trajectory, seconds, height, width)
+
+
+def check_counts(**counts: tuple[int, int]) -> None:
+    """Raises ValueError for the first of the named (count, least) that is no whole number or below its least."""
+    for name, (count, least) in counts.items():
+        if not isinstance(count, int) or count < least:
+            raise ValueError(f"{name} must be a whole number, at least {least}, got {count}")
+
+
+def place_image(image: Any, device: str, backend: str) -> tuple[Tensor, torch.device]:
+    """An image for `fit` as a tensor where it is to be computed, kernels ready; and the device of the result.
+
+    Raises:
+        ValueError: It is no image.
+        BackendUnavailableError: As `choose_device`.
+    """
+    target = image_tensor(image)
+    home = target.device
+    if home.type == "cpu" and target.dtype == torch.float32:
+        target = target.to(choose_device(device, backend))
+    if _choose_backend(backend, target) == "cpu":
+        compile_kernels()
+    return target, home
 
 
 def image_tensor(image: Any) -> Tensor:

@@ -36,7 +36,12 @@ class FitConfig(Config):
     rate: float = Field(1.0, gt=0, le=100, description="factor on the optimiser's learning rates (docs/optimizer.md)")
     threads: int | None = Field(None, ge=1, le=1024, description="CPU threads; default: all cores")
     max_pixels: int = Field(images.MAX_PIXELS, ge=1, description="an image with more pixels is refused")
-    backend: Literal["auto", "cpu", "reference"] = Field("auto", description="reference is plain torch, for comparison")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="where to compute; auto takes a GPU that is there"
+    )
+    backend: Literal["auto", "cpu", "cuda", "reference"] = Field(
+        "auto", description="kernels; reference is plain torch, for comparison"
+    )
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -65,10 +70,10 @@ def main(arguments: Sequence[str]) -> int:
 def fit_image(rgb: np.ndarray, target: str, config: FitConfig) -> None:
     """Fits, shows progress where someone watches, writes the render and prints what was reached."""
     from air.growth import GrowthConfig, grow
-    from air.optimize import COMPILE_SECONDS, OptimizeConfig, compile_kernels, fit, kernels_are_compiled
+    from air.optimize import COMPILE_SECONDS, OptimizeConfig, choose_device, compile_kernels, fit, kernels_are_compiled
     from air.render import render
 
-    if config.backend != "reference":
+    if config.backend in ("auto", "cpu") and choose_device(config.device).type == "cpu":
         if not kernels_are_compiled():
             print(f"compiling kernels, once on this machine: about {COMPILE_SECONDS} s", flush=True)
         compile_kernels()
@@ -93,6 +98,7 @@ def fit_image(rgb: np.ndarray, target: str, config: FitConfig) -> None:
         adam = OptimizeConfig().scaled(config.rate)
         options: dict[str, Any] = {
             "backend": config.backend,
+            "device": config.device,
             "threads": config.threads or os.cpu_count() or 1,
             "on_step": on_step,
         }
@@ -101,7 +107,8 @@ def fit_image(rgb: np.ndarray, target: str, config: FitConfig) -> None:
         else:
             budget = config.gaussians or max(1, rgb.shape[0] * rgb.shape[1] // _PIXELS_PER_GAUSSIAN)
             result = grow(rgb, budget, config.steps, config=GrowthConfig(optimization=adam), **options)
-    picture = render(result.gaussians, result.height, result.width, backend=config.backend).clamp(0, 1)
+    drawn_by = "reference" if config.backend == "reference" else "auto"  # the result is on the CPU again
+    picture = render(result.gaussians, result.height, result.width, backend=drawn_by).clamp(0, 1)
     pixels = (picture.permute(1, 2, 0).numpy() * 255 + 0.5).astype(np.uint8)
     try:
         Image.fromarray(pixels).save(target)

@@ -290,7 +290,7 @@ def test_a_parquet_file_that_is_none_is_refused(tmp_path: Path, damage: str):
 
 def test_a_parquet_file_without_rows_holds_no_images(tmp_path: Path):
     file = write_parquet(tmp_path / "table.parquet", "image", [], pa.binary())
-    with pytest.raises(ConfigError, match="does not exist, or is empty"):
+    with pytest.raises(ConfigError, match="holds no images"):
         find_items([str(file)])
 
 
