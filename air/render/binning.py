@@ -89,8 +89,8 @@ def load_gsplat() -> ModuleType | None:
     if shutil.which("nvcc") is None:
         return None
     try:
-        import gsplat
-        from gsplat.cuda import _backend  # builds and loads the extension
+        import gsplat  # pyright: ignore[reportMissingImports] - optional
+        from gsplat.cuda import _backend  # builds and loads the extension  # pyright: ignore[reportMissingImports]
     except Exception as error:  # noqa: BLE001 - a compiler that fails must not stop a render that needs none
         log.info("gsplat's extension does not load, using the project's own binning: %s", error)
         return None
