@@ -34,6 +34,7 @@ from air.render.simd import (
     LANES,
     add_lane_sums,
     aligned_scratch,
+    any_positive,
     ceil,
     exp,
     floor,
@@ -145,6 +146,16 @@ def derive_geometry(parameters, geometry, first, end):
 
 
 @inline
+def touches_rows(geometry, i, first_row, end_row):
+    """Whether the support of one of Gaussians i .. i + LANES - 1 reaches into the rows first_row .. end_row - 1."""
+    row = geometry.shape[1]
+    y = load(geometry, CENTRE_Y * row + i)
+    reach = load(geometry, HALF_HEIGHT * row + i) + load(geometry, MARGIN * row + i)
+    above = where_ge(y + reach, f32(first_row), splat(ONE), ZERO)
+    return any_positive(where_ge(f32(end_row - 1), y - reach, above, ZERO))
+
+
+@inline
 def find_strips(geometry, i, first_row, end_row, width, counts, lefts, run_rows, firsts, lasts):
     """The strips of Gaussians i .. i + LANES - 1 that touch the rows first_row .. end_row - 1.
 
@@ -166,8 +177,8 @@ def find_strips(geometry, i, first_row, end_row, width, counts, lefts, run_rows,
     strips = floor((right - left) * f32(1 / LANES)) + ONE
     # Each test gives no strips where it fails and where a number is not finite.
     strips = where_ge(right, left, strips, ZERO)
-    strips = where_ge(y + half_height + margin, f32(first_row), strips, ZERO)
-    strips = where_ge(f32(end_row - 1), y - half_height - margin, strips, ZERO)
+    strips = where_ge(y + (half_height + margin), f32(first_row), strips, ZERO)
+    strips = where_ge(f32(end_row - 1), y - (half_height + margin), strips, ZERO)
     store_as_int(counts, 0, strips)
     store_as_int(lefts, 0, where_ge(strips, HALF, left, ZERO))
     store_as_int(run_rows, 0, load(geometry, RUN_ROWS * row + i))
@@ -303,6 +314,9 @@ def sweep(parameters, geometry, planes, moments, width, first, end, first_row, e
     if gather:
         moments[first:end] = ZERO
     for i in range(first, end, LANES):
+        # Neighbours in the table mostly are in the image: a band skips most of the others' Gaussians here.
+        if not touches_rows(geometry, i, first_row, end_row):
+            continue
         find_strips(geometry, i, first_row, end_row, width, counts, lefts, run_rows, firsts, lasts)
         for lane in range(LANES):
             for j in range(counts[lane]):

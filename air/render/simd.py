@@ -366,6 +366,18 @@ def lane_sum(typing_context, x):
 
 
 @intrinsic
+def any_positive(typing_context, x):
+    """Whether a lane is above zero."""
+
+    def generate(context, builder, signature, values):
+        lanes = builder.fcmp_ordered(">", values[0], constant_vector(0.0))
+        mask = builder.bitcast(lanes, ir.IntType(LANES))
+        return builder.icmp_unsigned("!=", mask, ir.Constant(mask.type, 0))
+
+    return types.boolean(x), generate
+
+
+@intrinsic
 def add_lane_sums(typing_context, array, offset, x0, x1, x2, x3, x4, x5, x6, x7):
     """Adds the lane sums of eight vectors to array[offset : offset + 8]."""
 
