@@ -50,11 +50,6 @@ def _sigmoid_slope(x):
     return e / ((e + ONE) * (e + ONE))
 
 
-@inline
-def _tanh_slope(x):
-    return _sigmoid_slope(x * TWO) * f32(4)
-
-
 @kernel
 def activate_raw(raw, anchor, patch_size, parameters, first, end):
     """The parameters of raw Gaussians first .. end - 1 (multiples of LANES) at their anchors, a table (2, N)."""
@@ -72,41 +67,50 @@ def activate_raw(raw, anchor, patch_size, parameters, first, end):
             store(parameters, k * row + i, _tanh(load(raw, k * row + i)))
 
 
+@inline
+def _slope_factors(k, patch_size):
+    """Numbers a, b with which b · σ'(a · raw) is the derivative of parameter k (the angle per radian)."""
+    a, b = f32(1), f32(patch_size)
+    if k < SCALE_1:
+        a, b = f32(2), f32(4 * patch_size)
+    elif k >= RED:
+        a, b = f32(2), f32(4)
+    elif k == HALF_TURNS:
+        b = TWO * PI
+    return a, b
+
+
 @kernel
 def differentiate_raw(raw, patch_size, gradient, first, end):
     """Turns the gradient with respect to parameters (the angle's per radian) into that of raw numbers, in place."""
     row = raw.shape[1]
-    patch = f32(patch_size)
-    for i in range(first, end, LANES):
-        for k in range(2):
-            slope = _tanh_slope(load(raw, k * row + i)) * patch
-            store(gradient, k * row + i, load(gradient, k * row + i) * slope)
-        for k in range(SCALE_1, SCALE_1 + 2):
-            slope = _sigmoid_slope(load(raw, k * row + i)) * patch
-            store(gradient, k * row + i, load(gradient, k * row + i) * slope)
-        slope = _sigmoid_slope(load(raw, HALF_TURNS * row + i)) * (TWO * PI)
-        store(gradient, HALF_TURNS * row + i, load(gradient, HALF_TURNS * row + i) * slope)
-        for k in range(RED, RED + 3):
-            slope = _tanh_slope(load(raw, k * row + i))
-            store(gradient, k * row + i, load(gradient, k * row + i) * slope)
+    for k in range(RAW_CHANNELS):
+        a, b = _slope_factors(k, patch_size)
+        for i in range(k * row + first, k * row + end, LANES):
+            store(gradient, i, load(gradient, i) * (_sigmoid_slope(load(raw, i) * a) * b))
 
 
 @kernel
-def adam_step(raw, mean, square, gradient, rates, beta1, beta2, eps, step, first, end):
-    """Adam's update number `step` (from 1) of Gaussians first .. end - 1, with a learning rate per row in `rates`."""
+def adam_step(raw, patch_size, mean, square, gradient, rates, beta1, beta2, eps, step, first, end):
+    """Adam's update number `step` (from 1) of Gaussians first .. end - 1, with a learning rate per row in `rates`.
+
+    `gradient` is with respect to the parameters: `differentiate_raw` is done on the way, to touch memory once.
+    """
     row = raw.shape[1]
     keep1 = f32(beta1)
     keep2 = f32(beta2)
     correction = f32(1.0 / np.sqrt(1.0 - beta2**step))
     for k in range(RAW_CHANNELS):
+        a, b = _slope_factors(k, patch_size)
         rate = f32(-rates[k] / (1.0 - beta1**step))
         for i in range(k * row + first, k * row + end, LANES):
-            slope = load(gradient, i)
+            old = load(raw, i)
+            slope = load(gradient, i) * (_sigmoid_slope(old * a) * b)
             new_mean = fma(load(mean, i), keep1, slope * (ONE - keep1))
             new_square = fma(load(square, i), keep2, slope * slope * (ONE - keep2))
             store(mean, i, new_mean)
             store(square, i, new_square)
-            store(raw, i, fma(new_mean * rate, splat(ONE) / fma(sqrt(new_square), correction, f32(eps)), load(raw, i)))
+            store(raw, i, fma(new_mean * rate, splat(ONE) / fma(sqrt(new_square), correction, f32(eps)), old))
 
 
 class FusedOptimizer:
@@ -169,11 +173,25 @@ class FusedOptimizer:
 
     def update(self, rates: NDArray[np.float64], beta1: float, beta2: float, eps: float) -> None:
         """One Adam step from the gradient that `evaluate` left; `rates` holds one rate per raw column."""
-        gradient = self.raw_gradient()
         self._updates += 1
 
         def step(first: int, end: int) -> None:
-            adam_step(self.raw, self._mean, self._square, gradient, rates, beta1, beta2, eps, self._updates, first, end)
+            # Range by range, so that the gradient may still be in the cache when Adam reads it.
+            self.raster.gather_range(self.loss.gradient, first, end)
+            adam_step(
+                self.raw,
+                self.patch_size,
+                self._mean,
+                self._square,
+                self.raster.gradient,
+                rates,
+                beta1,
+                beta2,
+                eps,
+                self._updates,
+                first,
+                end,
+            )
 
         self.workers.run(step, self.raster.ranges)
 

@@ -72,21 +72,25 @@ class Raster:
         """Fills `gradient` from the image's gradient. Call after `draw`."""
 
         def gather_range(first: int, end: int) -> None:
-            kernels.sweep(
-                self.parameters,
-                self._geometry,
-                planes,
-                self._moments,
-                self.width,
-                first,
-                end,
-                0,
-                self.height,
-                True,
-            )
-            kernels.chain_to_parameters(self.parameters, self._geometry, self._moments, self.gradient, first, end)
+            self.gather_range(planes, first, end)
 
         self.workers.run(gather_range, self.ranges)
+
+    def gather_range(self, planes: FloatArray, first: int, end: int) -> None:
+        """Fills `gradient` for Gaussians first .. end - 1, one of `ranges`, in the calling thread."""
+        kernels.sweep(
+            self.parameters,
+            self._geometry,
+            planes,
+            self._moments,
+            self.width,
+            first,
+            end,
+            0,
+            self.height,
+            True,
+        )
+        kernels.chain_to_parameters(self.parameters, self._geometry, self._moments, self.gradient, first, end)
 
 
 def _half_turns(angle: Tensor) -> Tensor:
