@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -378,14 +378,12 @@ def fit(
     """
     check_counts(steps=(steps, 0), patch_size=(patch_size, 1), threads=(threads, 1))
     target, home = place_image(image, device, backend)
-    options = dict((config or OptimizeConfig()).__dict__, steps=steps)
+    config = replace(config or OptimizeConfig(), steps=steps)
     _, height, width = target.shape
     start = time.perf_counter()
     anchor = anchors(height, width, patch_size, target.dtype).to(target.device)
     raw = grid_initialization(target, patch_size)
-    result = optimize(
-        raw, anchor, target, patch_size, OptimizeConfig(**options), backend=backend, threads=threads, on_step=on_step
-    )
+    result = optimize(raw, anchor, target, patch_size, config, backend=backend, threads=threads, on_step=on_step)
     gaussians = activate(result.raw, anchor, patch_size).to(home)
     seconds = time.perf_counter() - start
     return FitResult(gaussians, result.raw.to(home), result.trajectory, seconds, height, width)

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from pipeline.errors import DamagedDataError
 from pipeline.shards import count_samples
 from pipeline.storage import Entry, Storage
-from pipeline.work import DataFile, Manifest, Plan, named_files, read_manifest, read_manifests, read_plan
+from pipeline.work import DataFile, Manifest, Plan, checksum_of, named_files, read_manifest, read_manifests, read_plan
 
 
 def remove_garbage(output: Storage) -> tuple[int, int]:
@@ -59,7 +59,8 @@ def verify(output: Storage) -> Iterator[str]:
     """
     plan = read_plan(output)
     yield from _verify_listings(output, plan)
-    missing = {unit.name for unit in plan.units}
+    planned, plan_hash = {unit.name for unit in plan.units}, plan.hash
+    missing = set(planned)
     sound = True
     for path, _ in output.list("manifest"):
         try:
@@ -69,7 +70,7 @@ def verify(output: Storage) -> Iterator[str]:
             yield str(error)
             continue
         missing.discard(manifest.unit)
-        for problem in _verify_commit(output, plan, manifest):
+        for problem in _verify_commit(output, planned, plan_hash, manifest):
             sound = False
             yield f"{path}: {problem}"
     yield from (f"unit {name} is not done" for name in sorted(missing))
@@ -84,6 +85,7 @@ def repair(output: Storage) -> list[str]:
         The manifests that were removed.
     """
     plan = read_plan(output)
+    planned, plan_hash = {unit.name for unit in plan.units}, plan.hash
     broken = []
     for path, _ in list(output.list("manifest")):
         try:
@@ -91,7 +93,7 @@ def repair(output: Storage) -> list[str]:
         except DamagedDataError:
             broken.append(path)
             continue
-        if any(_verify_commit(output, plan, manifest)):
+        if any(_verify_commit(output, planned, plan_hash, manifest)):
             broken.append(path)
     for path in broken:
         output.delete(path)
@@ -105,11 +107,11 @@ def _read_commit(output: Storage, path: str) -> Manifest:
     return manifest
 
 
-def _verify_commit(output: Storage, plan: Plan, manifest: Manifest) -> Iterator[str]:
-    if manifest.unit not in {unit.name for unit in plan.units}:
+def _verify_commit(output: Storage, planned: set[str], plan_hash: str, manifest: Manifest) -> Iterator[str]:
+    if manifest.unit not in planned:
         yield f"unit {manifest.unit} is not in the plan"
-    if manifest.plan != plan.hash:
-        yield f"committed under another plan ({manifest.plan[:12]}, expected {plan.hash[:12]})"
+    if manifest.plan != plan_hash:
+        yield f"committed under another plan ({manifest.plan[:12]}, expected {plan_hash[:12]})"
     rejected = manifest.quarantine.rows if manifest.quarantine else 0
     if rejected != sum(manifest.rejected.values()):
         yield f"{sum(manifest.rejected.values())} rejections counted, {rejected} in quarantine"
@@ -132,9 +134,7 @@ def _verify_file(output: Storage, file: DataFile) -> Iterator[str]:
         yield f"{file.path} is missing"
         return
     with output.local_file(file.path) as local:
-        size = local.stat().st_size
-        with local.open("rb") as stream:
-            checksum = hashlib.file_digest(stream, "sha256").hexdigest()
+        size, checksum = local.stat().st_size, checksum_of(local)
         if (size, checksum) != (file.bytes, file.sha256):
             yield (
                 f"{file.path} is damaged: {size} bytes with sha256 {checksum[:12]}, "

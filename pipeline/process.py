@@ -27,7 +27,7 @@ from air.errors import AirError
 from pipeline import tables
 from pipeline.errors import Rejected
 from pipeline.storage import Storage, open_storage
-from pipeline.work import DataFile, Manifest, Unit, commit, printable
+from pipeline.work import DataFile, Manifest, Unit, checksum_of, commit, printable
 
 
 @dataclass(frozen=True)
@@ -174,9 +174,7 @@ def execute(
 
 
 def _store(output: Storage, local: Path, rows: int, path: str) -> DataFile:
-    with local.open("rb") as stream:
-        checksum = hashlib.file_digest(stream, "sha256").hexdigest()
-    size = local.stat().st_size
+    checksum, size = checksum_of(local), local.stat().st_size
     output.upload(local, path)
     return DataFile(path=path, bytes=size, sha256=checksum, rows=rows)
 

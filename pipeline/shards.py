@@ -23,7 +23,17 @@ from pipeline.errors import DamagedDataError, JobFailedError, Rejected
 from pipeline.process import EncodedImage, Sample
 from pipeline.sources import Item, ItemReader, find_items
 from pipeline.storage import Storage
-from pipeline.work import PLAN_PATH, Plan, Unit, committed_units, file_safe, printable, read_manifests, read_plan
+from pipeline.work import (
+    PLAN_PATH,
+    Plan,
+    Unit,
+    checksum_of,
+    committed_units,
+    file_safe,
+    printable,
+    read_manifests,
+    read_plan,
+)
 
 # Members that webdataset's iterators pass over.
 _META = re.compile(r"__[^/]*__($|/)")
@@ -246,14 +256,9 @@ def _foreign_shard(storage: Storage, path: str) -> Unit:
             name=name,
             input=path,
             bytes=local.stat().st_size,
-            sha256=_checksum(local),
+            sha256=checksum_of(local),
             samples=count_samples(local),
         )
-
-
-def _checksum(local: Path) -> str:
-    with local.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def read_samples(storage: Storage, unit: Unit) -> Iterator[Sample]:
@@ -265,7 +270,7 @@ def read_samples(storage: Storage, unit: Unit) -> Iterator[Sample]:
     from webdataset.tariterators import group_by_keys, tar_file_iterator
 
     with storage.local_file(unit.input) as local:
-        if _checksum(local) != unit.sha256:
+        if checksum_of(local) != unit.sha256:
             raise DamagedDataError(f"input {storage.uri(unit.input)} has changed since the plan was made")
         with local.open("rb") as stream:
             try:

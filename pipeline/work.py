@@ -225,6 +225,12 @@ def commit(output: Storage, manifest: Manifest) -> Manifest:
     return winner
 
 
+def checksum_of(local: Path) -> str:
+    """SHA-256 of a local file, hexadecimal; reads it in pieces."""
+    with local.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def named_files(manifest: Manifest) -> list[DataFile]:
     """All files that the manifest vouches for."""
     return [*manifest.files, *([manifest.quarantine] if manifest.quarantine else [])]
