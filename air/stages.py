@@ -8,18 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from air.gaussians import Gaussians, activate, anchors, grid_shape
-from air.grid import grid_initialization
+from air.gaussians import Gaussians, activate, grid_shape
 from air.loss import SSIM_C1, SSIM_C2
 from air.optimize import OptimizeConfig, optimize
+from air.predictor import Predictor
 from air.render import render
-from air.residual import residual_initialization
 
 
 @dataclass(frozen=True)
@@ -70,44 +69,6 @@ def _patches(image: Tensor, patch_size: int) -> Tensor:
     return tiles.reshape(3, rows * columns, patch_size * patch_size)
 
 
-class Predictor(Protocol):
-    """Anything that turns what is missing into Gaussians.
-
-    Attributes:
-        patch_size: Pixels between anchors.
-    """
-
-    patch_size: int
-
-    def __call__(self, residual: Tensor, stage: int) -> Tensor:
-        """Raw Gaussians for every patch.
-
-        Args:
-            residual: Image minus canvas, shape (3, H, W).
-            stage: From 0.
-
-        Returns:
-            Shape (rows · columns, 8), patches in row-major order.
-        """
-        ...
-
-
-class GridPredictor:
-    """The built-in predictor "grid": closed form, no network. The baseline, and the first round's predictor.
-
-    - Stage 0: round Gaussians on the anchors, as wide as the patch asks for, with least-squares colours.
-    - Later stages: narrow ones at that pixel of each patch where they take most of the residual away.
-    """
-
-    def __init__(self, patch_size: int) -> None:
-        self.patch_size = patch_size
-
-    def __call__(self, residual: Tensor, stage: int) -> Tensor:
-        """As `Predictor`."""
-        start = grid_initialization if stage == 0 else residual_initialization
-        return start(residual, self.patch_size)
-
-
 @dataclass(frozen=True)
 class StageResult:
     """What one stage added to an image.
@@ -149,7 +110,7 @@ def run_stages(
 
     Args:
         image: Shape (3, H, W), float32 in [0, 1].
-        predictor: Called with the residual of each stage.
+        predictor: Asked once per stage.
         optimization: One per stage; their number is the number of stages. Zero steps leave a stage as predicted.
         control: Which patches get a Gaussian.
         canvas: What the next stage builds on. The paper trains with `predicted`, the canvas that its network will meet;
@@ -164,14 +125,14 @@ def run_stages(
     """
     control = control or StageControl()
     _, height, width = image.shape
-    all_anchors = anchors(height, width, predictor.patch_size)
     background = torch.zeros_like(image)
     for stage, config in enumerate(optimization):
-        patch = active_patches(background, image, predictor.patch_size, control).nonzero()[:, 0]
+        active = active_patches(background, image, predictor.patch_size, control)
+        patch = active.nonzero()[:, 0]
         if not len(patch):
             return
-        anchor = all_anchors[patch]
-        predicted = predictor(image - background, stage)[patch].contiguous()
+        prediction = predictor.predict(image, background, active, stage)
+        predicted, anchor = prediction.raw[patch].contiguous(), prediction.anchor[patch].contiguous()
         result = optimize(predicted, anchor, image, predictor.patch_size, config, canvas=background, threads=threads)
         trajectory = result.trajectory
         yield StageResult(

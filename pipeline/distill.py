@@ -120,7 +120,8 @@ def distill_view(rgb: np.ndarray, config: DistillConfig) -> dict[str, Any]:
     import torch
 
     from air.errors import InvalidGaussiansError, NonFiniteLossError
-    from air.stages import GridPredictor, StageControl, all_gaussians, run_stages
+    from air.predictor import GridPredictor
+    from air.stages import StageControl, all_gaussians, run_stages
 
     torch.set_num_threads(1)  # sums of another order would make other values on another machine
     image = torch.from_numpy(rgb.astype(np.float32) / 255).permute(2, 0, 1).contiguous()

@@ -6,9 +6,10 @@ import torch
 
 from air.gaussians import activate, anchors
 from air.optimize import OptimizeConfig
+from air.predictor import GridPredictor
 from air.render import render
 from air.residual import residual_initialization
-from air.stages import GridPredictor, StageControl, active_patches, all_gaussians, run_stages
+from air.stages import StageControl, active_patches, all_gaussians, run_stages
 
 
 @pytest.fixture(scope="module")
