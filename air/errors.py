@@ -18,3 +18,7 @@ class NonFiniteLossError(AirError, ArithmeticError):
 
 class BackendUnavailableError(AirError, RuntimeError):
     """A renderer that this machine cannot run, asked for by name."""
+
+
+class CheckpointError(AirError):
+    """A predictor's checkpoint is missing, damaged or of another kind."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import Any, ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -10,17 +13,22 @@ from air.predictor import Prediction
 
 
 class PredictorNetwork(nn.Module):
-    """Base of the networks. A subclass implements `forward`.
+    """Base of the networks. A subclass implements `forward` and `start_stage`.
 
     Attributes:
+        architecture: Its name in `ARCHITECTURES`.
         patch_size: Pixels between anchors.
-        num_stages: How many stages it has learnt at most; a stage beyond them is an error.
+        num_stages: How many stages it can predict; a stage beyond them is an error.
+        settings: The keyword arguments that build it again, plain JSON values.
     """
 
-    def __init__(self, patch_size: int, num_stages: int) -> None:
+    architecture: ClassVar[str]
+
+    def __init__(self, **settings: Any) -> None:
         super().__init__()
-        self.patch_size = patch_size
-        self.num_stages = num_stages
+        self.settings = settings
+        self.patch_size: int = settings["patch_size"]
+        self.num_stages: int = settings["num_stages"]
 
     def forward(self, image: Tensor, canvas: Tensor, active: Tensor, stage: int) -> Tensor:
         """Raw Gaussians of one stage for a batch of images of one size, differentiable in the parameters.
@@ -48,3 +56,22 @@ class PredictorNetwork(nn.Module):
         _, height, width = image.shape
         raw = self(image[None], canvas[None], active[None], stage)[0]
         return Prediction(raw, anchors(height, width, self.patch_size, image.dtype).to(image.device))
+
+
+ARCHITECTURES = {"compact": "air.predictor.compact:CompactPredictor", "dinov3": "air.predictor.dinov3:DinoPredictor"}
+"""Where each architecture's class is; its module loads with the first use."""
+
+
+def build(architecture: str, settings: dict[str, Any]) -> PredictorNetwork:
+    """A network with fresh weights.
+
+    Raises:
+        ValueError: The architecture is unknown, or a setting is missing, unknown or out of its bounds.
+    """
+    if architecture not in ARCHITECTURES:
+        raise ValueError(f"unknown architecture {architecture!r}; known are {', '.join(ARCHITECTURES)}")
+    module, name = ARCHITECTURES[architecture].split(":")
+    try:
+        return getattr(importlib.import_module(module), name)(**settings)
+    except TypeError as error:
+        raise ValueError(f"settings of architecture {architecture!r}: {error}") from None
