@@ -52,8 +52,6 @@ class Card:
 def save_checkpoint(
     path: str | Path, network: PredictorNetwork, weights: dict[str, Any] | None = None, **card: Any
 ) -> Card:
-    path: str | Path, network: PredictorNetwork, weights: dict[str, Any] | None = None, **card: Any
-) -> Card:
     """Writes a checkpoint; the card last, so that one with a card is whole.
 
     Args:

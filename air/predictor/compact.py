@@ -1,8 +1,7 @@
 """The compact predictor: a small convolutional network on the patch grid that corrects the closed-form start.
 
-It looks at the pixels of every patch (image, residual) and at the start's raw numbers,
-and predicts what to add to them. All stages share the trunk; an
-embedding tells them apart.
+It looks at the pixels of every patch (image, residual) and at the start's raw numbers, and predicts what to add to
+them. All stages share the trunk; an embedding tells them apart.
 """
 
 from __future__ import annotations
