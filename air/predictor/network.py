@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from air.gaussians import anchors
 from air.predictor import Prediction
 
+_DECAYING = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
+
 
 class PredictorNetwork(nn.Module):
     """Base of the networks. A subclass implements `forward` and `start_stage`.
@@ -47,6 +49,33 @@ class PredictorNetwork(nn.Module):
     def start_stage(self, stage: int) -> None:
         """Prepares a stage that was not trained yet: it starts as a copy of the one before it."""
         raise NotImplementedError
+
+    def parameter_groups(self, rate: float, weight_decay: float) -> list[dict[str, Any]]:
+        """The parameters in groups for a torch optimiser.
+
+        Weights of linear and convolutional layers decay; biases, norms and embeddings do not.
+
+        Args:
+            rate: Learning rate; parameters with another `rate_factor` get their multiple of it.
+            weight_decay: Of those that decay.
+
+        Returns:
+            Groups of {"params", "lr", "weight_decay"}: every parameter that takes a gradient once, in a fixed order.
+        """
+        groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+        for prefix, module in self.named_modules():
+            for name, parameter in module.named_parameters(prefix, recurse=False):
+                if parameter.requires_grad:
+                    decays = isinstance(module, _DECAYING) and parameter.ndim > 1
+                    groups.setdefault((self.rate_factor(name), decays), []).append(parameter)
+        return [
+            {"params": parameters, "lr": rate * factor, "weight_decay": weight_decay if decays else 0.0}
+            for (factor, decays), parameters in groups.items()
+        ]
+
+    def rate_factor(self, name: str) -> float:
+        """Learning rate of the parameter `name`, as a multiple of the others'; overridden where some learn slower."""
+        return 1.0
 
     @torch.no_grad()
     def predict(self, image: Tensor, canvas: Tensor, active: Tensor, stage: int) -> Prediction:
