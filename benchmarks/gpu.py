@@ -2,8 +2,8 @@
 
     python benchmarks/gpu.py [--json FILE] [--steps 1000] [--skip-checks]
 
-Needs a CUDA device and triton. First come the GPU tests. Then, on 768 x 512 pixels with scales as in a fitted image:
-whole optimiser steps for 8,140, 30,000 and 100,000 Gaussians, and for batches of 1, 8 and 32 images of 8,140.
+Needs a CUDA device and triton. First come the GPU tests. Then, with scales as in a fitted image, whole optimiser
+steps for the sizes of step.py, and for batches of 1, 8 and 32 images of the smallest.
 
 The floor is what the arithmetic and the memory traffic below would take at the speeds that this GPU reaches in the same
 run: float32 matrix products, and copies within its cache and within its memory. It is counted, not a model of waiting.
@@ -22,14 +22,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from step import HEIGHT, PATCH_SIZE, WIDTH, workload
+from workload import PATCH_SIZE, SIZES, Size, count_support, workload
 
-from air.gaussians import SUPPORT_CUTOFF, activate
 from air.optimize import OptimizeConfig, Problem, optimize_batch
 
-SINGLE_COUNTS = (8_140, 30_000, 100_000)
 BATCHES = (1, 8, 32)
-BATCH_COUNT = 8_140
+BATCH_SIZE = SIZES["8k"]
 
 # Arithmetic per pair of Gaussian and pixel: distance, sheared distance, exponent, exponential, cut, three products; and
 # to gather, three sums, the product with the colour, five moments.
@@ -57,7 +55,7 @@ class Row:
 
     Attributes:
         images: In the batch.
-        gaussians: Per image.
+        gaussians, height, width: Of each image.
         steps_per_second: Of the whole batch, graphs replayed, set-up excluded.
         image_steps_per_second: Times the number of images.
         fit_seconds: A whole call of `optimize_batch` with 50 steps, set-up and results included.
@@ -67,6 +65,8 @@ class Row:
 
     images: int
     gaussians: int
+    height: int
+    width: int
     steps_per_second: float
     image_steps_per_second: float
     fit_seconds: float
@@ -100,11 +100,11 @@ def main() -> None:
         f"reached here: {speeds.arithmetic / 1e12:.1f} Tflop/s float32, {speeds.cache / 1e12:.2f} TB/s in the cache, "
         f"{speeds.memory / 1e12:.2f} TB/s in memory\n"
     )
-    cases = [(1, count) for count in SINGLE_COUNTS] + [(images, BATCH_COUNT) for images in BATCHES]
-    rows = [measure(images, count, arguments.steps, speeds) for images, count in cases]
+    cases = [(1, size) for size in SIZES.values()] + [(images, BATCH_SIZE) for images in BATCHES]
+    rows = [measure(images, size, arguments.steps, speeds) for images, size in cases]
     print_table(rows)
-    kernels = top_kernels(images=1, count=BATCH_COUNT)
-    print("\nmost time on the device, one image of 8,140 Gaussians, microseconds a step:")
+    kernels = top_kernels(images=1, size=BATCH_SIZE)
+    print(f"\nmost time on the device, one image of {BATCH_SIZE}, microseconds a step:")
     for name, microseconds in kernels.items():
         print(f"  {microseconds:8.1f}  {name}")
     if arguments.json:
@@ -151,59 +151,55 @@ def measure_speeds() -> Speeds:
     return Speeds(arithmetic, cache=copy_speed(8, 200), memory=copy_speed(1024, 5))
 
 
-def problems(images: int, count: int) -> list[Problem]:
-    raw, anchor, target = (part.cuda() for part in workload(count))
+def problems(images: int, size: Size) -> list[Problem]:
+    raw, anchor, target = (part.cuda() for part in workload(size))
     return [Problem(raw, anchor, target) for _ in range(images)]
 
 
-def count_pairs(count: int) -> int:
-    """Pairs of Gaussian and pixel within the supports of the workload, from areas: π · 2 ln 255 · s1 · s2 each."""
-    raw, anchor, _ = workload(count)
-    scale = activate(raw, anchor, PATCH_SIZE).scale
-    return int((math.pi * -2 * math.log(SUPPORT_CUTOFF) * scale.prod(dim=1)).sum())
-
-
-def floor_seconds(images: int, count: int, speeds: Speeds) -> float:
+def floor_seconds(images: int, size: Size, speeds: Speeds) -> float:
     """The counted floor of one step."""
-    pairs = images * count_pairs(count)
-    values = images * 3 * HEIGHT * WIDTH
+    pairs = images * count_support(size).pixels
+    values = images * 3 * size.height * size.width
     # Pixels are used again and again by neighbours, so pairs meet them in the cache. The loss streams through eight
-    # buffers, which a batch does not leave in the cache.
-    streams = speeds.cache if images == 1 else speeds.memory
+    # buffers, which neither a batch nor a larger image leaves in the cache.
+    streams = speeds.cache if values <= 3 * BATCH_SIZE.height * BATCH_SIZE.width else speeds.memory
     draw = max(pairs * DRAW_FLOP / speeds.arithmetic, pairs * PAIR_BYTES / speeds.cache)
     gather = max(pairs * GATHER_FLOP / speeds.arithmetic, pairs * PAIR_BYTES / speeds.cache)
     loss = max(values * LOSS_FLOP / speeds.arithmetic, values * LOSS_BYTES / streams)
     return draw + gather + loss
 
 
-def measure(images: int, count: int, steps: int, speeds: Speeds) -> Row:
+def measure(images: int, size: Size, steps: int, speeds: Speeds) -> Row:
     from air.optimize_cuda import BatchOptimizer
 
-    batch = problems(images, count)
+    batch = problems(images, size)
     state = BatchOptimizer(batch, PATCH_SIZE, OptimizeConfig(steps=steps))
     step = seconds_of(state.run, repeats=3) / steps
     whole = seconds_of(lambda: optimize_batch(batch, PATCH_SIZE, OptimizeConfig(steps=50)), repeats=3)
-    floor = floor_seconds(images, count, speeds)
-    return Row(images, count, 1 / step, images / step, whole, floor * 1e6, floor / step)
+    floor = floor_seconds(images, size, speeds)
+    return Row(
+        images, size.gaussians, size.height, size.width, 1 / step, images / step, whole, floor * 1e6, floor / step
+    )
 
 
 def print_table(rows: list[Row]) -> None:
-    print(
-        "| images | Gaussians each | steps/s | image-steps/s | 50 steps, whole call | floor of a step | of the floor |"
-    )
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+    columns = ["images", "Gaussians each", "pixels each", "steps/s", "image-steps/s"]
+    columns += ["50 steps, whole call", "floor of a step", "of the floor"]
+    print(f"| {' | '.join(columns)} |")
+    print("|" + " --- |" * len(columns))
     for row in rows:
         print(
-            f"| {row.images} | {row.gaussians:,} | {row.steps_per_second:,.0f} | {row.image_steps_per_second:,.0f} | "
-            f"{row.fit_seconds * 1e3:.1f} ms | {row.floor_microseconds:.0f} µs | {row.share_of_floor:.0%} |"
+            f"| {row.images} | {row.gaussians:,} | {row.width} x {row.height} | {row.steps_per_second:,.0f} | "
+            f"{row.image_steps_per_second:,.0f} | {row.fit_seconds * 1e3:.1f} ms | {row.floor_microseconds:.0f} µs | "
+            f"{row.share_of_floor:.0%} |"
         )
 
 
-def top_kernels(images: int, count: int, steps: int = 40) -> dict[str, float]:
+def top_kernels(images: int, size: Size, steps: int = 40) -> dict[str, float]:
     """Microseconds per step of the five kernels that take the most time on the device."""
     from air.optimize_cuda import BatchOptimizer
 
-    state = BatchOptimizer(problems(images, count), PATCH_SIZE, OptimizeConfig(steps=steps))
+    state = BatchOptimizer(problems(images, size), PATCH_SIZE, OptimizeConfig(steps=steps))
     state.run()
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:

@@ -1,145 +1,232 @@
-"""Speed of one optimisation step: activate, render, loss and gradient, backward, Adam.
+"""Speed of one optimisation step, the share of each part, and how near it comes to a counted floor.
 
-    python benchmarks/step.py [--threads 1 2] [--no-torch] [--prototype DIR]
+    python benchmarks/step.py [--sizes 8k 30k 100k] [--threads 1 2] [--no-torch] [--prototype DIR] [--json FILE]
 
-Beside the fused CPU step stands the same step in plain torch: Gaussians in patches sorted by size, autograd, SSIM by
-separable convolutions, torch's fused Adam. `--prototype DIR` also runs DIR/fullstep.py and shows what it prints.
-Times are the best of many steps, since a shared machine can only make a step slower.
+A step is: activate the raw numbers, draw, loss and its gradient, gather the gradient of the Gaussians, Adam. For each
+size and number of threads these take turns in one run, so that other work on the machine meets all alike:
+
+- *cpu*: `air.optimize_cpu.FusedOptimizer`, what `air.optimize` runs.
+- *torch*: the same step in plain torch: Gaussians in patches sorted by size, autograd, SSIM by separable
+  convolutions, torch's fused Adam.
+- *prototype*: an earlier one, the modules raster_numba, ssim_l1_numba and common in DIR, put together as its own
+  fullstep.py does: kernels draw, gather and take the loss; torch activates and does the rest, under "Adam" here.
+- *cuda*: `air.optimize_cuda.BatchOptimizer`, a batch of one; only where there is a GPU.
+
+Times are the best of many steps, since a shared machine can only make a step slower. Every other step runs with
+clocks around its parts. The time of a step is that of the fastest without clocks; parts, their shares and "other" are
+those of the fastest with clocks, which they add up to. Clocks run in the calling thread, which takes part in all
+work: "other" is the Python between the parts, and waiting for the other threads at the end of an update.
+
+The floor is the least that the method's arithmetic and memory traffic would take at the speeds that this machine
+reaches in the same run. `floor.py` counts and explains it: per pixel inside the support of a Gaussian 5 operations to
+draw and 12 to gather, two exponentials per column of it and pass; per pixel and channel 175 operations for the loss; 24
+bytes per raw number for Adam. The share reached says how much of a measured time is work that the method cannot avoid.
 """
 
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
+import json
+import math
+import platform
 import time
-from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import numba
 import torch
-from torch import Tensor
+from backends import PARTS, Backend, Clock, FusedStep, PrototypeStep, TorchStep
+from floor import Speedometer, count_needs
+from workload import SIZES, Size, count_support
 
-from air.gaussians import SUPPORT_CUTOFF, Gaussians, activate
-from air.loss import loss as torch_loss
-from air.optimize import OptimizeConfig, compile_kernels
-from air.optimize_cpu import FusedOptimizer
+from air.optimize import compile_kernels
+from air.render import triton_is_installed
+from air.render.simd import LANES
 from air.render.threads import Workers
 
-HEIGHT, WIDTH, PATCH_SIZE = 512, 768, 7
-PARTS = ("activate", "draw", "loss", "gather", "adam")
+SLICE_SECONDS = 0.2
+"""How long a backend runs before it is the next one's turn."""
 
 
-def workload(count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Raw (N, 8), anchors in reading order, target; scales log-normal about 2.5 px, as in a fitted image."""
-    generator = torch.Generator().manual_seed(0)
-    anchor = torch.rand(count, 2, generator=generator) * torch.tensor([WIDTH, HEIGHT]) - 0.5
-    anchor = anchor[torch.argsort(torch.floor(anchor[:, 1] / 8) * 10_000 + anchor[:, 0])]
-    scale = (2.5 * torch.exp(0.5 * torch.randn(count, 2, generator=generator))).clamp(0.55, 7.45)
-    raw = torch.zeros(count, 8)
-    raw[:, 2:4] = torch.logit((scale - 0.5) / PATCH_SIZE)
-    raw[:, 4] = torch.randn(count, generator=generator)
-    raw[:, 5:8] = torch.randn(count, 3, generator=generator) * 0.1
-    coarse = torch.rand(1, 3, HEIGHT // 8, WIDTH // 8, generator=generator)
-    target = torch.nn.functional.interpolate(coarse, size=(HEIGHT, WIDTH), mode="bicubic").clamp(0, 1)[0]
-    return raw, anchor, target
+@dataclass
+class Timing:
+    """Milliseconds of a backend's step, best of many.
 
+    Attributes:
+        step: The fastest without clocks.
+        clocked_step: The fastest with clocks.
+        parts: Of that step; empty where parts cannot be told apart.
+        steps: How many were timed.
+    """
 
-def best_milliseconds(function: Callable[[], object], seconds: float = 2.0) -> float:
-    function()
-    best = float("inf")
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end:
+    step: float = math.inf
+    clocked_step: float = math.inf
+    parts: dict[str, float] = field(default_factory=dict)
+    steps: int = 0
+
+    def add_steps(self, backend: Backend) -> None:
+        """Times two more steps, one of them with clocks."""
         start = time.perf_counter()
-        function()
-        best = min(best, time.perf_counter() - start)
-    return best * 1e3
+        backend.step(None)
+        middle = time.perf_counter()
+        clock = Clock()
+        backend.step(clock)
+        end = time.perf_counter()
+        self.step = min(self.step, (middle - start) * 1e3)
+        self.steps += 2
+        if (end - middle) * 1e3 < self.clocked_step:
+            self.clocked_step = (end - middle) * 1e3
+            self.parts = {part: clock.seconds[part] * 1e3 for part in PARTS if part in clock.seconds}
 
 
-def fused(count: int, threads: int) -> dict[str, float]:
-    """Best milliseconds of each part and of whole steps."""
-    raw, anchor, target = workload(count)
-    config = OptimizeConfig(steps=10_000)
-    with Workers(threads) as workers:
-        state = FusedOptimizer(
-            raw.numpy(), anchor.numpy(), target.numpy(), PATCH_SIZE, torch.zeros_like(target).numpy(), workers
-        )
-        state.evaluate()
-        state.raw_gradient()
-        parts = {
-            "activate": best_milliseconds(lambda: workers.run(state._activate, state.raster.ranges), 0.3),
-            "draw": best_milliseconds(lambda: state.raster.draw(state.image, state.background), 1),
-            "loss": best_milliseconds(lambda: state.loss.evaluate(state.image), 1),
-            "gather": best_milliseconds(lambda: state.raster.gather(state.loss.gradient), 1),
-        }
-
-        def step() -> None:
-            state.evaluate()
-            # No learning, so that every step has the same work.
-            state.update(config.rates(0) * 0, config.beta1, config.beta2, config.eps)
-
-        whole = best_milliseconds(step, 3)
-    parts["adam"] = max(0.0, whole - sum(parts.values()))
-    return {**parts, "step": whole}
+def take_turns(backends: dict[str, Backend], speedometer: Speedometer, seconds: float) -> dict[str, Timing]:
+    """Times backends and the machine's speeds in turns; each backend has its seconds, and two steps at least."""
+    timings = {name: Timing() for name in backends}
+    left = dict.fromkeys(backends, seconds)
+    for backend in backends.values():
+        backend.step(None)  # compiles, allocates
+    while any(left[name] > 0 or not timings[name].steps for name in backends):
+        speedometer.sample()
+        for name, backend in backends.items():
+            begin = time.perf_counter()
+            while not timings[name].steps or (left[name] > 0 and time.perf_counter() < begin + SLICE_SECONDS):
+                timings[name].add_steps(backend)
+            left[name] -= time.perf_counter() - begin
+    return timings
 
 
-def torch_render(gaussians: Gaussians) -> Tensor:
-    """The image in plain torch: square patches of pixels, Gaussians of like size together, summed by index_add."""
-    radius = (gaussians.scale.detach().amax(dim=1) * 3.33).ceil().long()
-    image = torch.zeros(3, HEIGHT * WIDTH)
-    for reach in radius.unique().tolist():
-        chosen = (radius == reach).nonzero()[:, 0]
-        part = gaussians[chosen]
-        steps = torch.arange(-reach, reach + 1)
-        columns = part.xy[:, 0].detach().round().long()[:, None, None] + steps[None, None, :]
-        rows = part.xy[:, 1].detach().round().long()[:, None, None] + steps[None, :, None]
-        dx, dy = columns - part.xy[:, 0, None, None], rows - part.xy[:, 1, None, None]
-        a, b, c = (value[:, None, None] for value in part.conic().unbind(dim=1))
-        weight = torch.exp(-0.5 * (a * dx * dx + 2 * b * dx * dy + c * dy * dy))
-        inside = (columns >= 0) & (columns < WIDTH) & (rows >= 0) & (rows < HEIGHT)
-        weight = torch.where((weight >= SUPPORT_CUTOFF) & inside, weight, 0)
-        index = (rows.clamp(0, HEIGHT - 1) * WIDTH + columns.clamp(0, WIDTH - 1)).reshape(-1)
-        values = part.colour.T[:, :, None, None] * weight
-        image = image.index_add(1, index, values.reshape(3, -1))
-    return image.reshape(3, HEIGHT, WIDTH)
+@dataclass
+class Case:
+    """What was measured for one size and number of threads.
+
+    Attributes:
+        speeds: What the machine reached: operations a second and bytes a second.
+        floor: Counted milliseconds of each part.
+        timings: Of each backend.
+    """
+
+    size: Size
+    threads: int
+    speeds: dict[str, float]
+    floor: dict[str, float]
+    timings: dict[str, Timing]
 
 
-def plain_torch(count: int, threads: int) -> float:
-    """Best milliseconds of a step."""
+def measure_case(size: Size, threads: int, use_torch: bool, prototype: Path | None, seconds: float) -> Case:
     torch.set_num_threads(threads)
-    raw, anchor, target = workload(count)
-    raw.requires_grad_()
-    adam = torch.optim.Adam([raw], lr=0.0, fused=True)
+    with Workers(threads) as workers:
+        backends: dict[str, Backend] = {"cpu": FusedStep(size, workers)}
+        if prototype is not None:
+            backends["prototype"] = PrototypeStep(prototype, size, threads)
+        if use_torch:
+            backends["torch"] = TorchStep(size)
+        speedometer = Speedometer(workers, size)
+        timings = take_turns(backends, speedometer, seconds)
+        speeds = speedometer.speeds()
+    floor = {part: speeds.seconds(need) * 1e3 for part, need in count_needs(size, count_support(size)).items()}
+    return Case(size, threads, asdict(speeds), floor, timings)
 
-    def step() -> None:
-        adam.zero_grad()
-        torch_loss(torch_render(activate(raw, anchor, PATCH_SIZE)), target).backward()
-        adam.step()
 
-    return best_milliseconds(step, 4)
+def add_cuda(cases: list[Case]) -> None:
+    """Measures the cuda backend for each size and puts it into the size's first case."""
+    import gpu
+
+    speeds = gpu.measure_speeds()
+    for case in {case.size: case for case in reversed(cases)}.values():
+        row = gpu.measure(1, case.size, 1000, speeds)
+        print(
+            f"cuda, {case.size}: {row.steps_per_second:,.0f} steps/s, floor {row.floor_microseconds:.0f} µs, "
+            f"{row.share_of_floor:.0%} of it reached"
+        )
+        case.timings["cuda"] = Timing(1e3 / row.steps_per_second, steps=1000)
+
+
+def step_row(case: Case, name: str) -> str:
+    """A backend's line of the table: the step, its parts with their share, the floor, the ratio to cpu."""
+    timing = case.timings[name]
+    parts = [timing.parts.get(part, math.nan) for part in PARTS]
+    shares = [
+        "-" if math.isnan(part) else f"{part:.2f} ({part / timing.clocked_step:.0%})"
+        for part in (*parts, timing.clocked_step - sum(parts))
+    ]
+    floor = sum(case.floor.values())
+    ratio = timing.step / case.timings["cpu"].step
+    return row(
+        f"{case.size.gaussians:,}",
+        f"{case.size.width} x {case.size.height}",
+        case.threads,
+        name,
+        f"{timing.step:.2f}",
+        f"{1e3 / timing.step:.3g}",
+        *shares,
+        f"{floor:.2f}",
+        f"{floor / timing.step:.1%}",
+        f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}",
+    )
+
+
+def floor_row(case: Case) -> str:
+    """The cpu backend's parts beside their floors, and the speeds that those come from."""
+    timing = case.timings["cpu"]
+    floors = [*(case.floor[part] for part in PARTS), sum(case.floor.values())]
+    times = [*(timing.parts[part] for part in PARTS), timing.step]
+    return row(
+        f"{case.size.gaussians:,}",
+        case.threads,
+        *(f"{floor:.2f} of {time:.2f} ({floor / time:.0%})" for floor, time in zip(floors, times, strict=True)),
+        *(f"{speed / 1e9:.0f}" for speed in case.speeds.values()),
+    )
+
+
+def row(*cells: object) -> str:
+    return f"| {' | '.join(str(cell) for cell in cells)} |"
+
+
+def header(*cells: str) -> str:
+    return row(*cells) + "\n" + row(*["---"] * len(cells))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gaussians", type=int, nargs="+", default=[8_140, 30_000])
-    parser.add_argument("--threads", type=int, nargs="+", default=[1])
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES), help="which workloads (default: all)")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1], help="numbers of threads, one after another")
+    parser.add_argument("--seconds", type=float, default=6.0, help="for each backend, size and number of threads")
     parser.add_argument("--no-torch", action="store_true", help="skip the plain torch step")
-    parser.add_argument("--prototype", type=Path, help="directory of another implementation's fullstep.py")
+    parser.add_argument("--prototype", type=Path, metavar="DIR", help="measure the prototype in DIR, if it is there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything here, too")
     arguments = parser.parse_args()
+    prototype = arguments.prototype
+    if prototype is not None and not (prototype / "raster_numba.py").is_file():
+        print(f"no prototype: {prototype} has no raster_numba.py")
+        prototype = None
     compile_kernels()
-    print(f"{WIDTH} x {HEIGHT} pixels; milliseconds, best of many")
-    print(f"| Gaussians | threads | {' | '.join(PARTS)} | step | steps/s | plain torch step | ratio |")
-    print("|" + " --- |" * (len(PARTS) + 6))
-    for threads in arguments.threads:
-        for count in arguments.gaussians:
-            times = fused(count, threads)
-            cells = [f"{times[part]:.2f}" for part in PARTS] + [f"{times['step']:.2f}", f"{1e3 / times['step']:.0f}"]
-            if not arguments.no_torch:
-                other = plain_torch(count, threads)
-                cells += [f"{other:.0f}", f"{other / times['step']:.0f}"]
-            print(f"| {count} | {threads} | {' | '.join(cells)} |", flush=True)
-    if arguments.prototype is not None:
-        print("prototype:")
-        subprocess.run([sys.executable, "fullstep.py"], cwd=arguments.prototype, check=True)
+    machine = {
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "lanes": LANES,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numba": numba.__version__,
+    }
+    print(", ".join(f"{name} {value}" for name, value in machine.items()))
+    print("milliseconds, best of many; shares of the step; floor, and floor over step; step over that of cpu\n")
+    columns = ["Gaussians", "pixels", "threads", "backend", "step", "steps/s", *PARTS, "other"]
+    print(header(*columns, "floor", "reached", "times cpu"))
+    cases = []
+    for size in arguments.sizes:
+        for threads in arguments.threads:
+            case = measure_case(SIZES[size], threads, not arguments.no_torch, prototype, arguments.seconds)
+            print("\n".join(step_row(case, name) for name in case.timings), flush=True)
+            cases.append(case)
+    print("\nparts of the cpu backend: floor of measured (reached), milliseconds; speeds that this machine reached\n")
+    print(header("Gaussians", "threads", *PARTS, "step", "Gop/s", "nearest cache, GB/s", "buffers, GB/s"))
+    print("\n".join(floor_row(case) for case in cases) + "\n")
+    if torch.cuda.is_available() and triton_is_installed():
+        add_cuda(cases)
+    else:
+        print("no cuda rows: torch finds no GPU here, or triton is not installed")
+    if arguments.json is not None:
+        report = {"machine": machine, "cases": [asdict(case) for case in cases]}
+        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":
