@@ -205,7 +205,6 @@ class FusedOptimizer:
 
 ALL_KERNELS = (
     activate_raw,
-    differentiate_raw,
     adam_step,
     derive_geometry,
     draw_runs,
