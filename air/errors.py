@@ -13,7 +13,13 @@ class InvalidGaussiansError(AirError, ValueError):
 
 
 class NonFiniteLossError(AirError, ArithmeticError):
-    """An optimisation whose loss stopped being a number."""
+    """An optimisation whose loss stopped being a number.
+
+    Attributes:
+        image: Which image of a batch it was, from 0.
+    """
+
+    image: int = 0
 
 
 class BackendUnavailableError(AirError, RuntimeError):

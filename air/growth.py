@@ -129,11 +129,8 @@ def grow(
             addition = -(-(num_gaussians - len(raw)) // growths_left)
             raw, anchor = _add(raw, anchor, target - canvas, grid, patch_size, addition)
 
-        def report(step: int, loss: float, psnr: float, done: int = done) -> None:
-            if on_step is not None:
-                on_step(done + step, loss, psnr)
-
         adam = replace(config.optimization, steps=count)
+        report = on_step and _counting_from(done, on_step)
         result = optimize(raw, anchor, target, patch_size, adam, backend=backend, threads=threads, on_step=report)
         raw = result.raw
         trajectories.append(result.trajectory)
@@ -148,6 +145,11 @@ def grow(
         height=height,
         width=width,
     )
+
+
+def _counting_from(done: int, on_step: StepCallback) -> StepCallback:
+    """For a phase that begins after `done` updates."""
+    return lambda step, loss, psnr: on_step(done + step, loss, psnr)
 
 
 def _patch_size(height: int, width: int, most: int) -> int:

@@ -14,7 +14,8 @@ This module knows nothing of files, stages or networks.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -135,7 +136,7 @@ def optimize(
         backend: "cpu" (compiled, float32), "cuda" (compiled, float32, needs triton), "reference" (plain torch), or
             "auto": for float32 the compiled one of the tensors' device, else "reference".
         threads: The most threads that "cpu" uses; its results do not depend on it.
-        on_step: Called for every entry of the trajectory, as soon as it is known: with "cuda" at the end.
+        on_step: Called for every entry of the trajectory, in order; with "cuda" some steps at a time, waiting for them.
 
     Raises:
         InvalidGaussiansError: `raw` and `anchor` do not fit each other or are not finite.
@@ -282,11 +283,19 @@ def _run_batch(
     from air.optimize_cuda import BatchOptimizer
 
     state = BatchOptimizer(problems, patch_size, config)
-    state.run()
-    losses, squared_errors = state.trajectories()
-    for image, recorder in enumerate(recorders):
-        for loss, squared_error in zip(losses[:, image], squared_errors[:, image], strict=True):
-            recorder.add(float(loss), float(squared_error))
+
+    def record(first: int, last: int) -> None:
+        losses, squared_errors = state.trajectories(first, last)
+        for image, recorder in enumerate(recorders):
+            with _named(image):
+                for loss, squared_error in zip(losses[:, image], squared_errors[:, image], strict=True):
+                    recorder.add(float(loss), float(squared_error))
+
+    if any(recorder.on_step for recorder in recorders):
+        state.run(record)
+    else:  # nothing waits for the device before the end
+        state.run()
+        record(0, config.steps + 1)
     return [raw.clone() for raw in state.raw]
 
 
@@ -304,17 +313,20 @@ def optimize_batch(
     in the same launches; otherwise they are optimised one after another.
 
     Raises:
-        As `optimize`; a message about a tensor does not say of which image.
+        As `optimize`. The `image` of a NonFiniteLossError says which of the problems it was; other messages do not.
     """
     batch = [Problem(*problem) for problem in problems]
     if not batch:
         return []
     backend = _choose_backend(backend, batch[0].raw)
     if backend != "cuda":
-        return [
-            optimize(p.raw, p.anchor, p.target, patch_size, config, canvas=p.canvas, backend=backend, threads=threads)
-            for p in batch
-        ]
+        results = []
+        for image, (raw, anchor, target, canvas) in enumerate(batch):
+            with _named(image):
+                results.append(
+                    optimize(raw, anchor, target, patch_size, config, canvas=canvas, backend=backend, threads=threads)
+                )
+        return results
     ready = []
     for raw, anchor, target, canvas in batch:
         _check_arguments(raw, anchor, target, patch_size, canvas, None, backend, threads)
@@ -325,6 +337,16 @@ def optimize_batch(
     recorders = [_Recorder(None) for _ in ready]
     optimized = _run_batch(ready, patch_size, config, recorders)
     return [OptimizeResult(raw, recorder.trajectory()) for raw, recorder in zip(optimized, recorders, strict=True)]
+
+
+@contextmanager
+def _named(image: int) -> Iterator[None]:
+    """A loss that stops being a number within is that of this image of a batch."""
+    try:
+        yield
+    except NonFiniteLossError as error:
+        error.image = image
+        raise
 
 
 def choose_device(device: str, backend: str = "auto") -> torch.device:

@@ -4,7 +4,7 @@ A step draws (`air.render.cuda_kernels`), differentiates the loss (two kernels o
 per Gaussian gathers its gradient, takes it through the activations, makes Adam's update and activates the result for
 the next step (method.md sections 2 and 5). All buffers are allocated once. Nothing depends on the host within a run:
 what changes from step to step, rates and Adam's corrections, is a table on the device, read at the row of a clock that
-the drawing kernel advances; losses are summed into a table in the same way and fetched at the end.
+the drawing kernel advances; losses are summed into a table in the same way and fetched at the end, or when asked for.
 
 Tables of Gaussians are float32 (N, 8), all images' one after another. Importing this module needs triton.
 """
@@ -12,7 +12,7 @@ Tables of Gaussians are float32 (N, 8), all images' one after another. Importing
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -208,21 +208,33 @@ class BatchOptimizer:
             **BLOCKS,
         )
 
-    def run(self) -> None:
-        """All steps, and the loss of the last state."""
-        left = self.config.steps
+    def run(self, on_launched: Callable[[int, int], None] | None = None) -> None:
+        """Launches all steps, and the loss of the last state.
+
+        Args:
+            on_launched: Called with (first, last) whenever the entries [first, last) of the trajectory are under way:
+                after every GRAPH_STEPS steps, and at the end.
+        """
+        steps = self.config.steps
         with selected(self.device):
-            if self._graph is None and self.device.type == "cuda" and left >= GRAPH_STEPS:
+            if self._graph is None and self.device.type == "cuda" and steps >= GRAPH_STEPS:
                 self._graph = self._capture()
             self.reset()
-            if self._graph is not None:
-                for _ in range(left // GRAPH_STEPS):
+            done = 0
+            while done < steps:
+                count = min(GRAPH_STEPS, steps - done)
+                if self._graph is not None and count == GRAPH_STEPS:
                     self._graph.replay()
-                left %= GRAPH_STEPS
-            for _ in range(left):
-                self.evaluate()
-                self.update()
+                else:
+                    for _ in range(count):
+                        self.evaluate()
+                        self.update()
+                if on_launched is not None:
+                    on_launched(done, done + count)
+                done += count
             self.evaluate()
+            if on_launched is not None:
+                on_launched(steps, steps + 1)
 
     def _capture(self) -> torch.cuda.CUDAGraph:
         """A graph of GRAPH_STEPS steps."""
@@ -244,9 +256,12 @@ class BatchOptimizer:
         torch.cuda.current_stream().wait_stream(stream)
         return graph
 
-    def trajectories(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """(loss, mean squared error of the clamped image) after every number of updates, each (steps + 1, images)."""
-        loss, squared_error = self._loss.values(self._sums)
+    def trajectories(self, first: int = 0, last: int | None = None) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """(loss, mean squared error of the clamped image) after every number of updates, each (updates, images).
+
+        All steps + 1 of them, or those of [first, last). Waits for the device.
+        """
+        loss, squared_error = self._loss.values(self._sums[first:last])
         return loss.cpu().numpy(), squared_error.cpu().numpy()
 
 

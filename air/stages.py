@@ -1,22 +1,24 @@
 """Stage control and the stage loop (method.md section 3), shared by distilling, encoding and training.
 
 Each stage looks at what the Gaussians so far leave over and adds one Gaussian to every patch that is still bad. Earlier
-ones are frozen, so they enter a stage only as their render, the canvas.
+ones are frozen, so they enter a stage only as their render, the canvas. Images may go through the stages together,
+which is what fills a GPU; each comes out as if it had gone alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from air.errors import NonFiniteLossError
 from air.gaussians import Gaussians, activate, grid_shape
 from air.loss import SSIM_C1, SSIM_C2
-from air.optimize import OptimizeConfig, optimize
+from air.optimize import OptimizeConfig, Problem, optimize_batch
 from air.predictor import Predictor
 from air.render import render
 
@@ -71,7 +73,7 @@ def _patches(image: Tensor, patch_size: int) -> Tensor:
 
 @dataclass(frozen=True)
 class StageResult:
-    """What one stage added to an image.
+    """What one stage added to an image. Its tensors are where the image is.
 
     Attributes:
         stage: From 0.
@@ -96,6 +98,11 @@ class StageResult:
     def __len__(self) -> int:
         return self.patch.shape[0]
 
+    def to(self, device: torch.device | str) -> StageResult:
+        """The same on another device."""
+        names = ("patch", "anchor", "predicted", "target")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+
 
 def run_stages(
     image: Tensor,
@@ -104,6 +111,7 @@ def run_stages(
     *,
     control: StageControl | None = None,
     canvas: Literal["target", "predicted"] = "target",
+    backend: str = "auto",
     threads: int = 1,
 ) -> Iterator[StageResult]:
     """Predicts and optimises stage after stage; ends early when no patch is bad any more.
@@ -115,40 +123,114 @@ def run_stages(
         control: Which patches get a Gaussian.
         canvas: What the next stage builds on. The paper trains with `predicted`, the canvas that its network will meet;
             `target` gives the best picture, and is right where no network is to be matched.
+        backend: As for `air.optimize.optimize`.
         threads: CPU threads at most.
 
     Yields:
         One result per stage that added Gaussians.
 
     Raises:
+        InvalidGaussiansError: What was predicted, or optimised, is not finite.
         NonFiniteLossError: From the optimiser.
     """
     control = control or StageControl()
-    _, height, width = image.shape
-    background = torch.zeros_like(image)
+    for added in _each_stage([image], predictor, optimization, control, canvas, backend, threads):
+        yield added[0]
+
+
+def run_stages_batch(
+    images: Sequence[Tensor],
+    predictor: Predictor,
+    optimization: Sequence[OptimizeConfig],
+    *,
+    control: StageControl | None = None,
+    canvas: Literal["target", "predicted"] = "target",
+    backend: str = "auto",
+    threads: int = 1,
+) -> list[list[StageResult]]:
+    """What `run_stages` gives for each of several images, optimised together (`air.optimize.optimize_batch`).
+
+    On the CPU an image's results do not depend on the others, bit for bit. On CUDA the last bits differ from run to run
+    anyway (docs/cuda.md).
+
+    Args:
+        images: Each of shape (3, H, W), float32 in [0, 1], of any size; all on one device.
+        predictor: As for `run_stages`, like all that follow.
+        optimization: One per stage.
+        control: Which patches get a Gaussian.
+        canvas: What the next stage builds on.
+        backend: As for `air.optimize.optimize`.
+        threads: CPU threads at most.
+
+    Returns:
+        For every image its results, one per stage that added Gaussians.
+
+    Raises:
+        InvalidGaussiansError: As `run_stages`.
+        NonFiniteLossError: As `run_stages`; its `image` says which of the images it was. The others are lost with it:
+            run them again without that one.
+    """
+    results: list[list[StageResult]] = [[] for _ in images]
+    control = control or StageControl()
+    for added in _each_stage(images, predictor, optimization, control, canvas, backend, threads):
+        for number, result in added.items():
+            results[number].append(result)
+    return results
+
+
+def _each_stage(
+    images: Sequence[Tensor],
+    predictor: Predictor,
+    optimization: Sequence[OptimizeConfig],
+    control: StageControl,
+    canvas: Literal["target", "predicted"],
+    backend: str,
+    threads: int,
+) -> Iterator[dict[int, StageResult]]:
+    """After each stage, what it added to each image that still had a bad patch, by the image's place in `images`."""
+    patch_size = predictor.patch_size
+    backgrounds = [torch.zeros_like(image) for image in images]
+    going = list(range(len(images)))
     for stage, config in enumerate(optimization):
-        active = active_patches(background, image, predictor.patch_size, control)
-        patch = active.nonzero()[:, 0]
-        if not len(patch):
+        patches: dict[int, Tensor] = {}
+        problems: dict[int, Problem] = {}
+        for number in going:
+            image, background = images[number], backgrounds[number]
+            active = active_patches(background, image, patch_size, control)
+            patch = active.nonzero()[:, 0]
+            if not len(patch):
+                continue
+            raw, anchor = predictor.predict(image, background, active, stage)
+            patches[number] = patch
+            problems[number] = Problem(raw[patch].contiguous(), anchor[patch].contiguous(), image, background)
+        going = list(problems)
+        if not going:
             return
-        prediction = predictor.predict(image, background, active, stage)
-        predicted, anchor = prediction.raw[patch].contiguous(), prediction.anchor[patch].contiguous()
-        result = optimize(predicted, anchor, image, predictor.patch_size, config, canvas=background, threads=threads)
-        trajectory = result.trajectory
-        yield StageResult(
-            stage=stage,
-            patch=patch,
-            anchor=anchor,
-            predicted=predicted,
-            target=result.raw,
-            steps=config.steps,
-            loss=(float(trajectory.loss[0]), float(trajectory.loss[-1])),
-            psnr=(float(trajectory.psnr[0]), float(trajectory.psnr[-1])),
-        )
+        try:
+            optimized = optimize_batch(list(problems.values()), patch_size, config, backend=backend, threads=threads)
+        except NonFiniteLossError as error:
+            error.image = going[error.image]
+            raise
+        added = {}
+        for (number, problem), result in zip(problems.items(), optimized, strict=True):
+            trajectory = result.trajectory
+            added[number] = StageResult(
+                stage=stage,
+                patch=patches[number],
+                anchor=problem.anchor,
+                predicted=problem.raw,
+                target=result.raw,
+                steps=config.steps,
+                loss=(float(trajectory.loss[0]), float(trajectory.loss[-1])),
+                psnr=(float(trajectory.psnr[0]), float(trajectory.psnr[-1])),
+            )
+        yield added
         if stage + 1 < len(optimization):
-            chosen = result.raw if canvas == "target" else predicted
-            gaussians = activate(chosen, anchor, predictor.patch_size)
-            background = background + render(gaussians, height, width, threads=threads)
+            for number, result in added.items():
+                gaussians = activate(getattr(result, canvas), result.anchor, patch_size)
+                _, height, width = images[number].shape
+                drawn = render(gaussians, height, width, backend=backend, threads=threads)
+                backgrounds[number] = backgrounds[number] + drawn
 
 
 def all_gaussians(stages: Sequence[StageResult], patch_size: int, which: Literal["target", "predicted"]) -> Gaussians:

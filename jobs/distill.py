@@ -13,6 +13,7 @@ from jobs.display import show
 from jobs.report import print_outcome
 from pipeline.config import RunnerConfig
 from pipeline.distill import DistillConfig, DistillJob
+from pipeline.errors import ConfigError
 from pipeline.runner import Tally, run
 from pipeline.shards import list_shards
 from pipeline.storage import open_storage
@@ -20,7 +21,13 @@ from pipeline.work import Plan, settle_plan
 
 
 def distill(source_uri: str, output_uri: str, config: DistillConfig, runner: RunnerConfig) -> Tally:
-    """Plans and runs; returns the totals."""
+    """Plans and runs; returns the totals.
+
+    Raises:
+        ConfigError: GPUs are asked for, but none are to be reserved.
+    """
+    if config.device == "cuda" and runner.executor == "ray" and not runner.num_gpus:
+        raise ConfigError("device = cuda on Ray needs GPUs to be reserved: set num_gpus, such as num_gpus = 1")
     source, output = open_storage(source_uri), open_storage(output_uri)
     plan = settle_plan(output, Plan.make("distill", config, list_shards(source), [source.uri()]))
     with show("distill") as display:

@@ -39,7 +39,7 @@ class RunnerConfig(Config):
     address: str | None = Field(None, description="existing Ray cluster, such as `auto` or ray://host:10001")
     workers: int | None = Field(None, ge=1, le=100_000, description="most shards at work at once; default: what fits")
     num_cpus: float = Field(1.0, gt=0, le=1024, description="CPU cores per shard at work")
-    num_gpus: float = Field(0.0, ge=0, le=64, description="GPUs per shard at work")
+    num_gpus: float = Field(0.0, ge=0, le=64, description="GPUs per shard at work; 0.5 is half of one")
     memory_mb: int | None = Field(None, ge=1, description="memory per shard at work that Ray reserves, in MB")
     max_attempts: int = Field(4, ge=1, le=100, description="times a shard is tried before it counts as failed")
     max_bad_share: float = Field(0.5, ge=0, le=1, description="stop above this share of images in quarantine")

@@ -1,12 +1,15 @@
 """Distillation: for every view of an image and every stage, predict Gaussians, optimise them shortly, record both.
 
-`process` is pure: what it returns depends on the image's bytes and key and on the configuration alone. It knows nothing
-of Ray; torch and the kernels load with the first image, so that a driver can plan without them.
+`process` is pure: what it returns depends on the image's bytes and key and on the configuration alone (on a GPU, up to
+the last bits). On a GPU many views are optimised together. This module knows nothing of Ray; torch and the kernels load
+with the first image, so that a driver can plan without them.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -16,16 +19,25 @@ from pydantic import Field, model_validator
 
 from pipeline import images, tables
 from pipeline.errors import Rejected
-from pipeline.process import EncodedImage, Sample
+from pipeline.process import EncodedImage, Sample, batched
 from pipeline.shards import read_samples
 from pipeline.storage import Storage
 from pipeline.views import ViewConfig, make_view
 from pipeline.work import Unit, seed_of
 
 if TYPE_CHECKING:
+    import torch
+
     from air.gaussians import Gaussians
     from air.optimize import OptimizeConfig
     from air.stages import StageResult
+
+logger = logging.getLogger(__name__)
+
+_Rows = list[dict[str, Any]]
+
+_VIEWS_ON_GPU = 16
+"""Views that a GPU takes at once unless the configuration says otherwise."""
 
 
 class DistillConfig(ViewConfig):
@@ -45,6 +57,13 @@ class DistillConfig(ViewConfig):
     max_patch_dssim: float = Field(0.05, ge=0, le=2, description="a patch with a larger 1 - SSIM is bad")
     max_pixels: int = Field(images.MAX_PIXELS, ge=1, description="images with more pixels are refused before decoding")
     background: tuple[int, int, int] = Field((255, 255, 255), description="colour behind transparent pixels, 0 to 255")
+    # How the work is done, not what comes out: excluded from dumps, and so from the plan.
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", exclude=True, description="where to compute; auto takes a GPU that the worker has"
+    )
+    batch: int | None = Field(
+        None, ge=1, le=256, exclude=True, description="views optimised together; default: 1 on a CPU, 16 on a GPU"
+    )
 
     @model_validator(mode="after")
     def _bounded(self) -> DistillConfig:
@@ -72,71 +91,158 @@ class DistillJob:
         self._source = source
 
     def prepare(self, say: Callable[[str], None]) -> None:
-        """Compiles the kernels, once per machine and version."""
+        """Compiles the kernels, once per machine and version. (Those of a GPU are compiled when they are first used.)
+
+        Raises:
+            BackendUnavailableError: The configuration asks for a GPU that this worker does not have.
+        """
         from air.optimize import COMPILE_SECONDS, compile_kernels, kernels_are_compiled
 
+        if self._device().type == "cuda":
+            return
         if not kernels_are_compiled():
             say(f"compiling kernels, once on this machine: about {COMPILE_SECONDS} s")
         compile_kernels()
+
+    def _device(self) -> torch.device:
+        """Where this worker computes."""
+        from air.optimize import choose_device
+
+        return choose_device(self._config.device)
+
+    def _views_at_once(self) -> int:
+        return self._config.batch or (_VIEWS_ON_GPU if self._device().type == "cuda" else 1)
+
+    def batch_size(self) -> int:
+        """As many images as have the views that are optimised together, at least one."""
+        return max(1, self._views_at_once() // self._config.views)
 
     def samples(self, unit: Unit, scratch: Path) -> Iterator[Sample]:
         """The samples of the input shard."""
         return read_samples(self._source, unit)
 
-    def process(self, image: EncodedImage) -> list[dict[str, Any]]:
+    def process(self, image: EncodedImage) -> _Rows:
         """The target rows of all views of an image."""
+        (result,) = self.process_many([image])
+        if isinstance(result, Rejected):
+            raise result
+        return result
+
+    def process_many(self, encoded: Sequence[EncodedImage]) -> list[_Rows | Rejected]:
+        """The target rows of all views of each image, or why there are none."""
+        results: list[_Rows | Rejected] = [[] for _ in encoded]
+        for views in batched(self._views(encoded, results), self._views_at_once()):
+            fitted = distill_views([view.rgb for view in views], self._config, self._device())
+            for view, columns in zip(views, fitted, strict=True):
+                rows = results[view.image]
+                if isinstance(rows, Rejected):
+                    continue
+                if isinstance(columns, Rejected):
+                    results[view.image] = columns
+                    continue
+                image = encoded[view.image]
+                rows.append(
+                    {
+                        "key": image.key,
+                        "view": view.number,
+                        "shard": image.unit,
+                        "seed": view.seed,
+                        "patch_size": self._config.patch_size,
+                        **columns,
+                    }
+                )
+        return results
+
+    def _views(self, encoded: Sequence[EncodedImage], results: list[_Rows | Rejected]) -> Iterator[_View]:
+        """The views of all images, one decoded image in memory at a time; notes in `results` which are rejected."""
         config = self._config
-        rgb = images.decode(image.data, background=config.background, max_pixels=config.max_pixels)
-        rows = []
-        for view in range(config.views):
-            seed = seed_of(config.seed, image.key, view)
-            rows.append(
-                {
-                    "key": image.key,
-                    "view": view,
-                    "shard": image.unit,
-                    "seed": seed,
-                    "patch_size": config.patch_size,
-                    **distill_view(make_view(rgb, config, seed), config),
-                }
-            )
-        return rows
+        for number, image in enumerate(encoded):
+            try:
+                rgb = images.decode(image.data, background=config.background, max_pixels=config.max_pixels)
+                for view in range(config.views):
+                    seed = seed_of(config.seed, image.key, view)
+                    yield _View(number, view, seed, make_view(rgb, config, seed))
+                    if isinstance(results[number], Rejected):
+                        break  # an earlier view has failed
+            except Rejected as rejection:
+                results[number] = rejection
 
     def writer(self, unit: Unit, scratch: Path, metadata: Mapping[str, str]) -> TargetWriter:
         """A writer of one Parquet file of targets."""
         return TargetWriter(scratch / f"{unit.name}.parquet", {**metadata, "air.model": self._config.predictor})
 
 
-def distill_view(rgb: np.ndarray, config: DistillConfig) -> dict[str, Any]:
-    """The columns of a target row that depend on the view's pixels.
+@dataclass(frozen=True, eq=False)
+class _View:
+    """A view to be fitted.
+
+    Attributes:
+        image: Place of its image among those processed together.
+        number: Of the view, from 0.
+        seed: 64 bits, which it was drawn from.
+        rgb: Its pixels, shape (H, W, 3), uint8, whole patches.
+    """
+
+    image: int
+    number: int
+    seed: int
+    rgb: np.ndarray
+
+
+def distill_views(
+    views: Sequence[np.ndarray], config: DistillConfig, device: torch.device
+) -> list[dict[str, Any] | Rejected]:
+    """The columns of a target row that depend on the view's pixels, for each of several views optimised together.
 
     Args:
-        rgb: The view, shape (H, W, 3), uint8, whole patches.
+        views: Each of shape (H, W, 3), uint8, whole patches.
         config: How to fit.
+        device: Where to compute.
 
-    Raises:
-        Rejected: `non_finite`: the optimisation diverged.
+    Returns:
+        For each view its columns, or Rejected `non_finite` if its optimisation diverged.
     """
+    import torch
+
+    torch.set_num_threads(1)  # sums of another order would make other values on another machine
+    pictures = [torch.from_numpy(rgb.astype(np.float32) / 255).permute(2, 0, 1).contiguous() for rgb in views]
+    return [
+        stages if isinstance(stages, Rejected) else _view_columns(rgb, stages, config)
+        for rgb, stages in zip(views, _fit([picture.to(device) for picture in pictures], config), strict=True)
+    ]
+
+
+def _fit(pictures: Sequence[torch.Tensor], config: DistillConfig) -> list[list[StageResult] | Rejected]:
+    """The stages of each picture, on the CPU. One that diverges, or too little memory for all, costs no other."""
     import torch
 
     from air.errors import InvalidGaussiansError, NonFiniteLossError
     from air.predictor import GridPredictor
-    from air.stages import StageControl, all_gaussians, run_stages
+    from air.stages import StageControl, run_stages_batch
 
-    torch.set_num_threads(1)  # sums of another order would make other values on another machine
-    image = torch.from_numpy(rgb.astype(np.float32) / 255).permute(2, 0, 1).contiguous()
     try:
-        stages = list(
-            run_stages(
-                image,
-                GridPredictor(config.patch_size),
-                config.optimization(),
-                control=StageControl(config.max_patch_mse, config.max_patch_dssim),
-                canvas=config.canvas,
-            )
+        fitted = run_stages_batch(
+            pictures,
+            GridPredictor(config.patch_size),
+            config.optimization(),
+            control=StageControl(config.max_patch_mse, config.max_patch_dssim),
+            canvas=config.canvas,
         )
+        return [[stage.to("cpu") for stage in stages] for stages in fitted]
     except (InvalidGaussiansError, NonFiniteLossError) as error:
-        raise Rejected("non_finite", str(error)) from None
+        if len(pictures) == 1:
+            return [Rejected("non_finite", str(error))]
+    except torch.OutOfMemoryError:
+        if len(pictures) == 1:
+            raise
+        logger.warning("the GPU's memory does not hold %d views at once: taking half of them", len(pictures))
+    half = len(pictures) // 2
+    return [*_fit(pictures[:half], config), *_fit(pictures[half:], config)]
+
+
+def _view_columns(rgb: np.ndarray, stages: Sequence[StageResult], config: DistillConfig) -> dict[str, Any]:
+    from air.stages import all_gaussians
+
     return {
         "height": rgb.shape[0],
         "width": rgb.shape[1],
@@ -180,7 +286,7 @@ class TargetWriter:
         self._bytes = 0
         self._count = 0
 
-    def add(self, result: list[dict[str, Any]]) -> Mapping[str, float]:
+    def add(self, result: _Rows) -> Mapping[str, float]:
         """Takes the views of one image; counts views, Gaussians and decibels."""
         batch = pa.RecordBatch.from_pylist(result, schema=tables.TARGETS)
         self._rows.append(batch)

@@ -219,6 +219,7 @@ class _Board:
 
 def _work(task: Task, board: Any) -> Manifest:
     """What runs in a Ray worker."""
+    _hide_unreserved_gpus()
     posted = 0.0
 
     def report(progress: Progress) -> None:
@@ -228,6 +229,17 @@ def _work(task: Task, board: Any) -> Manifest:
             board.post.remote(progress)
 
     return _execute(task, report)
+
+
+def _hide_unreserved_gpus() -> None:
+    """A task that reserved no GPU sees none, whatever its node has: else all of them would crowd the first one.
+
+    Ray shows a task the GPUs that it reserved; in some versions and settings it shows all to one that reserved none.
+    """
+    import ray
+
+    if not ray.get_gpu_ids():
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def _execute(task: Task, report: Report) -> Manifest:

@@ -12,13 +12,14 @@ import tempfile
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import pyarrow as pa
 
@@ -92,6 +93,19 @@ class Job(Protocol):
         ...
 
 
+@runtime_checkable
+class BatchJob(Job, Protocol):
+    """A job that gains from taking several images at once, as one on a GPU does. No result depends on the others."""
+
+    def batch_size(self) -> int:
+        """How many images `process_many` is to get at once, here; asked after `prepare`."""
+        ...
+
+    def process_many(self, encoded: Sequence[EncodedImage]) -> list[Any]:
+        """For each image what `process` returns, or the Rejected that it raises."""
+        ...
+
+
 @dataclass(frozen=True)
 class Progress:
     """How far one attempt has come, and what it is busy with where that is no sample."""
@@ -138,17 +152,22 @@ def execute(
         job.prepare(lambda note: report(Progress(unit.name, note=note)))
         report(Progress(unit.name))  # an attempt that hangs in its first sample is known to have begun
         writer = job.writer(unit, scratch, metadata)
-        for sample in job.samples(unit, scratch):
-            count += 1
-            data = None
-            try:
-                data = sample.read()
-                result = call(EncodedImage(unit.name, sample.key, sample.source, data))
-            except Rejected as rejection:
-                rejections.append(_quarantine_row(job, unit, sample, data, rejection))
-            else:
-                summary.update(writer.add(result))
-            report(Progress(unit.name, count, len(rejections), dict(summary)))
+        for samples in batched(job.samples(unit, scratch), call.batch_size()):
+            contents = [_content(sample) for sample in samples]
+            images = [
+                EncodedImage(unit.name, sample.key, sample.source, content)
+                for sample, content in zip(samples, contents, strict=True)
+                if isinstance(content, bytes)
+            ]
+            outcomes = iter(call(images))
+            for sample, content in zip(samples, contents, strict=True):
+                outcome = next(outcomes) if isinstance(content, bytes) else content
+                count += 1
+                if isinstance(outcome, Rejected):
+                    rejections.append(_quarantine_row(job, unit, sample, content, outcome))
+                else:
+                    summary.update(writer.add(outcome))
+                report(Progress(unit.name, count, len(rejections), dict(summary)))
         files = [
             _store(output, local, rows, f"data/{unit.name}-{attempt}{local.name.removeprefix(unit.name)}")
             for local, rows in writer.finish()
@@ -173,13 +192,34 @@ def execute(
     return commit(output, manifest)
 
 
+T = TypeVar("T")
+
+
+def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Runs of `size` items, the last one shorter; takes no item before it is needed."""
+    remaining = iter(items)
+    while batch := list(islice(remaining, size)):
+        yield batch
+
+
+def _content(sample: Sample) -> bytes | Rejected:
+    """The sample's bytes, or why there are none."""
+    try:
+        return sample.read()
+    except Rejected as rejection:
+        return rejection
+
+
 def _store(output: Storage, local: Path, rows: int, path: str) -> DataFile:
     checksum, size = checksum_of(local), local.stat().st_size
     output.upload(local, path)
     return DataFile(path=path, bytes=size, sha256=checksum, rows=rows)
 
 
-def _quarantine_row(job: Job, unit: Unit, sample: Sample, data: bytes | None, rejection: Rejected) -> dict[str, Any]:
+def _quarantine_row(
+    job: Job, unit: Unit, sample: Sample, content: bytes | Rejected, rejection: Rejected
+) -> dict[str, Any]:
+    data = content if isinstance(content, bytes) else None
     return {
         "key": sample.key,
         "shard": unit.name,
@@ -192,7 +232,7 @@ def _quarantine_row(job: Job, unit: Unit, sample: Sample, data: bytes | None, re
 
 
 class _Caller:
-    """Calls `job.process`, here or in a child process that may die of it."""
+    """Has the job process images: here, or each alone in a child process that may die of it."""
 
     def __init__(self, job: Job, isolate: bool) -> None:
         self._job = job
@@ -206,9 +246,23 @@ class _Caller:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
-    def __call__(self, image: EncodedImage) -> Any:
-        if not self._isolate:
-            return self._job.process(image)
+    def batch_size(self) -> int:
+        """How many images to pass at once."""
+        return self._job.batch_size() if isinstance(self._job, BatchJob) and not self._isolate else 1
+
+    def __call__(self, images: Sequence[EncodedImage]) -> list[Any]:
+        """For each image its result, or a Rejected."""
+        if isinstance(self._job, BatchJob) and len(images) > 1:
+            return self._job.process_many(images)
+        return [self._result(image) for image in images]
+
+    def _result(self, image: EncodedImage) -> Any:
+        try:
+            return self._in_children(image) if self._isolate else self._job.process(image)
+        except Rejected as rejection:
+            return rejection
+
+    def _in_children(self, image: EncodedImage) -> Any:
         try:
             return self._in_child(image)
         except BrokenProcessPool:

@@ -6,6 +6,7 @@ test_cuda_interpreter.py. The interpreter takes about a millisecond for every fe
 
 import math
 import os
+from functools import partial
 
 import numpy as np
 import pytest
@@ -16,9 +17,12 @@ from torch import Tensor
 from air.errors import InvalidGaussiansError, NonFiniteLossError
 from air.gaussians import SUPPORT_CUTOFF, Gaussians, activate, anchors
 from air.grid import grid_initialization
+from air.growth import grow
 from air.loss import loss
 from air.optimize import OptimizeConfig, Problem, choose_device, fit, optimize, optimize_batch
+from air.predictor import GridPredictor
 from air.render import render
+from air.stages import StageControl, run_stages, run_stages_batch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -283,6 +287,31 @@ def test_a_ragged_batch_gives_what_single_images_give():
             assert (result.raw.cpu() - expected.raw).abs().max() < 1e-4
 
 
+def test_images_go_through_the_stages_together_as_they_do_alone():
+    """Beside the cpu backend: equal patches, and equal numbers up to rounding. A black image has no stage."""
+    images = [smooth_image(5, 9, 1), torch.zeros(3, 5, 5), smooth_image(6, 4, 2)]
+    control = StageControl(max_mse=1e-4, max_dssim=2)
+    config = [OptimizeConfig(steps=1)] * 2
+    together = run_stages_batch(
+        [image.to(DEVICE) for image in images],
+        GridPredictor(PATCH),
+        config,
+        control=control,
+        backend="cuda",
+    )
+    assert not together[1]
+    assert len(together[0]) == 2
+    for image, results in zip(images, together, strict=True):
+        alone = list(run_stages(image, GridPredictor(PATCH), config, control=control))
+        assert len(results) == len(alone)
+        for found, expected in zip(results, alone, strict=True):
+            assert found.target.device.type == DEVICE
+            assert torch.equal(found.to("cpu").patch, expected.patch)
+            assert found.loss == pytest.approx(expected.loss, rel=1e-4)
+            assert found.psnr == pytest.approx(expected.psnr, abs=1e-2)
+            assert (found.target.cpu() - expected.target).abs().max() < 1e-2
+
+
 def test_a_batch_of_nothing_but_black_images_is_evaluated():
     target = smooth_image(5, 7).to(DEVICE)
     empty = Problem(torch.zeros(0, 8, device=DEVICE), torch.zeros(0, 2, device=DEVICE), target)
@@ -303,11 +332,47 @@ def test_frozen_gaussians_do_not_move_and_are_drawn():
     assert result.trajectory.loss[0] == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_loss_that_is_not_a_number_names_the_step():
+def test_a_loss_that_is_not_a_number_names_the_step_and_the_image():
     raw, anchor, target, _ = problem(6, 9)
     target[1, 3, 4] = math.nan
     with pytest.raises(NonFiniteLossError, match="after 0 updates"):
         optimize(raw, anchor, target, PATCH, OptimizeConfig(steps=2), backend="cuda")
+    with pytest.raises(NonFiniteLossError) as caught:
+        optimize_batch(
+            [problem(4, 5), problem(6, 9), (raw, anchor, target, None)], PATCH, OptimizeConfig(steps=0), backend="cuda"
+        )
+    assert caught.value.image == 2
+
+
+@pytest.mark.parametrize("steps", [0, 2, 3])
+def test_progress_is_reported_on_the_way(steps, monkeypatch):
+    from air import optimize_cuda
+
+    monkeypatch.setattr(optimize_cuda, "GRAPH_STEPS", 2)
+    launched = []
+    update = optimize_cuda.BatchOptimizer.update
+    monkeypatch.setattr(optimize_cuda.BatchOptimizer, "update", lambda self: (launched.append(1), update(self)))
+    seen = []
+
+    def on_step(step, loss, psnr):
+        seen.append((step, loss, psnr))
+        # At most the steps of this chunk are ahead of what is reported.
+        assert INTERPRETED is False or len(launched) <= step + 2
+
+    config = OptimizeConfig(steps=steps)
+    result = optimize(*problem(4, 5)[:3], PATCH, config, backend="cuda", on_step=on_step)
+    assert [step for step, _, _ in seen] == list(range(steps + 1))
+    assert [loss for _, loss, _ in seen] == result.trajectory.loss.tolist()
+    assert [psnr for _, _, psnr in seen] == result.trajectory.psnr.tolist()
+
+
+@pytest.mark.parametrize("make", [partial(fit, steps=1, patch_size=5), partial(grow, num_gaussians=4, steps=3)])
+def test_whole_fits_run_on_the_backend(make):
+    image = smooth_image(5, 10, 3).to(DEVICE)
+    found, expected = make(image, backend="cuda"), make(image.cpu(), backend="cpu")
+    assert found.gaussians.xy.device.type == DEVICE
+    assert len(found.gaussians) == len(expected.gaussians)
+    assert found.trajectory.psnr == pytest.approx(expected.trajectory.psnr, abs=0.05)
 
 
 def test_what_the_backend_cannot_draw_is_refused():

@@ -34,9 +34,12 @@ def run(*command: str | Path, **environment: str) -> str:
 
 
 @needs_triton
-def test_the_kernels_pass_their_tests_in_the_interpreter():
+@pytest.mark.parametrize(
+    "tests", ["test_cuda.py", pytest.param("../pipeline/test_distill_cuda.py", marks=pytest.mark.slow)]
+)
+def test_the_kernels_pass_their_tests_in_the_interpreter(tests):
     options = ["-p", "no:cacheprovider", "-m", "gpu"]
-    output = run("-m", "pytest", *options, HERE / "test_cuda.py", TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+    output = run("-m", "pytest", *options, HERE / tests, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
     assert "." in output.splitlines()[0]  # some ran, and were not skipped
 
 

@@ -1,15 +1,16 @@
-"""The stage loop: which patches are active, what is frozen, and that stages buy quality."""
+"""The stage loop: which patches are active, what is frozen, that stages buy quality; and batches of images."""
 
 import numpy as np
 import pytest
 import torch
 
+from air.errors import NonFiniteLossError
 from air.gaussians import activate, anchors
 from air.optimize import OptimizeConfig
-from air.predictor import GridPredictor
+from air.predictor import GridPredictor, Prediction
 from air.render import render
 from air.residual import residual_initialization
-from air.stages import StageControl, active_patches, all_gaussians, run_stages
+from air.stages import StageControl, active_patches, all_gaussians, run_stages, run_stages_batch
 
 
 @pytest.fixture(scope="module")
@@ -108,3 +109,58 @@ def test_a_residuals_start_lies_inside_the_image_and_takes_some_of_it_away(
     assert (gaussians.xy < torch.tensor([width - 0.5, height - 0.5])).all()
     left = residual - render(gaussians, height, width)
     assert left.square().sum() < residual.square().sum()
+
+
+@pytest.fixture(scope="module")
+def pictures(photograph: torch.Tensor) -> list[torch.Tensor]:
+    """Of several sizes; the black one never has a bad patch, the flat one soon has none any more."""
+    flat = torch.full((3, 21, 14), 0.1)
+    return [photograph, torch.zeros(3, 9, 9), photograph[:, 5:40, :30].contiguous(), flat, photograph[:, 30:, 44:]]
+
+
+@pytest.mark.parametrize("canvas", ["target", "predicted"])
+def test_images_that_go_together_come_out_as_if_alone(pictures: list[torch.Tensor], canvas) -> None:
+    config = [OptimizeConfig(steps=count) for count in (15, 0, 4)]
+    control = StageControl(max_mse=4e-3, max_dssim=2)
+    together = run_stages_batch(pictures, GridPredictor(7), config, control=control, canvas=canvas)
+    assert [len(stages) for stages in together] == [3, 0, 3, 1, 3]
+    for picture, stages in zip(pictures, together, strict=True):
+        alone = list(run_stages(picture, GridPredictor(7), config, control=control, canvas=canvas))
+        assert len(stages) == len(alone)
+        for found, expected in zip(stages, alone, strict=True):
+            for name in ("patch", "anchor", "predicted", "target"):
+                assert torch.equal(getattr(found, name), getattr(expected, name))
+            for name in ("stage", "steps", "loss", "psnr"):
+                assert getattr(found, name) == getattr(expected, name)
+
+
+def test_no_images_have_no_stages() -> None:
+    assert run_stages_batch([], GridPredictor(7), [OptimizeConfig(steps=1)]) == []
+
+
+class GrayPredictor:
+    """Gray Gaussians, whatever the image."""
+
+    patch_size = 7
+
+    def predict(self, image: torch.Tensor, canvas: torch.Tensor, active: torch.Tensor, stage: int) -> Prediction:
+        return Prediction(torch.full((len(active), 8), 0.1), anchors(*image.shape[1:], 7))
+
+
+def test_a_batch_says_which_image_diverged(photograph: torch.Tensor) -> None:
+    broken = photograph.clone()
+    broken[1, 3, 4] = torch.nan
+    images = [torch.zeros(3, 7, 7), photograph, broken, photograph]
+    with pytest.raises(NonFiniteLossError, match="after 0 updates") as caught:
+        run_stages_batch(images, GrayPredictor(), [OptimizeConfig(steps=1)])
+    assert caught.value.image == 2
+
+
+def test_stage_control_and_predictions_stay_on_the_images_device() -> None:
+    """The meta device stands in for a GPU: torch refuses to mix its tensors with those of the CPU."""
+    image, canvas = torch.empty(2, 3, 20, 30, device="meta")
+    active = active_patches(canvas, image, 7, StageControl())
+    assert active.device.type == "meta"
+    for stage in range(2):
+        raw, anchor = GridPredictor(7).predict(image, canvas, active, stage)
+        assert activate(raw, anchor, 7).xy.device.type == "meta"

@@ -1,5 +1,6 @@
 """Distillation end to end: rows that mean what they say, the same whatever ran them."""
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from air import metrics
+from air import metrics, stages
 from air.gaussians import Gaussians
+from air.predictor import GridPredictor, Prediction
 from air.render import render
 from jobs.cli import main
 from jobs.distill import distill
@@ -18,11 +20,11 @@ from pipeline import images, tables
 from pipeline.audit import verify
 from pipeline.config import RunnerConfig
 from pipeline.distill import DistillConfig
-from pipeline.errors import DamagedDataError, PlanMismatchError
+from pipeline.errors import ConfigError, DamagedDataError, JobFailedError, PlanMismatchError
 from pipeline.shards import ShardConfig
 from pipeline.sheet import final_gaussians, save_sheet
 from pipeline.storage import open_storage
-from pipeline.work import read_manifests
+from pipeline.work import read_manifests, read_plan
 
 INLINE = RunnerConfig(executor="inline")
 QUICK = DistillConfig(patch_size=7, stages=2, steps=(6, 3), views=2, min_crop=0.5)
@@ -221,3 +223,77 @@ def test_a_lost_file_is_noticed_and_repaired(shards: Path, targets: Path, tmp_pa
     assert main(["verify", "--repair", str(tmp_path / "targets")]) == 1
     distill(str(shards), str(tmp_path / "targets"), QUICK, INLINE)
     assert read_targets(tmp_path / "targets").equals(read_targets(targets))
+
+
+@pytest.mark.parametrize("batch", [3, 256])
+def test_views_that_go_together_give_the_same_values(shards: Path, targets: Path, tmp_path: Path, batch: int) -> None:
+    """Three views are those of one image and a half; 256 are all."""
+    distill(str(shards), str(tmp_path / "targets"), QUICK.model_copy(update={"batch": batch}), INLINE)
+    assert read_targets(tmp_path / "targets").equals(read_targets(targets))
+
+
+def test_how_work_is_done_is_no_part_of_the_plan(shards: Path, targets: Path) -> None:
+    plan = read_plan(open_storage(targets))
+    tally = distill(str(shards), str(targets), QUICK.model_copy(update={"batch": 5, "device": "cpu"}), INLINE)
+    assert tally.summary["views"] == 8
+    assert not {"batch", "device"} & plan.config.keys()
+
+
+class Diverging(GridPredictor):
+    """Predicts no numbers for pictures that are red in the middle."""
+
+    def predict(self, image: torch.Tensor, canvas: torch.Tensor, active: torch.Tensor, stage: int) -> Prediction:
+        raw, anchor = super().predict(image, canvas, active, stage)
+        middle = image[:, image.shape[1] // 2, image.shape[2] // 2]
+        return Prediction(raw * torch.nan if middle.tolist() == [1, 0, 0] else raw, anchor)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 16])
+def test_a_view_that_diverges_costs_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
+    (tmp_path / "in").mkdir()
+    for number in range(5):
+        colour = (255, 0, 0) if number in (1, 4) else (0, 40 * number, 200)
+        (tmp_path / "in" / f"{number}.png").write_bytes(images.encode_png(np.full((14, 21, 3), colour, np.uint8)))
+    shard([str(tmp_path / "in")], str(tmp_path / "shards"), ShardConfig(), INLINE)
+    distill(str(tmp_path / "shards"), str(tmp_path / "expected"), QUICK, INLINE)
+    monkeypatch.setattr("air.predictor.GridPredictor", Diverging)
+    tally = distill(
+        str(tmp_path / "shards"), str(tmp_path / "targets"), QUICK.model_copy(update={"batch": batch}), INLINE
+    )
+    assert tally.rejected == {"non_finite": 2}
+    expected = read_targets(tmp_path / "expected")
+    good = [not key.rpartition("-")[0].endswith(("1", "4")) for key in expected["key"].to_pylist()]
+    assert sum(good) == 6
+    assert read_targets(tmp_path / "targets").equals(expected.filter(pa.array(good)))
+    (file,) = (tmp_path / "targets" / "quarantine").iterdir()
+    assert all("Gaussian 0 has a non-finite" in message for message in pq.read_table(file)["message"].to_pylist())
+
+
+def test_a_batch_that_memory_does_not_hold_is_halved(
+    shards: Path, targets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = []
+
+    def small_gpu(pictures, *arguments, **options):
+        taken.append(len(pictures))
+        if len(pictures) > 2:
+            raise torch.OutOfMemoryError("this GPU has 640 KB, which ought to be enough")
+        return stages.run_stages_batch(pictures, *arguments, **options)
+
+    class Stages:
+        run_stages_batch = staticmethod(small_gpu)
+        StageControl, all_gaussians = stages.StageControl, stages.all_gaussians
+
+    monkeypatch.setitem(sys.modules, "air.stages", Stages)
+    distill(str(shards), str(tmp_path / "targets"), QUICK.model_copy(update={"batch": 16}), INLINE)
+    assert taken == [4, 2, 2] * 2
+    assert read_targets(tmp_path / "targets").equals(read_targets(targets))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_gpu_that_is_asked_for_and_not_there_stops_the_job(shards: Path, tmp_path: Path) -> None:
+    config = QUICK.model_copy(update={"device": "cuda"})
+    with pytest.raises(JobFailedError, match="no CUDA device"):
+        distill(str(shards), str(tmp_path / "targets"), config, INLINE)
+    with pytest.raises(ConfigError, match="num_gpus = 1"):
+        distill(str(shards), str(tmp_path / "ray"), config, RunnerConfig(executor="ray"))

@@ -15,11 +15,13 @@ from pipeline.storage import Storage
 from pipeline.work import Manifest, committed_units, named_files, read_manifests
 
 
-def attempt(tmp_path: Path, orders: dict[str, str], samples: int = 4, **options) -> tuple[Storage, Manifest, str]:
+def attempt(
+    tmp_path: Path, orders: dict[str, str], samples: int = 4, make_job: type[toys.ToyJob] = toys.ToyJob, **options
+) -> tuple[Storage, Manifest, str]:
     """One attempt at a unit of a fresh folder; the output, the manifest and the plan's hash."""
     output, notes = toys.open_output(tmp_path)
     plan = toys.make_plan(output, 1, samples)
-    job = toys.ToyJob(notes, orders)
+    job = make_job(notes, orders)
     return output, execute(job, plan.units[0], plan.hash, output.uri(), **options), plan.hash
 
 
@@ -157,3 +159,37 @@ def test_a_name_that_is_no_unicode_goes_to_quarantine_like_any_other(tmp_path: P
     execute(Latin(notes, {"unit-0/001": "reject"}), plan.units[0], plan.hash, output.uri())
     (row,) = toys.read_quarantine(output)
     assert row["message"] == "caf\\udce9.png: the toy is ugly"
+
+
+def test_a_job_gets_batches_and_everything_comes_out_as_one_by_one(tmp_path: Path):
+    orders = {"unit-0/001": "reject", "unit-0/003": "vanish", "unit-0/004": "reject", "unit-0/010": "vanish"}
+    seen: list[Progress] = []
+    one_by_one, expected, _ = attempt(tmp_path / "one", orders, samples=11, report=seen.append)
+    seen_in_batches: list[Progress] = []
+    options = {"make_job": toys.BatchToyJob, "report": seen_in_batches.append}
+    in_batches, manifest, _ = attempt(tmp_path / "many", orders, samples=11, **options)
+    assert in_order(in_batches, "data") == in_order(one_by_one, "data")
+    assert in_order(in_batches, "quarantine") == in_order(one_by_one, "quarantine")
+    assert (manifest.samples, manifest.rejected, manifest.summary) == (
+        expected.samples,
+        expected.rejected,
+        expected.summary,
+    )
+    assert seen_in_batches == seen
+    # Of 4, 4 and 3 samples, 3, 4 and 2 could be read.
+    assert toys.BatchToyJob(str(tmp_path / "many" / "notes")).count("batch") == {"3": 1, "4": 1, "2": 1}
+
+
+def in_order(output: Storage, folder: str) -> list[dict]:
+    """The rows of the folder's one file, as written."""
+    ((path, _),) = output.list(folder)
+    with output.open(path) as stream:
+        return pq.read_table(stream).to_pylist()
+
+
+def test_isolation_takes_images_one_by_one_whatever_the_batch(tmp_path: Path):
+    orders = {"unit-0/001": "kill", "unit-0/002": "raise"}
+    output, _, _ = attempt(tmp_path, orders, make_job=toys.BatchToyJob, isolate=True)
+    assert [row["key"] for row in toys.read_rows(output)] == ["unit-0/000", "unit-0/003"]
+    assert [row["reason"] for row in toys.read_quarantine(output)] == ["killed_worker", "failed"]
+    assert not toys.BatchToyJob(str(tmp_path / "notes")).count("batch")

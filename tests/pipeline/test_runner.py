@@ -1,5 +1,6 @@
 """The runner: whatever fails on the way, in this process or on Ray, rows come out as from an undisturbed run."""
 
+import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -344,3 +345,13 @@ def test_a_storage_that_failed_is_given_time(tmp_path: Path, monkeypatch: pytest
     assert begins[1] - begins[0] >= 0.2
     assert begins[2] - begins[1] >= 0.4
     assert len(committed_units(output)) == 1
+
+
+def test_a_task_that_reserved_no_gpu_sees_none(local_ray: None):
+    import ray
+
+    def visible() -> str | None:
+        executors._hide_unreserved_gpus()
+        return os.environ.get("CUDA_VISIBLE_DEVICES")
+
+    assert ray.get(ray.remote(visible).remote()) == ""

@@ -152,6 +152,28 @@ class ToyWriter:
         return [(self._path, len(self._rows))]
 
 
+@dataclass(frozen=True)
+class BatchToyJob(ToyJob):
+    """The same, `size` keys at a time; every batch leaves a note with the number of its keys."""
+
+    size: int = 4
+
+    def batch_size(self) -> int:
+        """As told."""
+        return self.size
+
+    def process_many(self, encoded: Sequence[EncodedImage]) -> list[Any]:
+        """A row for each, or its rejection."""
+        self._note("batch", str(len(encoded)))
+        return [self._row_or_rejection(image) for image in encoded]
+
+    def _row_or_rejection(self, image: EncodedImage) -> Any:
+        try:
+            return self.process(image)
+        except Rejected as rejection:
+            return rejection
+
+
 def make_units(count: int, samples: int = 3) -> list[Unit]:
     """Units `unit-0` and so on."""
     return [
