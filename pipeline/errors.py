@@ -23,6 +23,10 @@ class JobFailedError(AirError):
     """A job that ended with work undone. What was committed stays; the same command goes on from there."""
 
 
+class TrainingError(AirError):
+    """A training run that cannot begin, go on or be taken up again. Its last checkpoint stays."""
+
+
 class Rejected(AirError):
     """One sample that cannot be used. It goes to quarantine, and the job goes on.
 

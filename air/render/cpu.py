@@ -93,7 +93,7 @@ class Raster:
         kernels.chain_to_parameters(self.parameters, self._geometry, self._moments, self.gradient, first, end)
 
 
-def _half_turns(angle: Tensor) -> Tensor:
+def half_turns(angle: Tensor) -> Tensor:
     """Angles in half turns within ±½. The Gaussian repeats after half a turn; float64 keeps large angles exact."""
     turns = angle.double() / math.pi
     return turns - turns.round()
@@ -108,7 +108,7 @@ class _Render(torch.autograd.Function):
         planes = image_planes(height, width)
         with Workers(threads) as workers:
             raster = Raster(count, height, width, workers)
-            rows = torch.cat([xy, scale, _half_turns(angle)[:, None], colour], dim=1)
+            rows = torch.cat([xy, scale, half_turns(angle)[:, None], colour], dim=1)
             raster.parameters[:, :count] = rows.T.numpy()
             raster.draw(planes)
         ctx.raster = raster
