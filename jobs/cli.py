@@ -15,6 +15,7 @@ COMMANDS = {
     "demo": "the whole way on pictures that packages ship",
     "shard": "images in folders, globs, tars, Parquet -> WebDataset shards",
     "distill": "shards -> distillation targets in Parquet",
+    "train": "targets or shards -> a predictor's checkpoint",
     "fit": "one image -> Gaussians, with progress and a picture",
     "stats": "summary of targets, or your own SQL over them",
     "status": "how far a job is",

@@ -7,6 +7,7 @@ config, runner = configure(arguments, shard=ShardConfig, runner=RunnerConfig)
 """
 
 import argparse
+import json
 import types
 import typing
 from typing import Any, NoReturn
@@ -22,12 +23,15 @@ def sections() -> dict[str, type[Config]]:
     from jobs.fit import FitConfig
     from pipeline.distill import DistillConfig
     from pipeline.shards import ShardConfig
+    from pipeline.train_config import TrainConfig, TrainerConfig
 
     return {
         "demo": DemoConfig,
         "fit": FitConfig,
         "shard": ShardConfig,
         "distill": DistillConfig,
+        "train": TrainConfig,
+        "trainer": TrainerConfig,
         "runner": RunnerConfig,
     }
 
@@ -52,7 +56,7 @@ def make_parser(command: str, description: str | None, *models: type[Config]) ->
     if models:
         parser.add_argument("--config", metavar="FILE", help="YAML file; its keys are these options, which win over it")
     for model in models:
-        title = "where and how it runs" if model is RunnerConfig else "what it does"
+        title = "where and how it runs" if model.__name__ in ("RunnerConfig", "TrainerConfig") else "what it does"
         group = parser.add_argument_group(title)
         for name, field in model.model_fields.items():
             _add_option(group, name, field)
@@ -64,16 +68,26 @@ def _add_option(group: Any, name: str, field: FieldInfo) -> None:
     kind = _plain(field.annotation)
     text = f"{field.description} ({_bounds(field)}default: {_shown(field.default)})"
     options["help"] = text.replace("%", "%%")
-    flag = "--" + name.replace("_", "-")
+    flag = "--" + (field.alias or name).replace("_", "-")
     if kind is bool:
         group.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
     elif typing.get_origin(kind) is typing.Literal:
         group.add_argument(flag, choices=typing.get_args(kind), **options)
     elif typing.get_origin(kind) is tuple:
         group.add_argument(flag, type=lambda text: tuple(text.split(",")), metavar="N,N,...", **options)
+    elif typing.get_origin(kind) is dict:
+        group.add_argument(flag, type=_mapping, metavar="JSON", **options)
     else:
         metavar = {int: "N", float: "X"}.get(kind, "TEXT")
         group.add_argument(flag, metavar=metavar, **options)
+
+
+def _mapping(text: str) -> Any:
+    """A JSON object; argparse explains what is none."""
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError(f"{text} is no JSON object")
+    return value
 
 
 def _plain(annotation: Any) -> Any:
@@ -116,6 +130,12 @@ def configure(arguments: argparse.Namespace, **models: type[Config]) -> list[Any
     built = []
     for section, model in models.items():
         values = dict(file.get(section, {}))
-        values.update({name: getattr(arguments, name) for name in model.model_fields if hasattr(arguments, name)})
+        values.update(
+            {
+                field.alias or name: getattr(arguments, name)
+                for name, field in model.model_fields.items()
+                if hasattr(arguments, name)
+            }
+        )
         built.append(build(model, values, section))
     return built

@@ -85,7 +85,7 @@ def open_executor(config: RunnerConfig, report: Report) -> Iterator[Executor]:
     if config.executor == "inline":
         yield InlineExecutor(report)
     else:
-        with _ray(config):
+        with ray_session(config):
             yield RayExecutor(config, report)
 
 
@@ -247,7 +247,7 @@ def _execute(task: Task, report: Report) -> Manifest:
 
 
 @contextmanager
-def _ray(config: RunnerConfig) -> Iterator[None]:
+def ray_session(config: RunnerConfig) -> Iterator[None]:
     """Ray, initialised: the one that is, the cluster that was named, or one on this machine that ends with us."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")

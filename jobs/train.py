@@ -1,0 +1,129 @@
+"""Trains a predictor network, on one worker or many, and keeps the best by validation.
+
+INPUT is the output of `air shard` (images) or of `air distill` (targets). OUT gets best.safetensors and
+last.safetensors with their cards, metrics.jsonl, TensorBoard events and checkpoints. Run again to go on after a stop.
+
+  air train shards/ run/ --steps 20000 --valid validation-pictures/
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jobs.command import configure, make_parser
+from pipeline.errors import ConfigError
+from pipeline.feed import find_blocks
+from pipeline.storage import Storage, normalise, open_parent, open_storage
+from pipeline.train_config import TrainConfig, TrainerConfig
+from pipeline.work import Plan, settle_plan
+
+if TYPE_CHECKING:
+    pass
+
+VALIDATION = "validation"
+"""Folder of the run with the default pictures to validate on."""
+
+
+def train(
+    source_uri: str, output_uri: str, config: TrainConfig, trainer: TrainerConfig, valid: str | None = None
+) -> dict[str, float]:
+    """Plans and trains; returns the last figures.
+
+    Args:
+        source_uri: Output of `air shard` or `air distill`.
+        output_uri: The run's folder.
+        config: What to train.
+        trainer: Where.
+        valid: Images or shards to validate on; packaged photographs if not given.
+    """
+    from jobs.train_display import show_training
+    from pipeline.train import Group, TrainJob
+    from pipeline.train import train as train_here
+
+    if trainer.executor == "inline" and trainer.workers > 1:
+        raise ConfigError("--executor inline is one worker in this process; several need --executor ray")
+    source, output = open_storage(source_uri), open_storage(output_uri)
+    kind, units, blocks = find_blocks(source)
+    plan = Plan.make("train", config, units, [source.uri()])
+    if config.from_:
+        config = config.model_copy(update={"from_": normalise(config.from_)})
+        # What counts is what the checkpoint holds, not where it lies.
+        plan = plan.model_copy(update={"config": {**plan.config, "from_": f"sha256 {_checksum(str(config.from_))}"}})
+    plan = settle_plan(output, plan)
+    cores = max(1, (os.cpu_count() or 1) // trainer.workers)
+    job = TrainJob(
+        config=config,
+        trainer=trainer,
+        source=source.uri(),
+        kind=kind,
+        blocks=tuple(blocks),
+        output=output.uri(),
+        plan=plan.hash,
+        valid=normalise(valid) if valid else _default_validation(output),
+        threads=trainer.threads or cores,
+    )
+    with show_training(config) as report:
+        if trainer.executor == "inline":
+            return train_here(job, Group(device=_device(trainer)), report)
+        from pipeline.train_ray import train_on_ray
+
+        return train_on_ray(job, report)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The command."""
+    parser = make_parser("train", __doc__, TrainConfig, TrainerConfig)
+    parser.add_argument("input", metavar="INPUT", help="output of `air shard` or of `air distill`")
+    parser.add_argument("out", metavar="OUT", help="folder for the run; a local path or a URI")
+    parser.add_argument(
+        "--valid", metavar="IMAGES", help="images or shards to validate on; default: photographs that packages ship"
+    )
+    given = parser.parse_args(arguments)
+    config, trainer = configure(given, train=TrainConfig, trainer=TrainerConfig)
+    figures = train(given.input, given.out, config, trainer, given.valid)
+    print(describe(figures, given.out))
+    return 0
+
+
+def describe(figures: dict[str, float], output: str) -> str:
+    """What a run made, in one sentence."""
+    return (
+        f"{int(figures['step'])} steps, {int(figures['samples'])} samples in {figures['seconds']:.0f} s; "
+        f"best validation {figures['best_psnr']:.2f} dB. Best: {output.rstrip('/')}/best.safetensors"
+    )
+
+
+def _checksum(checkpoint: str) -> str:
+    storage, name = open_parent(checkpoint)
+    with storage.open(name) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()  # pyright: ignore[reportArgumentType]
+
+
+def _default_validation(output: Storage) -> str:
+    """Packaged photographs, copied into the run's folder, where all workers find them."""
+    from jobs.demo import collect_pictures
+
+    if next(output.list(VALIDATION), None) is None:
+        with tempfile.TemporaryDirectory(prefix="air-") as folder:
+            try:
+                collect_pictures(Path(folder), 12)
+            except ConfigError as error:
+                raise ConfigError(f"{error}; or name pictures to validate on with --valid") from None
+            for picture in sorted(Path(folder).iterdir()):
+                output.upload(picture, f"{VALIDATION}/{picture.name}")
+    return output.uri(VALIDATION)
+
+
+def _device(trainer: TrainerConfig):
+    import torch
+
+    if not trainer.num_gpus:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError("num_gpus asks for a GPU, but torch finds none here; set it to 0")
+    return torch.device("cuda")

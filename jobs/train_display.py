@@ -1,0 +1,83 @@
+"""What a person sees of a training run: a live line on a terminal, a line now and then in a log."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from pipeline.train_config import TrainConfig
+
+_LOG_EVERY_SECONDS = 30.0
+
+
+class _Figures:
+    """The last word on every figure, as a phrase."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self._config = config
+        self._last: dict[str, float] = {}
+
+    def take(self, figures: Mapping[str, float]) -> None:
+        self._last.update(figures)
+
+    @property
+    def step(self) -> int:
+        return int(self._last.get("step", 0))
+
+    def __str__(self) -> str:
+        last = self._last
+        parts = []
+        if "loss" in last:
+            parts += [f"loss {last['loss']:.4f}", f"{last['psnr']:.2f} dB", f"{last['samples_per_second']:.1f} views/s"]
+        if "valid_psnr" in last:
+            parts.append(f"validation {last['valid_psnr']:.2f} dB (best {last['best_psnr']:.2f})")
+        left = self._seconds_left()
+        if left is not None:
+            parts.append(f"{int(left // 3600)}:{int(left // 60 % 60):02}:{int(left % 60):02} left")
+        return ", ".join(parts)
+
+    def _seconds_left(self) -> float | None:
+        done, seconds = self._last.get("step", 0), self._last.get("seconds", 0)
+        if not done:
+            return None
+        by_steps = seconds / done * (self._config.steps - done)
+        budget = self._config.max_seconds
+        return max(0.0, by_steps if budget is None else min(by_steps, budget - seconds))
+
+
+@contextmanager
+def show_training(config: TrainConfig) -> Iterator[Callable[[Mapping[str, float]], None]]:
+    """A display that suits where the output goes; takes figures by name."""
+    console = Console(stderr=True)
+    figures = _Figures(config)
+    if not console.is_terminal:
+        shown = time.monotonic()
+
+        def log(new: Mapping[str, float]) -> None:
+            nonlocal shown
+            figures.take(new)
+            if "valid_psnr" in new or time.monotonic() - shown >= _LOG_EVERY_SECONDS:
+                shown = time.monotonic()
+                console.print(f"train: step {figures.step}/{config.steps}, {figures}", highlight=False, soft_wrap=True)
+
+        yield log
+        return
+    columns = (
+        TextColumn("[bold]train[/]"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.description}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("starting", total=config.steps)
+
+        def draw(new: Mapping[str, float]) -> None:
+            figures.take(new)
+            progress.update(task, completed=figures.step, description=str(figures))
+
+        yield draw

@@ -1,0 +1,132 @@
+"""What a training phase holds the network against, for a batch of images of one size (method.md section 5).
+
+Every function returns one loss per image, so that a caller weights images, not workers. They know nothing of where the
+images come from or how the network is updated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from air.batch import BatchLoss, render_batch
+from air.gaussians import Gaussians, activate, anchors
+from air.predictor.network import PredictorNetwork
+from air.render.threads import Workers
+from air.stages import StageControl, active_patches
+from pipeline.config import Config
+
+
+class LossConfig(Config):
+    """What is asked of the network."""
+
+    stage_weights: tuple[float, ...] = Field(
+        (1.0,), description="weight of each stage's loss; the last one holds for all further"
+    )
+    mse_weight: float = Field(
+        0.0, ge=0, le=1e6, description="weight of the mean squared error beside 0.7 L1 + 0.3 (1 - SSIM)"
+    )
+    max_patch_mse: float = Field(10**-3.5, ge=0, le=10, description="a patch with a larger mean squared error is bad")
+    max_patch_dssim: float = Field(0.05, ge=0, le=2, description="a patch with a larger 1 - SSIM is bad")
+
+    @model_validator(mode="after")
+    def _weights_are_weights(self) -> LossConfig:
+        if not self.stage_weights or not all(0 <= weight <= 1e6 for weight in self.stage_weights):
+            raise ValueError("stage_weights must be one or more numbers from 0 to 1000000")
+        return self
+
+    def stage_weight(self, stage: int) -> float:
+        """The weight of a stage's loss."""
+        return self.stage_weights[min(stage, len(self.stage_weights) - 1)]
+
+    def control(self) -> StageControl:
+        """Which patches get a Gaussian."""
+        return StageControl(self.max_patch_mse, self.max_patch_dssim)
+
+
+@dataclass
+class BatchLosses:
+    """Losses of a batch.
+
+    Attributes:
+        loss: What is minimised, shape (B,), with its graph.
+        squared_error: Of the last stage's image, clamped to [0, 1], mean over its pixels, shape (B,).
+        gaussians: How many each stage drew, summed over the batch.
+    """
+
+    loss: Tensor
+    squared_error: Tensor
+    gaussians: list[int] = field(default_factory=list)
+
+
+def predict_stage(
+    network: PredictorNetwork, images: Tensor, canvas: Tensor, active: Tensor, stage: int, precision: str
+) -> Tensor:
+    """Raw Gaussians (B, patches, 8) in float32; only the network itself runs in another precision."""
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        raw = network(images, canvas.detach(), active, stage)
+    return raw.float()
+
+
+def active_batch(canvas: Tensor, images: Tensor, patch_size: int, control: StageControl) -> Tensor:
+    """Which patches of each image are still bad, boolean, shape (B, patches)."""
+    pairs = zip(canvas.detach(), images, strict=True)
+    return torch.stack([active_patches(drawn, image, patch_size, control) for drawn, image in pairs])
+
+
+def activate_batch(raw: Tensor, active: Tensor, height: int, width: int, patch_size: int) -> Gaussians:
+    """The Gaussians of the active patches of all images, one image after another."""
+    anchor = anchors(height, width, patch_size).to(raw.device)
+    image, patch = active.nonzero(as_tuple=True)
+    return activate(raw[image, patch], anchor[patch], patch_size)
+
+
+def finetune_losses(
+    network: PredictorNetwork,
+    images: Tensor,
+    stages: int,
+    config: LossConfig,
+    workers: Workers,
+    precision: str = "float32",
+) -> BatchLosses:
+    """All stages jointly, each stage's render held against the image.
+
+    A render is a plain sum, so a stage's image is that of the stage before plus what the stage draws: its loss reaches
+    every earlier stage without drawing anything twice. What the network sees of the canvas carries no gradient.
+
+    Args:
+        network: What is trained.
+        images: Shape (B, 3, H, W), float32 in [0, 1].
+        stages: How many take part.
+        config: Weights and stage control.
+        workers: CPU threads for rendering and loss.
+        precision: "float32" or "bfloat16".
+    """
+    _, _, height, width = images.shape
+    control = config.control()
+    judge = BatchLoss(images, workers)
+    canvas = torch.zeros_like(images)
+    total = torch.zeros(len(images), device=images.device)
+    counts = []
+    losses = torch.zeros_like(total)
+    for stage in range(stages):
+        active = active_batch(canvas, images, network.patch_size, control)
+        counts.append(int(active.sum()))
+        if counts[-1]:
+            raw = predict_stage(network, images, canvas, active, stage, precision)
+            gaussians = activate_batch(raw, active, height, width, network.patch_size)
+            canvas = canvas + render_batch(gaussians, active.sum(dim=1).tolist(), height, width, workers)
+        if counts[-1] or stage == 0:
+            losses = judge(canvas)
+            if config.mse_weight:
+                losses = losses + config.mse_weight * (canvas - images).square().mean(dim=(1, 2, 3))
+        total = total + config.stage_weight(stage) * losses
+    return BatchLosses(total, squared_errors(canvas, images), counts)
+
+
+def squared_errors(canvas: Tensor, images: Tensor) -> Tensor:
+    """Mean squared error of each image of a canvas clamped to [0, 1], without gradient, shape (B,)."""
+    return (canvas.detach().clamp(0, 1) - images).square().mean(dim=(1, 2, 3))

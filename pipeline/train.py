@@ -1,0 +1,407 @@
+"""The training loop: what every worker runs, one or many, here or on Ray Train.
+
+Workers share no state but the sum of their gradients, so a step is the same whatever their number: the global batch is
+constant, and every sample of it weighs the same. This module knows nothing of Ray; `pipeline.train_ray` starts it
+there.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from air.errors import InvalidGaussiansError, NonFiniteLossError
+from air.metrics import psnr_of
+from air.predictor.checkpoint import load_checkpoint, save_checkpoint
+from air.predictor.network import PredictorNetwork, build
+from air.render.threads import Workers
+from pipeline.augment import crop_side, make_crop
+from pipeline.errors import Rejected, TrainingError
+from pipeline.feed import Block, GlobalOrder, Prefetcher, open_reader, rank_slice
+from pipeline.losses import finetune_losses
+from pipeline.storage import open_parent, open_storage
+from pipeline.train_config import TrainConfig, TrainerConfig
+from pipeline.training_log import TrainingLog
+from pipeline.training_state import TrainingState, checkpoints, remove_old_checkpoints
+from pipeline.validation import load_images, picture_grid, validate
+from pipeline.work import seed_of
+
+logger = logging.getLogger(__name__)
+
+_BUCKET = 16_000_000
+"""Numbers that are summed over the workers at a time."""
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """All that a worker needs to know.
+
+    Attributes:
+        source: URI of the samples.
+        kind: "targets" or "images".
+        blocks: Where the samples are.
+        output: URI of the run's folder.
+        plan: Hash of its plan.
+        valid: URI of the validation images.
+        threads: CPU threads of this worker.
+    """
+
+    config: TrainConfig
+    trainer: TrainerConfig
+    source: str
+    kind: str
+    blocks: tuple[Block, ...]
+    output: str
+    plan: str
+    valid: str
+    threads: int
+
+
+class Group:
+    """The workers that train together; by itself, a group of one. With more, torch.distributed is initialised.
+
+    Attributes:
+        rank: Of this worker.
+        size: How many.
+        device: What it computes on.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1, device: torch.device | None = None) -> None:
+        self.rank = rank
+        self.size = size
+        self.device = device or torch.device("cpu")
+
+    def sum(self, tensors: Sequence[Tensor]) -> None:
+        """Replaces every tensor by its sum over the workers."""
+        if self.size == 1:
+            return
+        bucket: list[Tensor] = []
+        for tensor in tensors:
+            if bucket and sum(map(Tensor.numel, bucket)) + tensor.numel() > _BUCKET:
+                self._sum_bucket(bucket)
+                bucket = []
+            bucket.append(tensor)
+        self._sum_bucket(bucket)
+
+    @staticmethod
+    def _sum_bucket(bucket: Sequence[Tensor]) -> None:
+        flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+        torch.distributed.all_reduce(flat)
+        for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+    def gather(self, value: list[str]) -> list[str]:
+        """The lists of all workers, one after another."""
+        if self.size == 1:
+            return value
+        gathered: list[Any] = [None] * self.size
+        torch.distributed.all_gather_object(gathered, value)
+        return [entry for part in gathered for entry in part]
+
+
+@dataclass
+class LocalBatch:
+    """A rank's slice of a global batch.
+
+    Attributes:
+        keys: Of its samples, unusable ones included.
+        images: One tensor (B, 3, H, W) for each size.
+        skipped: Samples that could not be used.
+    """
+
+    keys: list[str] = field(default_factory=list)
+    images: list[Tensor] = field(default_factory=list)
+    skipped: int = 0
+
+
+class Feed:
+    """Makes this rank's batches.
+
+    Args:
+        job: What to read.
+        rank: Of this worker.
+        size: Number of workers.
+    """
+
+    def __init__(self, job: TrainJob, rank: int, size: int) -> None:
+        self._config = job.config
+        self._order = GlobalOrder([block.count for block in job.blocks], job.config)
+        self._slice = rank_slice(job.config.batch, rank, size)
+        cache = job.trainer.cache_mb * 1_000_000
+        self._reader = open_reader(job.source, job.blocks, job.config.window, cache, with_targets=False)
+
+    def batch(self, step: int) -> LocalBatch:
+        """The slice of the global batch of a step."""
+        config = self._config
+        side = crop_side(config, config.seed, step)
+        batch = LocalBatch()
+        sizes: dict[tuple[int, ...], list[np.ndarray]] = {}
+        for place in self._order.batch(step)[self._slice]:
+            try:
+                sample = self._reader.read(place.block, place.row)
+                batch.keys.append(sample.key)
+                seed = seed_of(config.seed, "augment", place.epoch, sample.key, sample.view)
+                crop = make_crop(sample.rgb, side, config, seed)
+            except Rejected as rejection:
+                batch.skipped += 1
+                logger.warning("a sample is passed over: %s", rejection)
+                continue
+            sizes.setdefault(crop.shape, []).append(crop)
+        for crops in sizes.values():
+            pixels = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2)
+            batch.images.append(pixels.to(torch.float32).contiguous() / 255)
+        return batch
+
+
+@contextmanager
+def local_checkpoint(uri: str) -> Iterator[Path]:
+    """A predictor's checkpoint on this machine's disk, its card beside it."""
+    storage, name = open_parent(uri)
+    if storage.root.startswith("/"):
+        yield Path(storage.root) / name
+        return
+    with tempfile.TemporaryDirectory(prefix="air-") as folder:
+        for part in (name, str(Path(name).with_suffix(".json"))):
+            (Path(folder) / part).write_bytes(storage.read(part))
+        yield Path(folder) / name
+
+
+def make_network(config: TrainConfig) -> PredictorNetwork:
+    """The network that a run begins with: fresh weights that the seed determines, or a checkpoint's.
+
+    Raises:
+        CheckpointError: The checkpoint cannot be read.
+        TrainingError: It does not fit the configuration, or the configuration no network.
+    """
+    if config.from_:
+        with local_checkpoint(config.from_) as path:
+            network, _ = load_checkpoint(path)
+        if network.patch_size != config.patch_size:
+            raise TrainingError(
+                f"{config.from_} has patch size {network.patch_size}, the run {config.patch_size}: "
+                f"set patch_size to {network.patch_size}"
+            )
+        if network.num_stages < config.stages:
+            raise TrainingError(f"{config.from_} has {network.num_stages} stages, the run {config.stages}: set stages")
+        return network
+    torch.manual_seed(seed_of(config.seed, "weights"))
+    try:
+        return build(
+            config.architecture, {"patch_size": config.patch_size, "num_stages": config.stages, **config.settings}
+        )
+    except ValueError as error:
+        raise TrainingError(f"no network can be built: {error}") from None
+
+
+Report = Callable[[Mapping[str, float]], None]
+"""Called by rank 0 with what a display shows."""
+
+
+def train(job: TrainJob, group: Group, report: Report = lambda figures: None) -> dict[str, float]:
+    """Trains to the end, from the last checkpoint if there is one; the whole of what a worker does.
+
+    Returns:
+        The last figures: step, samples, seconds, best_psnr.
+
+    Raises:
+        NonFiniteLossError: The loss stopped being a number. Its batch's keys are named; the last checkpoint stays.
+        TrainingError: The checkpoint does not fit.
+    """
+    torch.set_num_threads(job.threads)
+    if group.device.type == "cpu":
+        from air.optimize import compile_kernels
+
+        compile_kernels()
+    with Workers(job.threads) as workers:
+        return _Run(job, group, workers, report)()
+
+
+class _Run:
+    """One worker's part in a run, from its start or restart to the end."""
+
+    def __init__(self, job: TrainJob, group: Group, workers: Workers, report: Report) -> None:
+        self._job = job
+        self._config = job.config
+        self._group = group
+        self._workers = workers
+        self._report = report
+        self._output = open_storage(job.output)
+        network = make_network(job.config).to(group.device).train()
+        self._state = TrainingState(network, job.config, stages=0)
+        self._about = {"plan": job.plan, "phase": job.config.phase, "batch": job.config.batch, "seed": job.config.seed}
+        saved = checkpoints(self._output)
+        if saved:
+            self._state.load(self._output, saved[-1], self._about)
+        self._sums = torch.zeros(5, dtype=torch.float64, device=group.device)
+        self._log = TrainingLog(self._output, self._state.step) if group.rank == 0 else None
+        self._pictures: list[Tensor] | None = None
+
+    def __call__(self) -> dict[str, float]:
+        state, config, trainer = self._state, self._config, self._job.trainer
+        feed = Feed(self._job, self._group.rank, self._group.size)
+        batches = Prefetcher(feed.batch, state.step, trainer.prefetch)
+        self._mark = time.perf_counter()
+        try:
+            over = config.is_over(state.step, state.seconds)
+            while not over:
+                self._step(batches.take())
+                over = config.is_over(state.step, state.seconds)
+                if over or state.step % trainer.validate_every == 0:
+                    self._validate()
+                if over or state.step % trainer.checkpoint_every == 0:
+                    self._save()
+        finally:
+            batches.close()
+            if self._log:
+                self._log.close()
+        return {**self._position(), "best_psnr": state.best_psnr}
+
+    def _position(self) -> dict[str, float]:
+        state = self._state
+        return {"step": state.step, "samples": state.step * self._config.batch, "seconds": round(state.seconds, 3)}
+
+    def _step(self, batch: LocalBatch) -> None:
+        state, config = self._state, self._config
+        progress = config.progress(state.step, state.seconds)
+        for stage in range(state.stages, config.stages_at(progress)):
+            # Weights of a checkpoint are trained already; a fresh network's first stages start as they are.
+            if config.from_ is None and state.step > 0:
+                state.join_stage(stage)
+            state.stages = stage + 1
+        torch.manual_seed(seed_of(config.seed, "step", state.step, self._group.rank))
+        sums, keys = self._backward(batch)
+        norm = self._reduce(sums)
+        if not math.isfinite(float(sums[0])) or not math.isfinite(norm):
+            self._stop(batch, keys)
+        rate = state.update(progress)
+        seconds = float(sums[4])
+        state.seconds += seconds
+        self._sums += sums
+        if self._log and (state.step % self._job.trainer.log_every == 0 or config.is_over(state.step, state.seconds)):
+            self._tell(rate, norm)
+
+    def _backward(self, batch: LocalBatch) -> tuple[Tensor, list[str]]:
+        """Gradients of this rank's samples. Returns (loss, PSNR, usable samples, skipped, seconds), as sums."""
+        state, config = self._state, self._config
+        state.optimizer.zero_grad(set_to_none=True)
+        sums = torch.zeros(5, dtype=torch.float64, device=self._group.device)
+        for images in batch.images:
+            images = images.to(self._group.device)
+            try:
+                result = finetune_losses(state.network, images, state.stages, config, self._workers, config.precision)
+            except InvalidGaussiansError as error:
+                logger.error("%s", error)
+                sums[0] = math.nan
+                break
+            if result.loss.requires_grad:
+                (result.loss.sum() / config.batch).backward()
+            sums[0] += result.loss.detach().double().sum()
+            sums[1] += sum(psnr_of(error) for error in result.squared_error.tolist())
+            sums[2] += len(images)
+        sums[3] = batch.skipped
+        now = time.perf_counter()
+        if self._group.rank == 0:
+            sums[4] = now - self._mark
+        self._mark = now
+        return sums, batch.keys
+
+    def _reduce(self, sums: Tensor) -> float:
+        """Sums gradients and figures over the workers, shortens the gradient; returns its length before."""
+        parameters = self._state.parameters
+        if self._group.size > 1:
+            # A parameter that nobody used must stay without a gradient, or it would decay on some numbers of workers.
+            used = torch.tensor([float(p.grad is not None) for p in parameters], device=self._group.device)
+            self._group.sum([sums])
+            self._group.sum([used])
+            for parameter, count in zip(parameters, used.tolist(), strict=True):
+                if count and parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+            self._group.sum([p.grad for p in parameters if p.grad is not None])
+        return float(torch.nn.utils.clip_grad_norm_(parameters, self._config.clip))
+
+    def _stop(self, batch: LocalBatch, keys: list[str]) -> None:
+        named = sorted(self._group.gather(keys))
+        shown = ", ".join(named[:8]) + (f" and {len(named) - 8} more" if len(named) > 8 else "")
+        last = checkpoints(self._output)
+        kept = f"The last good checkpoint is {self._output.uri(last[-1])}." if last else "There is no checkpoint yet."
+        raise NonFiniteLossError(
+            f"the loss is not a number in step {self._state.step}, with the samples {shown}. {kept} "
+            "Look at these images; otherwise begin a new run from that checkpoint with a lower rate"
+        )
+
+    def _tell(self, rate: float, norm: float) -> None:
+        loss, psnr, usable, skipped, seconds = self._sums.tolist()
+        self._sums.zero_()
+        figures = {
+            **self._position(),
+            "loss": loss / max(1.0, usable),
+            "psnr": psnr / max(1.0, usable),
+            "rate": rate,
+            "gradient": norm,
+            "skipped": skipped,
+            "samples_per_second": (usable + skipped) / max(seconds, 1e-9),
+        }
+        assert self._log is not None
+        self._log.add(self._state.step, {name: value for name, value in figures.items() if name != "step"})
+        self._report(figures)
+
+    def _validate(self) -> None:
+        """Judges the moving average; keeps it if it is the best so far."""
+        state, config, group = self._state, self._config, self._group
+        if self._pictures is None:
+            self._pictures = load_images(
+                self._job.valid, config.valid_images, config.valid_side, group.rank, group.size
+            )
+        pictures = [picture.to(group.device) for picture in self._pictures]
+        score = validate(state.average, pictures, state.stages, config.control(), self._job.threads, shown=4)
+        sums = torch.tensor([score.images, score.psnr, *score.gaussians], dtype=torch.float64, device=group.device)
+        group.sum([sums])
+        count, total, *gaussians = sums.tolist()
+        psnr = total / count
+        is_best = psnr > state.best_psnr
+        state.best_psnr = max(psnr, state.best_psnr)
+        if self._log is None:
+            return
+        figures = {f"valid_gaussians_{stage}": number / count for stage, number in enumerate(gaussians)}
+        self._log.add(state.step, {"valid_psnr": psnr, **figures})
+        if score.pictures:
+            self._log.add_pictures(state.step, "original and prediction", picture_grid(score.pictures))
+        self._log.flush()
+        self._report({**self._position(), "valid_psnr": psnr, "best_psnr": state.best_psnr})
+        if is_best:
+            self._keep("best", psnr)
+
+    def _save(self) -> None:
+        """Writes the moving average as `last.safetensors`, and a checkpoint to go on from; it vouches for all else."""
+        if self._log:
+            self._keep("last", None)
+            self._log.flush()
+            self._state.save(self._output, self._about)
+            remove_old_checkpoints(self._output, self._job.trainer.keep)
+
+    def _keep(self, name: str, psnr: float | None) -> None:
+        metrics = {} if psnr is None else {"valid_psnr": psnr}
+        with tempfile.TemporaryDirectory(prefix="air-") as folder:
+            path = Path(folder) / f"{name}.safetensors"
+            save_checkpoint(
+                path,
+                self._state.average,
+                phase=self._config.phase,
+                step=self._state.step,
+                plan=self._job.plan,
+                metrics=metrics,
+                notes={"seed": self._config.seed, "seconds": self._state.seconds},
+            )
+            self._output.upload(path, path.name)
+            self._output.upload(path.with_suffix(".json"), f"{name}.json")

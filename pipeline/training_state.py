@@ -1,0 +1,201 @@
+"""Everything that a training run must remember, and how it is stored: numbers as safetensors, the rest as JSON.
+
+    OUT/checkpoints/step-00001000/model.safetensors        raw weights
+                                  average.safetensors      their moving average
+                                  optimizer.safetensors    AdamW's moments, by parameter name
+                                  state.json               step, phase, plan; written last: a folder without it is none
+
+A checkpoint of another plan or of other parameters is refused with a sentence. Nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from air.predictor.network import PredictorNetwork
+from pipeline.config import Config
+from pipeline.errors import DamagedDataError, TrainingError
+from pipeline.storage import Storage
+
+logger = logging.getLogger(__name__)
+
+STATE_VERSION = 1
+FOLDER = "checkpoints"
+
+
+class OptimizerConfig(Config):
+    """AdamW, its schedule, and the moving average of the weights."""
+
+    rate: float = Field(1e-3, gt=0, le=10, description="highest learning rate")
+    final_share: float = Field(0.02, ge=0, le=1, description="the rate's end, as a share of the highest")
+    warmup_steps: int = Field(200, ge=0, description="steps in which the rate rises from zero")
+    weight_decay: float = Field(
+        0.05, ge=0, le=10, description="AdamW's decay of weights of linear and convolution layers"
+    )
+    clip: float = Field(1.0, gt=0, le=1e6, description="longest gradient; a longer one is shortened to it")
+    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's average of gradients")
+    beta2: float = Field(0.99, ge=0, lt=1, description="AdamW's average of squared gradients")
+    average: float = Field(0.999, ge=0, lt=1, description="moving average of the weights that is validated and kept")
+
+    def rate_share(self, step: int, progress: float) -> float:
+        """The rate of a step as a share of the highest: a linear warm-up, a cosine from 1 to `final_share`.
+
+        Args:
+            step: From 0.
+            progress: Share of the run that is done, 0 to 1.
+        """
+        warm = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        return warm * (self.final_share + (1 - self.final_share) * cosine)
+
+
+class TrainingState:
+    """Network, moving average and optimiser of a run, and how far it is.
+
+    Attributes:
+        network: Raw weights.
+        average: The same network with the moving average of the weights.
+        step: Steps done.
+        seconds: Training time of them.
+        stages: Stages that have joined.
+        best_psnr: Of all validations, dB; none yet: -inf.
+    """
+
+    def __init__(self, network: PredictorNetwork, config: OptimizerConfig, stages: int) -> None:
+        self.network = network
+        self.average = copy.deepcopy(network).eval().requires_grad_(False)
+        self.step = 0
+        self.seconds = 0.0
+        self.stages = stages
+        self.best_psnr = -math.inf
+        self._config = config
+        self._names = {id(parameter): name for name, parameter in network.named_parameters()}
+        self.optimizer = torch.optim.AdamW(
+            network.parameter_groups(config.rate, config.weight_decay), betas=(config.beta1, config.beta2), fused=True
+        )
+        self._rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def join_stage(self, stage: int) -> None:
+        """A stage begins to be trained, as a copy of the one before."""
+        if stage:
+            self.network.start_stage(stage)
+            self.average.start_stage(stage)
+        self.stages = stage + 1
+
+    def update(self, progress: float) -> float:
+        """One AdamW step from the gradients in place, and one of the moving average; returns the highest rate."""
+        share = self._config.rate_share(self.step, progress)
+        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * share
+        self.optimizer.step()
+        self.step += 1
+        # Young averages forget faster, or the first weights would linger.
+        keep = min(self._config.average, (1 + self.step) / (10 + self.step))
+        with torch.no_grad():
+            for mean, value in zip(self.average.parameters(), self.network.parameters(), strict=True):
+                mean.lerp_(value, 1 - keep)
+            for mean, value in zip(self.average.buffers(), self.network.buffers(), strict=True):
+                mean.copy_(value)
+        return self._config.rate * share
+
+    def save(self, output: Storage, about: Mapping[str, Any]) -> str:
+        """Writes a checkpoint; `about` is what a later run must agree with. Returns its folder."""
+        folder = f"{FOLDER}/step-{self.step:08d}"
+        for name, tensors in self._tensors().items():
+            output.write(f"{folder}/{name}.safetensors", safetensors.torch.save(tensors))
+        state = {
+            "version": STATE_VERSION,
+            "step": self.step,
+            "seconds": self.seconds,
+            "stages": self.stages,
+            "best_psnr": None if math.isinf(self.best_psnr) else self.best_psnr,
+            **about,
+        }
+        output.write(f"{folder}/state.json", (json.dumps(state, indent=1, sort_keys=True) + "\n").encode())
+        return folder
+
+    def _tensors(self) -> dict[str, dict[str, Tensor]]:
+        moments = {}
+        for parameter, values in self.optimizer.state.items():
+            for name, value in values.items():
+                moments[f"{self._names[id(parameter)]}:{name}"] = value
+        sets = {"model": self.network.state_dict(), "average": self.average.state_dict(), "optimizer": moments}
+        return {
+            kind: {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+            for kind, tensors in sets.items()
+        }
+
+    def load(self, output: Storage, folder: str, about: Mapping[str, Any]) -> None:
+        """Takes up a checkpoint.
+
+        Raises:
+            TrainingError: It is of another version or another run; the message says what differs.
+            DamagedDataError: It cannot be read.
+        """
+        state = _read_json(output, f"{folder}/state.json")
+        if state.get("version") != STATE_VERSION:
+            raise TrainingError(
+                f"{output.uri(folder)} has version {state.get('version')} of the training state, this code reads "
+                f"{STATE_VERSION}: finish the run with the code that began it"
+            )
+        differing = [
+            f"{name}: {state.get(name)} -> {value}" for name, value in about.items() if state.get(name) != value
+        ]
+        if differing:
+            raise TrainingError(f"cannot go on from {output.uri(folder)}: it differs (there -> now) in {differing[0]}")
+        tensors = {}
+        for kind in ("model", "average", "optimizer"):
+            path = f"{folder}/{kind}.safetensors"
+            try:
+                tensors[kind] = safetensors.torch.load(output.read(path))
+            except safetensors.SafetensorError as error:
+                raise DamagedDataError(f"{output.uri(path)} is damaged: {error}; delete {output.uri(folder)}") from None
+        try:
+            self.network.load_state_dict(tensors["model"])
+            self.average.load_state_dict(tensors["average"])
+        except RuntimeError as error:
+            raise TrainingError(f"cannot go on from {output.uri(folder)}: its weights do not fit: {error}") from None
+        self._load_moments(tensors["optimizer"])
+        self.step, self.seconds, self.stages = state["step"], state["seconds"], state["stages"]
+        self.best_psnr = -math.inf if state["best_psnr"] is None else state["best_psnr"]
+
+    def _load_moments(self, moments: Mapping[str, Tensor]) -> None:
+        parameters = dict(self.network.named_parameters())
+        self.optimizer.state.clear()
+        for full, value in moments.items():
+            name, _, moment = full.rpartition(":")
+            parameter = parameters[name]
+            value = value if moment == "step" else value.to(parameter)
+            self.optimizer.state[parameter][moment] = value
+
+
+def checkpoints(output: Storage) -> list[str]:
+    """Folders of the whole checkpoints of a run, oldest first."""
+    return sorted(path.rpartition("/")[0] for path, _ in output.list(FOLDER) if path.endswith("/state.json"))
+
+
+def remove_old_checkpoints(output: Storage, keep: int) -> None:
+    """Deletes all but the newest `keep` checkpoints, state first: what remains of one is never taken for whole."""
+    for folder in checkpoints(output)[:-keep]:
+        paths = [path for path, _ in output.list(folder)]
+        for path in sorted(paths, key=lambda path: not path.endswith("state.json")):
+            output.delete(path)
+
+
+def _read_json(output: Storage, path: str) -> dict[str, Any]:
+    try:
+        return json.loads(output.read(path))
+    except ValueError as error:
+        raise DamagedDataError(f"{output.uri(path)} is not JSON: {error}; delete that checkpoint") from None

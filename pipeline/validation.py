@@ -1,0 +1,136 @@
+"""Validation of a predictor on a fixed set of images: what it reaches without any optimisation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from air.metrics import psnr
+from air.optimize import OptimizeConfig
+from air.predictor import Predictor
+from air.render import render
+from air.stages import StageControl, all_gaussians, run_stages
+from pipeline import images
+from pipeline.errors import Rejected, TrainingError
+from pipeline.feed import BlockReader, find_blocks
+from pipeline.sources import ItemReader, find_items
+from pipeline.storage import open_storage
+from pipeline.work import PLAN_PATH
+
+_GRID_SIDE = 256
+"""Pixels of a side of a picture in the image grid, at most."""
+
+
+@dataclass
+class Score:
+    """Sums over validated images.
+
+    Attributes:
+        images: How many.
+        psnr: Sum of their PSNR in dB.
+        gaussians: Sum of each stage's Gaussians.
+        pictures: Original beside prediction, each (3, H, 2 W), of the first few.
+    """
+
+    images: int
+    psnr: float
+    gaussians: list[float]
+    pictures: list[np.ndarray] = field(default_factory=list)
+
+
+def load_images(uri: str, count: int, max_side: int, rank: int, size: int) -> list[Tensor]:
+    """This rank's share of the first `count` images of a folder or of shards, the middle of each.
+
+    Args:
+        uri: Images, tars or Parquet as `air shard` takes them, or the output of `air shard` or `air distill`.
+        count: How many images there are for all ranks.
+        max_side: Larger images are cropped to this many pixels a side.
+        rank: Of this worker.
+        size: Number of workers.
+
+    Raises:
+        TrainingError: There is no usable image.
+    """
+    decoded = []
+    for rgb in _decode(uri, range(rank, count, size)):
+        top, left = max(0, rgb.shape[0] - max_side) // 2, max(0, rgb.shape[1] - max_side) // 2
+        middle = rgb[top : top + max_side, left : left + max_side]
+        decoded.append(torch.from_numpy(middle.astype(np.float32) / 255).permute(2, 0, 1).contiguous())
+    if not decoded and rank == 0:
+        raise TrainingError(f"{uri} holds no image to validate on")
+    return decoded
+
+
+def _decode(uri: str, wanted: Sequence[int]) -> list[np.ndarray]:
+    """Images by their position in a fixed order; fewer where there are fewer."""
+    source = open_storage(uri)
+    if source.exists(PLAN_PATH):
+        _, _, blocks = find_blocks(source)
+        places = [(number, row) for number, block in enumerate(blocks) for row in range(block.count)]
+        reader = BlockReader(source, blocks, window=1, cache_bytes=0)
+        return [reader.read(*places[index]).rgb for index in wanted if index < len(places)]
+    items = find_items([uri])
+    item_reader = ItemReader([uri])
+    found = []
+    for index in wanted:
+        if index < len(items):
+            try:
+                found.append(images.decode(item_reader.read(items[index])))
+            except Rejected as rejection:
+                raise TrainingError(
+                    f"validation image {items[index].source} in {uri} cannot be used: {rejection}; remove it"
+                ) from None
+    return found
+
+
+def validate(
+    predictor: Predictor,
+    pictures: Sequence[Tensor],
+    stages: int,
+    control: StageControl,
+    threads: int,
+    shown: int,
+) -> Score:
+    """What the predictor alone makes of the images.
+
+    Args:
+        predictor: What is judged.
+        pictures: Images (3, H, W).
+        stages: How many.
+        control: Which patches get a Gaussian.
+        threads: CPU threads.
+        shown: How many pictures the score shows.
+    """
+    score = Score(len(pictures), 0.0, [0.0] * stages)
+    for number, image in enumerate(pictures):
+        results = list(
+            run_stages(
+                image,
+                predictor,
+                [OptimizeConfig(steps=0)] * stages,
+                control=control,
+                canvas="predicted",
+                threads=threads,
+            )
+        )
+        _, height, width = image.shape
+        gaussians = all_gaussians(results, predictor.patch_size, "predicted").to(image.device)
+        drawn = render(gaussians, height, width, threads=threads)
+        score.psnr += psnr(drawn, image)
+        for result in results:
+            score.gaussians[result.stage] += len(result)
+        if number < shown:
+            pair = torch.cat([image, drawn.clamp(0, 1)], dim=2).cpu()
+            score.pictures.append(pair[:, :_GRID_SIDE].numpy())
+    return score
+
+
+def picture_grid(pictures: Sequence[np.ndarray]) -> np.ndarray:
+    """Pictures (3, H, W) below each other, black beside narrower ones."""
+    width = max(picture.shape[2] for picture in pictures)
+    padded = [np.pad(picture, ((0, 0), (0, 0), (0, width - picture.shape[2]))) for picture in pictures]
+    return np.concatenate(padded, axis=1)

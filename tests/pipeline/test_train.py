@@ -1,0 +1,212 @@
+"""Training in this process: it learns, it goes on exactly where it stopped, and it says why it cannot."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from air.errors import NonFiniteLossError
+from air.predictor.checkpoint import load_checkpoint
+from jobs.cli import main
+from jobs.shard import shard
+from jobs.train import train
+from pipeline.config import RunnerConfig
+from pipeline.errors import PlanMismatchError, TrainingError
+from pipeline.shards import ShardConfig
+from pipeline.storage import open_storage
+from pipeline.train import Feed
+from pipeline.train_config import TrainConfig, TrainerConfig
+from pipeline.training_log import read_metrics
+
+TINY: dict[str, Any] = {
+    "patch_size": 8,
+    "stages": 2,
+    "settings": {"channels": 16, "depth": 1},
+    "batch": 3,
+    "min_crop": 32,
+    "max_crop": 40,
+    "steps": 6,
+    "warmup_steps": 2,
+    "rate": 3e-3,
+    "average": 0.5,
+    "valid_images": 2,
+}
+INLINE: dict[str, Any] = {"executor": "inline", "threads": 1, "log_every": 1, "checkpoint_every": 2, "cache_mb": 10}
+
+
+@pytest.fixture(scope="module")
+def shards(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("train") / "shards"
+    runner = RunnerConfig.model_validate({"executor": "inline"})
+    shard([str(photographs)], str(folder), ShardConfig.model_validate({"max_count": 2}), runner)
+    return folder
+
+
+def run(shards: Path, out: Path, trainer: dict[str, Any] | None = None, **changes: Any) -> dict[str, float]:
+    """A tiny run in this process."""
+    config = TrainConfig.model_validate({**TINY, **changes})
+    where = TrainerConfig.model_validate({**INLINE, **(trainer or {})})
+    return train(str(shards), str(out), config, where, valid=str(shards))
+
+
+def losses(out: Path) -> list[tuple[int, float]]:
+    return [(row["step"], row["loss"]) for row in read_metrics(open_storage(out)) if "loss" in row]
+
+
+@pytest.fixture(scope="module")
+def whole_run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("whole") / "run"
+    run(shards, out)
+    return out
+
+
+def test_training_raises_the_psnr_of_validation(shards: Path, tmp_path: Path) -> None:
+    run(shards, tmp_path / "run", {"validate_every": 1, "checkpoint_every": 100}, steps=25)
+    reached = [row["valid_psnr"] for row in read_metrics(open_storage(tmp_path / "run")) if "valid_psnr" in row]
+    assert len(reached) == 25
+    assert max(reached) > reached[0] + 0.2
+    _, card = load_checkpoint(tmp_path / "run" / "best.safetensors")
+    assert card.metrics["valid_psnr"] == max(reached)
+
+
+def test_a_run_leaves_a_checkpoint_that_predicts_and_says_what_it_is(whole_run: Path) -> None:
+    network, card = load_checkpoint(whole_run / "last.safetensors")
+    assert (card.phase, card.step, card.architecture) == ("finetune", 6, "compact")
+    assert card.plan
+    image = torch.rand(3, 40, 32)
+    prediction = network.predict(image, torch.zeros_like(image), torch.ones(20, dtype=torch.bool), 1)
+    assert prediction.raw.shape == (20, 8)
+    assert [step for step, _ in losses(whole_run)] == [1, 2, 3, 4, 5, 6]
+    assert list((whole_run / "tensorboard").iterdir())
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(
+    shards: Path, whole_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = Feed.batch
+
+    class Stopped(Exception):
+        pass
+
+    def stopping(feed: Feed, step: int) -> Any:
+        if step == 5:
+            raise Stopped
+        return make(feed, step)
+
+    monkeypatch.setattr(Feed, "batch", stopping)
+    with pytest.raises(Stopped):
+        run(shards, tmp_path / "run")
+    assert [step for step, _ in losses(tmp_path / "run")][-1] == 5
+    monkeypatch.setattr(Feed, "batch", make)
+    figures = run(shards, tmp_path / "run")
+    assert (figures["step"], figures["samples"]) == (6, 18)
+    assert losses(tmp_path / "run") == losses(whole_run)
+    ours, theirs = (
+        safetensors.torch.load_file(next(folder.glob("checkpoints/*6/optimizer.safetensors")))
+        for folder in (tmp_path / "run", whole_run)
+    )
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_finished_run_is_left_alone(shards: Path, whole_run: Path) -> None:
+    before = (whole_run / "last.safetensors").stat().st_mtime_ns
+    assert run(shards, whole_run)["step"] == 6
+    assert (whole_run / "last.safetensors").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(("key", "value"), [("seed", 5), ("batch", 4), ("rate", 1e-4)])
+def test_another_plan_is_refused_with_what_differs(shards: Path, whole_run: Path, key: str, value: float) -> None:
+    with pytest.raises(PlanMismatchError, match=rf"{key}: {TINY.get(key, 0)} -> {value}"):
+        run(shards, whole_run, **{key: value})
+
+
+def test_a_state_of_another_run_is_refused_with_a_sentence(shards: Path, whole_run: Path, tmp_path: Path) -> None:
+    run(shards, tmp_path / "run", steps=2)
+    state = next(tmp_path.glob("run/checkpoints/*/state.json"))
+    state.write_text(json.dumps({**json.loads(state.read_text()), "batch": 8, "step": 1}))
+    with pytest.raises(TrainingError, match=r"cannot go on from .*: it differs \(there -> now\) in batch: 8 -> 3"):
+        run(shards, tmp_path / "run", steps=2)
+
+
+def test_a_loss_that_is_no_number_stops_and_names_the_samples(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = Feed.batch
+
+    def spoilt(feed: Feed, step: int) -> Any:
+        batch = make(feed, step)
+        if step == 3:
+            batch.images[0][0, 0, 0, 0] = float("nan")
+        return batch
+
+    monkeypatch.setattr(Feed, "batch", spoilt)
+    with pytest.raises(NonFiniteLossError, match=r"step 3, with the samples photographs\S*/\w+-\w{8}.*step-00000002"):
+        run(shards, tmp_path / "run")
+    network, _ = load_checkpoint(tmp_path / "run" / "last.safetensors")
+    assert all(bool(torch.isfinite(value).all()) for value in network.state_dict().values())
+    monkeypatch.setattr(Feed, "batch", make)
+    assert run(shards, tmp_path / "run")["step"] == 6
+
+
+def test_a_checkpoint_of_another_patch_size_is_refused(shards: Path, whole_run: Path, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"has patch size 8, the run 5: set patch_size to 8"):
+        run(shards, tmp_path / "run", **{"from": str(whole_run / "best.safetensors"), "patch_size": 5})
+
+
+def test_training_goes_on_from_a_checkpoint(shards: Path, whole_run: Path, tmp_path: Path) -> None:
+    begun = str(whole_run / "last.safetensors")
+    run(shards, tmp_path / "run", **{"from": begun, "steps": 1, "rate": 1e-9, "average": 0.0, "weight_decay": 0})
+    before, after = (safetensors.torch.load_file(file) for file in (begun, tmp_path / "run" / "last.safetensors"))
+    assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
+
+
+def test_later_stages_join_as_copies(shards: Path, tmp_path: Path) -> None:
+    run(shards, tmp_path / "run", {"log_every": 1, "validate_every": 1}, stage_starts=[0, 0.5], steps=4)
+    rows = read_metrics(open_storage(tmp_path / "run"))
+    stages = [sum(name.startswith("valid_gaussians") for name in row) for row in rows if "valid_psnr" in row]
+    assert stages == [1, 1, 2, 2]
+
+
+def test_an_image_that_cannot_be_used_is_passed_over(
+    photographs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = (photographs / "astronaut.png").read_bytes()
+    (tmp_path / "shards").mkdir()
+    with tarfile.open(tmp_path / "shards" / "foreign.tar", "w") as archive:
+        for number, data in enumerate([whole, whole, whole, whole, whole[: len(whole) // 2]]):
+            member = tarfile.TarInfo(f"{number}.png")
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    config = TrainConfig.model_validate({**TINY, "batch": 5, "steps": 2})
+    with caplog.at_level(logging.WARNING):
+        figures = train(
+            str(tmp_path / "shards"),
+            str(tmp_path / "run"),
+            config,
+            TrainerConfig.model_validate(INLINE),
+            str(photographs),
+        )
+    assert figures["samples"] == 10
+    assert sum(row.get("skipped", 0) for row in read_metrics(open_storage(tmp_path / "run"))) == 2
+    assert "truncated" in caplog.text
+
+
+def test_the_command_trains_from_a_configuration_file(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "train.yaml"
+    file.write_text(f"train: {json.dumps({**TINY, 'steps': 100})}\ntrainer: {json.dumps(INLINE)}\n")
+    options = ["--config", str(file), "--steps", "1", "--valid", str(shards)]
+    assert main(["train", str(shards), str(tmp_path / "run"), *options]) == 0
+    assert "1 steps, 3 samples" in capsys.readouterr().out
+    assert main(["train", str(shards), str(tmp_path / "other"), "--settings", "[]"]) == 2
+    assert main(["train", str(shards), str(tmp_path / "other"), "--executor", "inline", "--workers", "2"]) == 2
