@@ -30,17 +30,22 @@ PARTS = ("activate", "draw", "loss", "gather", "Adam")
 
 
 class Clock:
-    """Adds up the seconds that the thread which made it spends in each part of a step."""
+    """Adds up the seconds that the thread which made it spends in each part of a step.
 
-    def __init__(self) -> None:
+    Args:
+        timer: Tells the time in seconds.
+    """
+
+    def __init__(self, timer: Callable[[], float] = time.perf_counter) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
+        self._timer = timer
         self._thread = threading.get_ident()
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
+        start = self._timer()
         yield
-        self.seconds[name] += time.perf_counter() - start
+        self.seconds[name] += self._timer() - start
 
     def wrap(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
         """The function, timed as a part."""
@@ -48,9 +53,9 @@ class Clock:
         def timed(*arguments: Any) -> Any:
             if threading.get_ident() != self._thread:
                 return function(*arguments)
-            start = time.perf_counter()
+            start = self._timer()
             result = function(*arguments)
-            self.seconds[name] += time.perf_counter() - start
+            self.seconds[name] += self._timer() - start
             return result
 
         return timed

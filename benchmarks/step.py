@@ -12,8 +12,9 @@ size and number of threads these take turns in one run, so that other work on th
   fullstep.py does: kernels draw, gather and take the loss; torch activates and does the rest, under "Adam" here.
 - *cuda*: `air.optimize_cuda.BatchOptimizer`, a batch of one; only where there is a GPU.
 
-Times are the best of many steps, since a shared machine can only make a step slower. Every other step runs with
-clocks around its parts. The time of a step is that of the fastest without clocks; parts, their shares and "other" are
+Times are the best of many steps, since other work on a machine can only make a step slower. With one thread they are
+CPU time, which does not count waiting for a core; with more they are wall time. Every other step runs with clocks
+around its parts. The time of a step is that of the fastest without clocks; parts, their shares and "other" are
 those of the fastest with clocks, which they add up to. Clocks run in the calling thread, which takes part in all
 work: "other" is the Python between the parts, and waiting for the other threads at the end of an update.
 
@@ -30,6 +31,7 @@ import json
 import math
 import platform
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -64,14 +66,14 @@ class Timing:
     parts: dict[str, float] = field(default_factory=dict)
     steps: int = 0
 
-    def add_steps(self, backend: Backend) -> None:
+    def add_steps(self, backend: Backend, timer: Callable[[], float]) -> None:
         """Times two more steps, one of them with clocks."""
-        start = time.perf_counter()
+        start = timer()
         backend.step(None)
-        middle = time.perf_counter()
-        clock = Clock()
+        middle = timer()
+        clock = Clock(timer)
         backend.step(clock)
-        end = time.perf_counter()
+        end = timer()
         self.step = min(self.step, (middle - start) * 1e3)
         self.steps += 2
         if (end - middle) * 1e3 < self.clocked_step:
@@ -79,7 +81,9 @@ class Timing:
             self.parts = {part: clock.seconds[part] * 1e3 for part in PARTS if part in clock.seconds}
 
 
-def take_turns(backends: dict[str, Backend], speedometer: Speedometer, seconds: float) -> dict[str, Timing]:
+def take_turns(
+    backends: dict[str, Backend], speedometer: Speedometer, seconds: float, timer: Callable[[], float]
+) -> dict[str, Timing]:
     """Times backends and the machine's speeds in turns; each backend has its seconds, and two steps at least."""
     timings = {name: Timing() for name in backends}
     left = dict.fromkeys(backends, seconds)
@@ -90,7 +94,7 @@ def take_turns(backends: dict[str, Backend], speedometer: Speedometer, seconds: 
         for name, backend in backends.items():
             begin = time.perf_counter()
             while not timings[name].steps or (left[name] > 0 and time.perf_counter() < begin + SLICE_SECONDS):
-                timings[name].add_steps(backend)
+                timings[name].add_steps(backend, timer)
             left[name] -= time.perf_counter() - begin
     return timings
 
@@ -113,15 +117,17 @@ class Case:
 
 
 def measure_case(size: Size, threads: int, use_torch: bool, prototype: Path | None, seconds: float) -> Case:
-    torch.set_num_threads(threads)
     with Workers(threads) as workers:
         backends: dict[str, Backend] = {"cpu": FusedStep(size, workers)}
         if prototype is not None:
             backends["prototype"] = PrototypeStep(prototype, size, threads)
         if use_torch:
             backends["torch"] = TorchStep(size)
+        # Last, since numba's own threads, which the prototype starts, change the number for all of OpenMP.
+        torch.set_num_threads(threads)
         speedometer = Speedometer(workers, size)
-        timings = take_turns(backends, speedometer, seconds)
+        timer = time.thread_time if threads == 1 else time.perf_counter
+        timings = take_turns(backends, speedometer, seconds, timer)
         speeds = speedometer.speeds()
     floor = {part: speeds.seconds(need) * 1e3 for part, need in count_needs(size, count_support(size)).items()}
     return Case(size, threads, asdict(speeds), floor, timings)
