@@ -13,11 +13,14 @@ the weight w = exp(-q) follows a recurrence of two multiplications a row instead
 
 Errors grow with the square of the number of rows, and a weight that starts below the smallest float would stay zero,
 so a walk is cut into *runs*, each started by true exponentials: of at most MOST_RUN_ROWS rows and 7 conditional
-standard deviations, too few for a weight below exp(-86) to come back above 1/255, and never across a multiple of
-BAND_ROWS rows. The latter makes every pixel's value the same in whatever bands of that height the image is drawn.
+standard deviations, too few for a weight below 2⁻⁸⁶ to come back above 1/255. An image is drawn in bands of BAND_ROWS
+rows, at whose borders runs start afresh, so every pixel's value is the same in whatever order they are drawn.
 
-The backward pass gathers instead of scattering: it walks the same runs over the image's gradient and sums moments in
+The backward pass gathers instead of scattering: it walks such runs over the image's gradient and sums moments in
 registers, so there are no atomics and no dependence on the order of threads.
+
+Most runs are a dozen rows long. What precedes and follows those rows takes as long as they do, hence the care for it:
+lists of runs made without branches, short exponentials, and loops that LLVM leaves as they are (`opaque`).
 
 Tables are planar as `air.render.planes` lays them out. Nothing here checks its arguments.
 """
@@ -29,7 +32,7 @@ import math
 import numpy as np
 
 from air.gaussians import SUPPORT_CUTOFF
-from air.render.planes import BAND_ROWS, PAD_COLUMNS, PAD_ROWS
+from air.render.planes import PAD_COLUMNS, PAD_ROWS
 from air.render.simd import (
     LANES,
     add_lane_sums,
@@ -37,6 +40,7 @@ from air.render.simd import (
     any_positive,
     ceil,
     exp,
+    exp2_unclipped,
     floor,
     fma,
     inline,
@@ -45,6 +49,7 @@ from air.render.simd import (
     load,
     maximum,
     minimum,
+    opaque,
     splat,
     sqrt,
     store,
@@ -59,9 +64,10 @@ X, Y, SCALE_1, SCALE_2, HALF_TURNS, RED, GREEN, BLUE = range(8)
 PARAMETERS = 8
 
 # Rows of a geometry table, derived from the parameters.
-CENTRE_X, CENTRE_Y, SLOPE, ROW_PRECISION, COLUMN_PRECISION, DECAY = range(6)  # x, y, m, c, κ, 1 - exp(-c)
+CENTRE_X, CENTRE_Y, SLOPE, ROW_PRECISION, COLUMN_PRECISION, MINUS_DECAY = range(6)  # x, y, m, c, κ, exp(-c) - 1
 HALF_WIDTH, HALF_HEIGHT, LAST_ROW_DX, ROW_VARIANCE, RUN_ROWS, MARGIN = range(6, 12)
-GEOMETRY = 12
+BITS_DX, BITS_T = range(12, 14)  # w = 2 to the power (BITS_DX · dx² + BITS_T · t²)
+GEOMETRY = 14
 
 # Columns of the moment table, which is one row per Gaussian: Σ w g per channel; then sums of D = w · Σ g · colour.
 MOMENTS = 8
@@ -69,17 +75,22 @@ MOMENTS = 8
 MOST_RUN_ROWS = 32
 """Longer runs would let the rounding errors of the recurrence show."""
 
-RUN_CAPACITY = 256
-"""Runs collected before they are walked."""
+RUN_CAPACITY = 128
+"""Runs collected before they are walked: few enough that their starts stay in the first cache."""
 
-# What a run starts from: four vectors.
-START_WEIGHT, START_RATIO, START_DX, START_T = 0, LANES, 2 * LANES, 3 * LANES
-START_SIZE = 4 * LANES
+# What a run starts from: two vectors.
+START_WEIGHT, START_RATIO = 0, LANES
+START_SIZE = 2 * LANES
 
 _CUTOFF = f32(SUPPORT_CUTOFF)
 _REACH = f32(-2 * math.log(SUPPORT_CUTOFF))  # dᵀ Σ⁻¹ d on the border of the support
-_LOWEST_EXPONENT = f32(-86)  # exp of this is still a normal float
-_OUTSIDE = f32(-1e4)  # an exponent whose exp is zero
+_HALF_BITS = f32(-0.5 / math.log(2))  # exp(-½ v) is 2 to the power _HALF_BITS · v
+_LOWEST_BITS = f32(-86)
+_SMALLEST_RATIO_BITS = f32(-126)  # 2⁻¹²⁶ is the smallest normal float
+# Added to every weight, for the CPU takes a hundred cycles where it meets a subnormal number. A run multiplies it by
+# less than 2⁸⁰ (from 2⁻⁸⁶ to below 1/255), which leaves nothing to be seen.
+_SMALLEST_WEIGHT = f32(1e-36)
+_OUTSIDE = f32(-1e4)  # below _LOWEST_BITS
 _SMALLEST_SCALE, _LARGEST_SCALE = f32(1e-6), f32(1e8)  # their fourth powers are still normal floats
 ZERO, HALF, ONE, TWO, PI = f32(0), f32(0.5), f32(1), f32(2), f32(math.pi)
 
@@ -132,7 +143,9 @@ def derive_geometry(parameters, geometry, first, end):
         store(geometry, SLOPE * row + i, sigma_xy * kappa)
         store(geometry, ROW_PRECISION * row + i, c)
         store(geometry, COLUMN_PRECISION * row + i, kappa)
-        store(geometry, DECAY * row + i, decay)
+        store(geometry, MINUS_DECAY * row + i, splat(ZERO) - decay)
+        store(geometry, BITS_DX * row + i, kappa * _HALF_BITS)
+        store(geometry, BITS_T * row + i, c * _HALF_BITS)
         store(geometry, HALF_WIDTH * row + i, half_width)
         store(geometry, HALF_HEIGHT * row + i, half_height)
         store(geometry, LAST_ROW_DX * row + i, sigma_xy * _REACH / half_height)
@@ -156,11 +169,22 @@ def touches_rows(geometry, i, first_row, end_row):
 
 
 @inline
-def find_strips(geometry, i, first_row, end_row, width, counts, lefts, run_rows, firsts, lasts):
-    """The strips of Gaussians i .. i + LANES - 1 that touch the rows first_row .. end_row - 1.
+def column_range(geometry, i, width):
+    """Leftmost columns of Gaussians i .. i + LANES - 1 and their numbers of strips, zero for what is not finite."""
+    row = geometry.shape[1]
+    x = load(geometry, CENTRE_X * row + i)
+    reach = load(geometry, HALF_WIDTH * row + i) + load(geometry, MARGIN * row + i)
+    left = maximum(ceil(x - reach), ZERO)
+    right = minimum(floor(x + reach), f32(width - 1))
+    strips = where_ge(right, left, floor((right - left) * f32(1 / LANES)) + ONE, ZERO)
+    return where_ge(strips, HALF, left, ZERO), strips
 
-    Fills, for each of the LANES Gaussians: the number of strips, the leftmost column, the rows of a run; and, for
-    strip j of Gaussian i + lane, its first and last row at [j · LANES + lane].
+
+@inline
+def row_range(geometry, i, left, first_row, end_row):
+    """First and last of the rows first_row .. end_row - 1 in strips of Gaussians i .. i + LANES - 1.
+
+    The strips start at the columns `left`. Where a strip touches none of the rows, the last comes before the first.
     """
     row = geometry.shape[1]
     x = load(geometry, CENTRE_X * row + i)
@@ -168,59 +192,46 @@ def find_strips(geometry, i, first_row, end_row, width, counts, lefts, run_rows,
     slope = load(geometry, SLOPE * row + i)
     kappa = load(geometry, COLUMN_PRECISION * row + i)
     half_width = load(geometry, HALF_WIDTH * row + i)
-    half_height = load(geometry, HALF_HEIGHT * row + i)
     last_row_dx = load(geometry, LAST_ROW_DX * row + i)
     row_variance = load(geometry, ROW_VARIANCE * row + i)
     margin = load(geometry, MARGIN * row + i)
-    left = maximum(ceil(x - half_width - margin), ZERO)
-    right = minimum(floor(x + half_width + margin), f32(width - 1))
-    strips = floor((right - left) * f32(1 / LANES)) + ONE
-    # Each test gives no strips where it fails and where a number is not finite.
-    strips = where_ge(right, left, strips, ZERO)
-    strips = where_ge(y + (half_height + margin), f32(first_row), strips, ZERO)
-    strips = where_ge(f32(end_row - 1), y - (half_height + margin), strips, ZERO)
-    store_as_int(counts, 0, strips)
-    store_as_int(lefts, 0, where_ge(strips, HALF, left, ZERO))
-    store_as_int(run_rows, 0, load(geometry, RUN_ROWS * row + i))
-    most = 0
-    for lane in range(LANES):
-        most = max(most, counts[lane])
-    for j in range(most):
-        # The support's border over the columns dx is m·dx ± sqrt((reach - κ dx²)/c); each sign has one extremum, so
-        # the extreme row of a strip is at that point clamped into the strip.
-        start = left - x + f32(j * LANES)
-        stop = minimum(start + f32(LANES - 1), half_width)
-        start = maximum(start, splat(ZERO) - half_width)
-        low = minimum(maximum(last_row_dx, start), stop)
-        high = minimum(maximum(splat(ZERO) - last_row_dx, start), stop)
-        below = sqrt(maximum(splat(_REACH) - kappa * low * low, ZERO) * row_variance)
-        above = sqrt(maximum(splat(_REACH) - kappa * high * high, ZERO) * row_variance)
-        last = floor(fma(slope, low, y) + below + margin)
-        first = ceil(fma(slope, high, y) - above - margin)
-        store_as_int(lasts, j * LANES, minimum(maximum(last, f32(-1)), f32(end_row - 1)))
-        store_as_int(firsts, j * LANES, maximum(minimum(first, f32(end_row)), f32(first_row)))
+    # The support's border over the columns dx is m·dx ± sqrt((reach - κ dx²)/c); each sign has one extremum, so
+    # the extreme row of a strip is at that point clamped into the strip.
+    start = left - x
+    stop = minimum(start + f32(LANES - 1), half_width)
+    start = maximum(start, splat(ZERO) - half_width)
+    low = minimum(maximum(last_row_dx, start), stop)
+    high = minimum(maximum(splat(ZERO) - last_row_dx, start), stop)
+    below = sqrt(maximum(splat(_REACH) - kappa * low * low, ZERO) * row_variance)
+    above = sqrt(maximum(splat(_REACH) - kappa * high * high, ZERO) * row_variance)
+    last = floor(fma(slope, low, y) + below + margin)
+    first = ceil(fma(slope, high, y) - above - margin)
+    # A bound replaces what is not finite.
+    last = minimum(maximum(last, f32(-1)), f32(end_row - 1))
+    return maximum(minimum(first, f32(end_row)), f32(first_row)), last
 
 
 @inline
 def start_runs(runs, count, geometry, starts, width):
-    """Fills `starts` with (w, r, dx, t) of the first LANES pixels of each run, from true exponentials.
+    """Fills `starts` with (w, r) of the first LANES pixels of each run, from true exponentials.
+
+    Both are zero where the run never shows: too far away, or beyond the image's width.
 
     All runs at once, since this loop has no branches: started one by one, the exponentials would be thrown away
     whenever the CPU guesses the length of the preceding run wrongly.
     """
     for k in range(count):
         gaussian = runs[k, 0]
-        c = geometry[ROW_PRECISION, gaussian]
+        bits_t = geometry[BITS_T, gaussian]
         columns = lane_numbers() + f32(runs[k, 1])
         dx = columns - geometry[CENTRE_X, gaussian]
         t = fma(dx, -geometry[SLOPE, gaussian], f32(runs[k, 2]) - geometry[CENTRE_Y, gaussian])
-        exponent = fma(dx * dx, f32(-0.5) * geometry[COLUMN_PRECISION, gaussian], t * t * (f32(-0.5) * c))
-        exponent = where_ge(f32(width - 1), columns, exponent, _OUTSIDE)
-        weight = where_ge(exponent, _LOWEST_EXPONENT, exp(exponent), ZERO)
-        store(starts, k * START_SIZE + START_WEIGHT, weight)
-        store(starts, k * START_SIZE + START_RATIO, exp((t + HALF) * -c))
-        store(starts, k * START_SIZE + START_DX, dx)
-        store(starts, k * START_SIZE + START_T, t)
+        bits = fma(dx * dx, geometry[BITS_DX, gaussian], t * t * bits_t)
+        # Where the weight is above 2 to the power _LOWEST_BITS, the ratio is below 2¹²⁶.
+        ratio_bits = maximum(fma(t, TWO, ONE) * bits_t, _SMALLEST_RATIO_BITS)
+        key = where_ge(f32(width - 1), columns, bits, _OUTSIDE)
+        store(starts, k * START_SIZE + START_WEIGHT, where_ge(key, _LOWEST_BITS, exp2_unclipped(bits), ZERO))
+        store(starts, k * START_SIZE + START_RATIO, where_ge(key, _LOWEST_BITS, exp2_unclipped(ratio_bits), ZERO))
 
 
 @kernel
@@ -229,6 +240,7 @@ def draw_runs(runs, starts, count, parameters, geometry, planes, width):
     stride = planes.shape[2]
     plane = planes.shape[1] * stride
     origin = PAD_ROWS * stride + PAD_COLUMNS
+    smallest = splat(_SMALLEST_WEIGHT)
     start_runs(runs, count, geometry, starts, width)
     for k in range(count):
         gaussian = runs[k, 0]
@@ -237,16 +249,17 @@ def draw_runs(runs, starts, count, parameters, geometry, planes, width):
         red = splat(parameters[RED, gaussian])
         green = splat(parameters[GREEN, gaussian])
         blue = splat(parameters[BLUE, gaussian])
-        minus_decay = splat(-geometry[DECAY, gaussian])
+        minus_decay = splat(geometry[MINUS_DECAY, gaussian])
         pixel = origin + runs[k, 2] * stride + runs[k, 1]
-        for _ in range(runs[k, 3]):
+        end = pixel + runs[k, 3] * stride
+        while pixel != end:
             visible = where_ge(weight, _CUTOFF, weight, ZERO)
             store(planes, pixel, fma(visible, red, load(planes, pixel)))
             store(planes, pixel + plane, fma(visible, green, load(planes, pixel + plane)))
             store(planes, pixel + 2 * plane, fma(visible, blue, load(planes, pixel + 2 * plane)))
-            weight = weight * ratio
+            weight = fma(weight, ratio, smallest)
             ratio = fma(ratio, minus_decay, ratio)
-            pixel += stride
+            pixel = opaque(pixel + stride)
 
 
 @kernel
@@ -255,24 +268,26 @@ def gather_runs(runs, starts, count, parameters, geometry, planes, moments, widt
     stride = planes.shape[2]
     plane = planes.shape[1] * stride
     origin = PAD_ROWS * stride + PAD_COLUMNS
+    smallest = splat(_SMALLEST_WEIGHT)
     start_runs(runs, count, geometry, starts, width)
     for k in range(count):
         gaussian = runs[k, 0]
         weight = load(starts, k * START_SIZE + START_WEIGHT)
         ratio = load(starts, k * START_SIZE + START_RATIO)
-        dx = load(starts, k * START_SIZE + START_DX)
-        t = load(starts, k * START_SIZE + START_T)
         red = splat(parameters[RED, gaussian])
         green = splat(parameters[GREEN, gaussian])
         blue = splat(parameters[BLUE, gaussian])
-        minus_decay = splat(-geometry[DECAY, gaussian])
+        minus_decay = splat(geometry[MINUS_DECAY, gaussian])
         pixel = origin + runs[k, 2] * stride + runs[k, 1]
+        end = pixel + runs[k, 3] * stride
         sum_red = splat(ZERO)
         sum_green = splat(ZERO)
         sum_blue = splat(ZERO)
         sum_t = splat(ZERO)
         sum_tt = splat(ZERO)
-        for _ in range(runs[k, 3]):
+        dx = lane_numbers() + f32(runs[k, 1]) - geometry[CENTRE_X, gaussian]
+        t = fma(dx, -geometry[SLOPE, gaussian], f32(runs[k, 2]) - geometry[CENTRE_Y, gaussian])
+        while pixel != end:
             visible = where_ge(weight, _CUTOFF, weight, ZERO)
             grad_red = load(planes, pixel)
             grad_green = load(planes, pixel + plane)
@@ -284,11 +299,12 @@ def gather_runs(runs, starts, count, parameters, geometry, planes, moments, widt
             dt = visible * t * along
             sum_t = sum_t + dt
             sum_tt = fma(dt, t, sum_tt)
-            weight = weight * ratio
+            weight = fma(weight, ratio, smallest)
             ratio = fma(ratio, minus_decay, ratio)
             t = t + ONE
-            pixel += stride
-        sum_dx = fma(sum_blue, blue, fma(sum_green, green, sum_red * red)) * dx
+            pixel = opaque(pixel + stride)
+        sum_d = fma(sum_blue, blue, fma(sum_green, green, sum_red * red))
+        sum_dx = sum_d * dx
         add_lane_sums(
             moments, MOMENTS * gaussian, sum_red, sum_green, sum_blue, sum_dx, sum_t, sum_dx * dx, sum_t * dx, sum_tt
         )
@@ -298,18 +314,16 @@ def gather_runs(runs, starts, count, parameters, geometry, planes, moments, widt
 def sweep(parameters, geometry, planes, moments, width, first, end, first_row, end_row, gather):
     """Draws Gaussians first .. end - 1 into rows first_row .. end_row - 1, or gathers their moments from them.
 
-    Drawing (`gather` false) adds to `planes`; first_row must be a multiple of BAND_ROWS, and so must end_row
-    unless it is the height. Gathering reads the image gradient from `planes` and overwrites the `moments` of these
+    Drawing (`gather` false) adds to `planes`; the rows must be one band, from a multiple of BAND_ROWS to the next or
+    to the height. Gathering reads the image gradient from `planes` and overwrites the `moments` of these
     Gaussians. `first` and `end` are multiples of LANES.
     """
+    padded = geometry.shape[1]
+    columns = np.empty(LANES, np.int32)
+    firsts = np.empty(LANES, np.int32)
     counts = np.empty(LANES, np.int32)
-    lefts = np.empty(LANES, np.int32)
-    run_rows = np.empty(LANES, np.int32)
-    most_strips = width // LANES + 2
-    firsts = np.empty(most_strips * LANES, np.int32)
-    lasts = np.empty(most_strips * LANES, np.int32)
-    runs = np.empty((RUN_CAPACITY, 4), np.int32)
-    starts = aligned_scratch(RUN_CAPACITY * START_SIZE)
+    runs = np.empty((RUN_CAPACITY + LANES, 4), np.uint32)
+    starts = aligned_scratch((RUN_CAPACITY + LANES) * START_SIZE)
     pending = 0
     if gather:
         moments[first:end] = ZERO
@@ -317,25 +331,33 @@ def sweep(parameters, geometry, planes, moments, width, first, end, first_row, e
         # Neighbours in the table mostly are in the image: a band skips most of the others' Gaussians here.
         if not touches_rows(geometry, i, first_row, end_row):
             continue
-        find_strips(geometry, i, first_row, end_row, width, counts, lefts, run_rows, firsts, lasts)
-        for lane in range(LANES):
-            for j in range(counts[lane]):
-                row = firsts[j * LANES + lane]
-                last = lasts[j * LANES + lane]
-                while row <= last:
-                    stop = min(last, row + run_rows[lane] - 1, row | (BAND_ROWS - 1))
+        most_rows = load(geometry, RUN_ROWS * padded + i)
+        left, strips = column_range(geometry, i, width)
+        while any_positive(strips):
+            row, last = row_range(geometry, i, left, first_row, end_row)
+            rows = where_ge(strips, HALF, last - row + ONE, ZERO)
+            while any_positive(rows):
+                run_rows = maximum(minimum(most_rows, rows), ZERO)
+                store_as_int(columns, 0, left)
+                store_as_int(firsts, 0, row)
+                store_as_int(counts, 0, run_rows)
+                # Every lane is written, and the next overwrites those without rows: no branch to guess wrongly.
+                for lane in range(LANES):
                     runs[pending, 0] = i + lane
-                    runs[pending, 1] = lefts[lane] + j * LANES
-                    runs[pending, 2] = row
-                    runs[pending, 3] = stop - row + 1
-                    pending += 1
-                    row = stop + 1
-                    if pending == RUN_CAPACITY:
-                        if gather:
-                            gather_runs(runs, starts, pending, parameters, geometry, planes, moments, width)
-                        else:
-                            draw_runs(runs, starts, pending, parameters, geometry, planes, width)
-                        pending = 0
+                    runs[pending, 1] = columns[lane]
+                    runs[pending, 2] = firsts[lane]
+                    runs[pending, 3] = counts[lane]
+                    pending += counts[lane] > 0
+                if pending >= RUN_CAPACITY:
+                    if gather:
+                        gather_runs(runs, starts, pending, parameters, geometry, planes, moments, width)
+                    else:
+                        draw_runs(runs, starts, pending, parameters, geometry, planes, width)
+                    pending = 0
+                row = row + run_rows
+                rows = rows - run_rows
+            left = left + f32(LANES)
+            strips = strips - ONE
     if gather:
         gather_runs(runs, starts, pending, parameters, geometry, planes, moments, width)
     else:

@@ -94,6 +94,17 @@ def intrinsic(function: Callable[..., Any]) -> Any:
     return numba_intrinsic(function)
 
 
+# Of 2ᶠ on |f| <= ½, the highest power first: relative error 2e-9, before rounding. The last is exactly one.
+_EXP2_POLYNOMIAL = (
+    1.5345810970757157e-4,
+    1.3399930903688073e-3,
+    9.618489071726799e-3,
+    5.550328642129898e-2,
+    2.4022646248340607e-1,
+    6.931471824645996e-1,
+    1.0,
+)
+
 _FLOAT = ir.FloatType()
 _INT = ir.IntType(32)
 _FLOATS = ir.VectorType(_FLOAT, LANES)
@@ -280,7 +291,8 @@ def exp(typing_context, x):
         # x = n·ln 2 + f. Adding 1.5·2²³ leaves no bits for a fraction, so it rounds to the integer n. ln 2 is
         # subtracted in two parts, the first of which has few enough bits to make n times it exact.
         rounder = constant_vector(12582912.0)
-        n = builder.fsub(multiply_add(x_value, constant_vector(1.44269504088896), rounder), rounder)
+        rounded = multiply_add(x_value, constant_vector(1.44269504088896), rounder)
+        n = builder.fsub(rounded, rounder)
         f = multiply_add(n, constant_vector(-0.693359375), x_value)
         f = multiply_add(n, constant_vector(2.12194440e-4), f)
         # exp(f) on |f| <= ln(2)/2: the polynomial of the Cephes library.
@@ -288,10 +300,27 @@ def exp(typing_context, x):
         for coefficient in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
             polynomial = multiply_add(polynomial, f, constant_vector(coefficient))
         fraction = builder.fadd(multiply_add(builder.fmul(polynomial, f), f, f), constant_vector(1.0))
-        # 2ⁿ from its bits: n + 127 in the exponent field.
-        exponent = builder.add(builder.fptosi(n, _INTS), _int_constant(127))
-        power = builder.bitcast(builder.shl(exponent, _int_constant(23)), _FLOATS)
-        return builder.fmul(fraction, power)
+        # Times 2ⁿ: the last bits of rounder + n are those of n, and are added to the fraction's exponent field.
+        power = builder.shl(builder.bitcast(rounded, _INTS), _int_constant(23))
+        return builder.bitcast(builder.add(builder.bitcast(fraction, _INTS), power), _FLOATS)
+
+    return vector(x), generate
+
+
+@intrinsic
+def exp2_unclipped(typing_context, x):
+    """Two to the power x, to about 1e-7 relative, for x within ±126; any number at all for other x."""
+
+    def generate(context, builder, signature, values):
+        # x = n + f with |f| <= ½, by adding a number that leaves no bits for a fraction; see `exp`.
+        rounder = constant_vector(12582912.0)
+        rounded = builder.fadd(values[0], rounder)
+        f = builder.fsub(values[0], builder.fsub(rounded, rounder))
+        polynomial = constant_vector(_EXP2_POLYNOMIAL[0])
+        for coefficient in _EXP2_POLYNOMIAL[1:]:
+            polynomial = call_vector_function(builder, "fmuladd", polynomial, f, constant_vector(coefficient))
+        power = builder.shl(builder.bitcast(rounded, _INTS), _int_constant(23))
+        return builder.bitcast(builder.add(builder.bitcast(polynomial, _INTS), power), _FLOATS)
 
     return vector(x), generate
 
@@ -335,6 +364,21 @@ def store_as_int(typing_context, array, offset, x):
         return context.get_dummy_value()
 
     return types.none(array, offset, x), generate
+
+
+@intrinsic
+def opaque(typing_context, number):
+    """The same integer, of which LLVM knows nothing.
+
+    A loop whose counter has passed through here is compiled as it is written. LLVM would otherwise unroll it and give
+    every address its own counter, which suits long loops: a dozen rows are over before those counters are set up.
+    """
+
+    def generate(context, builder, signature, values):
+        integer = values[0].type
+        return builder.asm(ir.FunctionType(integer, [integer]), "", "=r,0", values, side_effect=False)
+
+    return number(number), generate
 
 
 @inline
@@ -383,20 +427,20 @@ def add_lane_sums(typing_context, array, offset, x0, x1, x2, x3, x4, x5, x6, x7)
 
     def generate(context, builder, signature, values):
         vectors = list(values[2:])
-        if LANES == 16:
-            vectors = [
-                builder.fadd(shuffle(builder, x, x, range(8)), shuffle(builder, x, x, range(8, 16))) for x in vectors
-            ]
         # Each round adds neighbouring blocks of `width` lanes of two vectors into one vector, halving their number.
         width = 1
         while len(vectors) > 1:
-            even = [i if not (i // width) & 1 else 8 + i - width for i in range(8)]
-            odd = [i + width if not (i // width) & 1 else 8 + i for i in range(8)]
+            even = [i if not (i // width) & 1 else LANES + i - width for i in range(LANES)]
+            odd = [i + width if not (i // width) & 1 else LANES + i for i in range(LANES)]
             vectors = [
                 builder.fadd(shuffle(builder, a, b, even), shuffle(builder, a, b, odd))
                 for a, b in zip(vectors[0::2], vectors[1::2], strict=True)
             ]
             width *= 2
+        if LANES == 16:
+            low = shuffle(builder, vectors[0], vectors[0], range(8))
+            high = shuffle(builder, vectors[0], vectors[0], range(8, 16))
+            vectors = [builder.fadd(low, high)]
         eight = ir.VectorType(_FLOAT, 8)
         address = address_of(context, builder, signature.args[0], values[0], values[1], signature.args[1], eight)
         builder.store(builder.fadd(builder.load(address, align=4), vectors[0]), address, align=4)
