@@ -19,6 +19,9 @@ from air.render.threads import Workers
 from air.stages import StageControl, active_patches
 from pipeline.config import Config
 
+_SMALLEST_MSE = 1e-5
+"""50 dB: what is better need not be made better still."""
+
 
 class LossConfig(Config):
     """What is asked of the network."""
@@ -26,8 +29,13 @@ class LossConfig(Config):
     stage_weights: tuple[float, ...] = Field(
         (1.0,), description="weight of each stage's loss; the last one holds for all further"
     )
-    mse_weight: float = Field(
-        0.0, ge=0, le=1e6, description="weight of the mean squared error beside 0.7 L1 + 0.3 (1 - SSIM)"
+    photometric_weight: float = Field(1.0, ge=0, le=1e6, description="weight of 0.7 L1 + 0.3 (1 - SSIM)")
+    mse_weight: float = Field(0.0, ge=0, le=1e6, description="weight of the mean squared error")
+    psnr_weight: float = Field(
+        0.0, ge=0, le=1e6, description="weight of -PSNR / 10, with which every image counts alike, easy or hard"
+    )
+    proposal_weight: float = Field(
+        0.3, ge=0, le=1e6, description="weight of what a network passes through on its way to a stage's result"
     )
     max_patch_mse: float = Field(10**-3.5, ge=0, le=10, description="a patch with a larger mean squared error is bad")
     max_patch_dssim: float = Field(0.05, ge=0, le=2, description="a patch with a larger 1 - SSIM is bad")
@@ -62,13 +70,13 @@ class BatchLosses:
     gaussians: list[int] = field(default_factory=list)
 
 
-def predict_stage(
+def propose(
     network: PredictorNetwork, images: Tensor, canvas: Tensor, active: Tensor, stage: int, precision: str
-) -> Tensor:
-    """Raw Gaussians (B, patches, 8) in float32; only the network itself runs in another precision."""
+) -> list[Tensor]:
+    """Raw Gaussians (B, patches, 8) in float32, the last ones the stage's; only the network may be less precise."""
     with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-        raw = network(images, canvas.detach(), active, stage)
-    return raw.float()
+        proposals = network.proposals(images, canvas.detach(), active, stage)
+    return [raw.float() for raw in proposals]
 
 
 def active_batch(canvas: Tensor, images: Tensor, patch_size: int, control: StageControl) -> Tensor:
@@ -111,20 +119,34 @@ def finetune_losses(
     canvas = torch.zeros_like(images)
     total = torch.zeros(len(images), device=images.device)
     counts = []
-    losses = torch.zeros_like(total)
     for stage in range(stages):
         active = active_batch(canvas, images, network.patch_size, control)
         counts.append(int(active.sum()))
+        drawn = [canvas]
         if counts[-1]:
-            raw = predict_stage(network, images, canvas, active, stage, precision)
-            gaussians = activate_batch(raw, active, height, width, network.patch_size)
-            canvas = canvas + render_batch(gaussians, active.sum(dim=1).tolist(), height, width, workers)
-        if counts[-1] or stage == 0:
-            losses = judge(canvas)
-            if config.mse_weight:
-                losses = losses + config.mse_weight * (canvas - images).square().mean(dim=(1, 2, 3))
+            proposals = propose(network, images, canvas, active, stage, precision)
+            per_image = active.sum(dim=1).tolist()
+            tables = [activate_batch(raw, active, height, width, network.patch_size) for raw in proposals]
+            drawn = [canvas + render_batch(table, per_image, height, width, workers) for table in tables]
+        canvas = drawn[-1]
+        losses = _judge(canvas, images, judge, config)
+        for passed in drawn[:-1]:
+            losses = losses + config.proposal_weight * _judge(passed, images, judge, config)
         total = total + config.stage_weight(stage) * losses
     return BatchLosses(total, squared_errors(canvas, images), counts)
+
+
+def _judge(drawn: Tensor, images: Tensor, photometric: BatchLoss, config: LossConfig) -> Tensor:
+    """The loss of each image, shape (B,)."""
+    losses = torch.zeros(len(images), device=images.device)
+    if config.photometric_weight:
+        losses = losses + config.photometric_weight * photometric(drawn)
+    if config.mse_weight or config.psnr_weight:
+        squared = (drawn - images).square().mean(dim=(1, 2, 3))
+        losses = losses + config.mse_weight * squared
+        if config.psnr_weight:
+            losses = losses + config.psnr_weight * torch.log10(squared + _SMALLEST_MSE)
+    return losses
 
 
 def squared_errors(canvas: Tensor, images: Tensor) -> Tensor:

@@ -1,7 +1,15 @@
 """The compact predictor: a small convolutional network on the patch grid that corrects the closed-form start.
 
-It looks at the pixels of every patch (image, residual) and at the start's raw numbers, and predicts what to add to
-them. All stages share the trunk; an embedding tells them apart.
+In every stage:
+
+- The start is the grid's (`air.predictor.GridPredictor`): least-squares colours, later narrow Gaussians at the largest
+  residual.
+- A pass draws what there is and looks at it: the pixels of every patch (image, what earlier stages leave, what the
+  proposal leaves), the raw numbers, and the step that each would take by itself (`air.predictor.feedback`). A
+  convolutional trunk on the patch grid predicts what to add to the raw numbers.
+- The next pass does the same to the result.
+
+All stages and passes share the trunk; each has its own embedding at the trunk's entry and its own last layer.
 """
 
 from __future__ import annotations
@@ -14,11 +22,16 @@ from torch import Tensor, nn
 
 from air.gaussians import RAW_CHANNELS, grid_shape
 from air.predictor import GridPredictor
+from air.predictor.feedback import feedback
 from air.predictor.network import PredictorNetwork
+
+_PIXEL_CHANNELS = 9
+_RESIDUAL_GAIN = 2.0
+"""Residuals are small beside an image; the proposal's are smaller again."""
 
 
 class _Block(nn.Module):
-    """A residual block: depthwise 5 x 5, norm, two pointwise layers; starts as the identity."""
+    """A residual block: depthwise 5 x 5, norm, two pointwise layers; starts as the identity. Channels come last."""
 
     def __init__(self, channels: int, expansion: int) -> None:
         super().__init__()
@@ -30,9 +43,17 @@ class _Block(nn.Module):
         nn.init.zeros_(self.narrow.bias)
 
     def forward(self, features: Tensor) -> Tensor:
-        """(B, C, rows, columns) to the same."""
-        mixed = self.mix(features).permute(0, 2, 3, 1)
-        return features + self.narrow(F.gelu(self.widen(self.norm(mixed)))).permute(0, 3, 1, 2)
+        """(B, rows, columns, C) to the same."""
+        mixed = self.mix(features.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return features + self.narrow(F.gelu(self.widen(self.norm(mixed)), approximate="tanh"))
+
+
+def _small_head(channels: int) -> nn.Linear:
+    """A last layer that begins next to zero, so that a fresh network gives the start."""
+    head = nn.Linear(channels, RAW_CHANNELS)
+    nn.init.normal_(head.weight, std=1e-3)
+    nn.init.zeros_(head.bias)
+    return head
 
 
 class CompactPredictor(PredictorNetwork):
@@ -44,12 +65,23 @@ class CompactPredictor(PredictorNetwork):
         channels: Width of the trunk.
         depth: Blocks of the trunk.
         expansion: Hidden width of a block, in channels.
+        passes: How often a stage looks at its proposal and corrects it.
+
+    Raises:
+        ValueError: A setting is below 1.
     """
 
     architecture = "compact"
 
     def __init__(
-        self, *, patch_size: int, num_stages: int = 4, channels: int = 96, depth: int = 6, expansion: int = 3
+        self,
+        *,
+        patch_size: int,
+        num_stages: int = 4,
+        channels: int = 64,
+        depth: int = 4,
+        expansion: int = 3,
+        passes: int = 2,
     ) -> None:
         settings: dict[str, Any] = {
             "patch_size": patch_size,
@@ -57,31 +89,52 @@ class CompactPredictor(PredictorNetwork):
             "channels": channels,
             "depth": depth,
             "expansion": expansion,
+            "passes": passes,
         }
+        for name, value in settings.items():
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a whole number, at least 1, got {value!r}")
         super().__init__(**settings)
+        self.passes = passes
         self._grid = GridPredictor(patch_size)
-        self.stem = nn.Conv2d(6, channels, 3 * patch_size, stride=patch_size, padding=patch_size)
-        self.start = nn.Linear(RAW_CHANNELS, channels)
-        self.stages = nn.Embedding(num_stages, channels)
+        self.stem = nn.Conv2d(_PIXEL_CHANNELS, channels, patch_size, stride=patch_size)
+        self.numbers = nn.Linear(2 * RAW_CHANNELS + 1, channels)
+        self.embedding = nn.Parameter(torch.zeros(num_stages, passes, channels))
         self.trunk = nn.Sequential(*(_Block(channels, expansion) for _ in range(depth)))
         self.norm = nn.LayerNorm(channels)
-        self.head = nn.Linear(channels, RAW_CHANNELS)
-        nn.init.normal_(self.head.weight, std=1e-3)
-        nn.init.zeros_(self.head.bias)
+        self.heads = nn.ModuleList([_small_head(channels) for _ in range(num_stages * passes)])
+
+    def proposals(self, image: Tensor, canvas: Tensor, active: Tensor, stage: int) -> list[Tensor]:
+        """As `PredictorNetwork`: the raw Gaussians after every pass."""
+        _, _, height, width = image.shape
+        rows, columns = grid_shape(height, width, self.patch_size)
+        inputs = zip(image, canvas, active, strict=True)
+        raw = torch.stack([self._grid.predict(*each, stage).raw for each in inputs])
+        proposals = []
+        for number in range(self.passes):
+            # Each pass answers for its own step: what it is given carries no gradient to the one before.
+            given = raw.detach()
+            residual, steps = feedback(given, image, canvas, active, self.patch_size)
+            missing = (image - canvas) * (_RESIDUAL_GAIN if stage else 1.0)
+            pixels = torch.cat([image - 0.5, missing, residual * _RESIDUAL_GAIN**2], dim=1)
+            padding = (0, columns * self.patch_size - width, 0, rows * self.patch_size - height)
+            features = self.stem(F.pad(pixels, padding, mode="replicate")).permute(0, 2, 3, 1)
+            numbers = self.numbers(torch.cat([given, steps, active[..., None].to(steps)], dim=2))
+            numbers = (numbers + self.embedding[stage, number]).reshape(features.shape)
+            features = self.norm(self.trunk(features + numbers))
+            correction = self.heads[stage * self.passes + number](features).flatten(1, 2)
+            raw = given + correction.float()
+            proposals.append(raw)
+        return proposals
 
     def forward(self, image: Tensor, canvas: Tensor, active: Tensor, stage: int) -> Tensor:
         """As `PredictorNetwork`."""
-        batch, _, height, width = image.shape
-        rows, columns = grid_shape(height, width, self.patch_size)
-        start = torch.stack([self._grid.predict(*each, stage).raw for each in zip(image, canvas, active, strict=True)])
-        pixels = torch.cat([image - 0.5, image - canvas], dim=1)
-        padding = (0, columns * self.patch_size - width, 0, rows * self.patch_size - height)
-        features = self.stem(F.pad(pixels, padding, mode="replicate"))
-        given = self.start(start) + self.stages.weight[stage]
-        features = self.trunk(features + given.reshape(batch, rows, columns, -1).permute(0, 3, 1, 2))
-        return start + self.head(self.norm(features.permute(0, 2, 3, 1))).flatten(1, 2)
+        return self.proposals(image, canvas, active, stage)[-1]
 
     def start_stage(self, stage: int) -> None:
-        """Copies the embedding of the stage before."""
+        """Copies what is the stage's own from the stage before."""
         with torch.no_grad():
-            self.stages.weight[stage] = self.stages.weight[stage - 1]
+            self.embedding[stage] = self.embedding[stage - 1]
+        for number in range(self.passes):
+            before = self.heads[(stage - 1) * self.passes + number]
+            self.heads[stage * self.passes + number].load_state_dict(before.state_dict())

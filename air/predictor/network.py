@@ -46,6 +46,13 @@ class PredictorNetwork(nn.Module):
         """
         raise NotImplementedError
 
+    def proposals(self, image: Tensor, canvas: Tensor, active: Tensor, stage: int) -> list[Tensor]:
+        """What the network passes through on its way to `forward`'s result, which is the last: training judges each.
+
+        Arguments and shapes as `forward`. A network that works in one go has one.
+        """
+        return [self(image, canvas, active, stage)]
+
     def start_stage(self, stage: int) -> None:
         """Prepares a stage that was not trained yet: it starts as a copy of the one before it."""
         raise NotImplementedError
