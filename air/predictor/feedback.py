@@ -56,12 +56,12 @@ def feedback(raw: Tensor, image: Tensor, canvas: Tensor, active: Tensor, patch_s
     steps = torch.zeros_like(raw, dtype=torch.float32)
     if drawn.grad is not None:
         with torch.no_grad():
-            area, curvature = _curvature(drawn, patch_size)
-            steps[index, patch] = torch.asinh(_GAIN * -drawn.grad / (curvature + _RIDGE * area))
+            area, bend = curvature(drawn, patch_size)
+            steps[index, patch] = torch.asinh(_GAIN * -drawn.grad / (bend + _RIDGE * area))
     return residual, steps
 
 
-def _curvature(raw: Tensor, patch_size: int) -> tuple[Tensor, Tensor]:
+def curvature(raw: Tensor, patch_size: int) -> tuple[Tensor, Tensor]:
     """The area pi s1 s2 of each Gaussian, shape (N, 1), and the curvatures h, shape (N, 8)."""
     offset, share, turn, colour = (
         torch.tanh(raw[:, 0:2]),

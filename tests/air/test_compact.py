@@ -1,0 +1,128 @@
+"""The compact predictor: it starts as the grid, its feedback is a Gauss-Newton step, its parts learn."""
+
+import pytest
+import torch
+
+from air.gaussians import activate, anchors
+from air.grid import grid_initialization
+from air.predictor import GridPredictor
+from air.predictor.checkpoint import load_checkpoint, save_checkpoint
+from air.predictor.feedback import curvature, feedback
+from air.predictor.network import build
+from air.render import render
+
+SETTINGS = {"patch_size": 5, "num_stages": 2, "channels": 16, "depth": 1, "passes": 2}
+
+
+@pytest.fixture
+def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Image, canvas, active for a batch of two images whose sizes are no whole patches."""
+    generator = torch.Generator().manual_seed(3)
+    image = torch.rand(2, 3, 23, 32, generator=generator)
+    return image, torch.zeros_like(image), torch.rand(2, 5 * 7, generator=generator) < 0.7
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_with_a_head_of_zeros_it_is_the_grid(stage: int, inputs) -> None:
+    image, canvas, active = inputs
+    network = build("compact", SETTINGS)
+    for head in network.heads:
+        torch.nn.init.zeros_(head.weight)
+    predicted = network.predict(image[0], canvas[0], active[0], stage)
+    start = GridPredictor(5).predict(image[0], canvas[0], active[0], stage)
+    assert torch.equal(predicted.raw, start.raw)
+    assert torch.equal(predicted.anchor, start.anchor)
+
+
+def test_a_batch_gives_what_its_images_give(inputs) -> None:
+    network = build("compact", SETTINGS).eval()
+    with torch.no_grad():
+        together = network(*inputs, 1)
+        for index in range(2):
+            alone = network(*(each[index : index + 1] for each in inputs), 1)[0]
+            torch.testing.assert_close(together[index], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_every_parameter_learns_and_each_pass_answers_for_itself(inputs) -> None:
+    network = build("compact", SETTINGS)
+    torch.nn.init.normal_(network.heads[0].weight)
+    loss = sum(proposal.sum() for stage in range(2) for proposal in network.proposals(*inputs, stage))
+    loss.backward()
+    without = {name for name, parameter in network.named_parameters() if parameter.grad is None}
+    assert not without
+    network.zero_grad()
+    network.proposals(*inputs, 0)[1].sum().backward()
+    assert network.heads[0].weight.grad is None, "the second pass's loss must not reach the first pass"
+
+
+def test_feedback_is_the_residual_and_a_step_that_helps(inputs) -> None:
+    image, canvas, _ = inputs
+    active = torch.ones(2, 35, dtype=torch.bool)
+    raw = torch.stack([grid_initialization(each, 5) for each in image]) * 0.8
+    residual, steps = feedback(raw, image, canvas, active, 5)
+    anchor = anchors(23, 32, 5)
+    drawn = torch.stack([render(activate(each, anchor, 5), 23, 32, backend="reference") for each in raw])
+    torch.testing.assert_close(residual, image - drawn, atol=1e-4, rtol=0)
+    moved = raw + 0.1 * steps / 3
+    after = torch.stack([render(activate(each, anchor, 5), 23, 32) for each in moved])
+    assert (image - after).square().mean() < residual.square().mean()
+
+
+def test_feedback_of_no_active_patch_is_nothing(inputs) -> None:
+    image, canvas, active = inputs
+    residual, steps = feedback(torch.zeros(2, 35, 8), image, canvas, torch.zeros_like(active), 5)
+    assert torch.equal(residual, image)
+    assert not steps.any()
+
+
+def test_curvature_is_that_of_a_gaussian_alone_on_a_plane() -> None:
+    raw = torch.tensor([[0.1, -0.2, 0.3, -0.4, 0.05, 0.6, -0.3, 0.2]], dtype=torch.float64)
+    anchor = torch.tensor([[40.0, 40.0]], dtype=torch.float64)
+
+    def draw(values: torch.Tensor) -> torch.Tensor:
+        # The cut of the support has no part in the integrals, so this draws without one.
+        gaussians = activate(values, anchor, 8)
+        a, b, c = gaussians.conic()[0]
+        y, x = torch.meshgrid(torch.arange(81.0).double(), torch.arange(81.0).double(), indexing="ij")
+        x, y = x - gaussians.xy[0, 0], y - gaussians.xy[0, 1]
+        weight = torch.exp(-0.5 * (a * x * x + 2 * b * x * y + c * y * y))
+        return gaussians.colour[0][:, None, None] * weight
+
+    jacobian = torch.autograd.functional.jacobian(draw, raw).reshape(-1, 8)
+    measured = jacobian.square().sum(dim=0)
+    area, bend = curvature(raw, 8)
+    scale = activate(raw, anchor, 8).scale[0]
+    assert area.item() == pytest.approx(torch.pi * scale.prod().item())
+    torch.testing.assert_close(bend[0, 2:], measured[2:], rtol=1e-3, atol=0)
+    # The centre's formula holds along the Gaussian's own axes; in x and y the sum of both is the same.
+    torch.testing.assert_close(
+        (bend[0, 0:2] / (1 - torch.tanh(raw[0, 0:2]).square()).square()).sum(),
+        (measured[0:2] / (1 - torch.tanh(raw[0, 0:2]).square()).square()).sum(),
+        rtol=1e-3,
+        atol=0,
+    )
+
+
+def test_a_new_stage_starts_as_a_copy(inputs) -> None:
+    network = build("compact", SETTINGS)
+    torch.nn.init.normal_(network.embedding)
+    network.start_stage(1)
+    assert torch.equal(network.embedding[0], network.embedding[1])
+    for number in range(2):
+        assert torch.equal(network.heads[number].weight, network.heads[2 + number].weight)
+
+
+def test_a_checkpoint_gives_the_same_network(tmp_path, inputs) -> None:
+    network = build("compact", SETTINGS).eval()
+    save_checkpoint(tmp_path / "one.safetensors", network, phase="finetune", step=7)
+    loaded, card = load_checkpoint(tmp_path / "one.safetensors")
+    assert (card.phase, card.step, card.settings["passes"]) == ("finetune", 7, 2)
+    image, canvas, active = (each[0] for each in inputs)
+    assert torch.equal(loaded.predict(image, canvas, active, 0).raw, network.predict(image, canvas, active, 0).raw)
+
+
+def test_settings_out_of_bounds_are_named() -> None:
+    with pytest.raises(ValueError, match="depth must be a whole number, at least 1, got 0"):
+        build("compact", {"patch_size": 7, "depth": 0})
+    with pytest.raises(ValueError, match="colour"):
+        build("compact", {"patch_size": 7, "colour": 1})
