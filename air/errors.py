@@ -28,3 +28,7 @@ class BackendUnavailableError(AirError, RuntimeError):
 
 class CheckpointError(AirError):
     """A predictor's checkpoint is missing, damaged or of another kind."""
+
+
+class MissingExtraError(AirError, ImportError):
+    """A package that only some features need is not installed; the message names the extra that brings it."""

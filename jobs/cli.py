@@ -17,6 +17,7 @@ COMMANDS = {
     "distill": "shards -> distillation targets in Parquet",
     "train": "targets or shards -> a predictor's checkpoint",
     "fit": "one image -> Gaussians, with progress and a picture",
+    "import-checkpoint": "the authors' checkpoint -> weights and card of this project",
     "stats": "summary of targets, or your own SQL over them",
     "status": "how far a job is",
     "verify": "recount and rechecksum everything a job committed",
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_USAGE
     logging.basicConfig(format="%(message)s", level=level)
     try:
-        return import_module(f"jobs.{command}").main(rest)
+        return import_module(f"jobs.{command.replace('-', '_')}").main(rest)
     except SystemExit as stop:  # argparse: --help, or a wrong option that it has explained
         return int(stop.code or EXIT_DONE)
     except ConfigError as error:

@@ -78,7 +78,7 @@ def load_checkpoint(path: str | Path) -> tuple[PredictorNetwork, Card]:
     path = _checked(path)
     card = read_card(path)
     try:
-        network = build(card.architecture, card.settings)
+        network = build(card.architecture, card.settings, empty=True)
         state = safetensors.torch.load_file(path)
     except (ValueError, OSError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"{path}: cannot be loaded: {error}") from None

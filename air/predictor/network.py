@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -15,13 +16,15 @@ _DECAYING = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
 
 
 class PredictorNetwork(nn.Module):
-    """Base of the networks. A subclass implements `forward` and `start_stage`.
+    """Base of the networks. A subclass implements `forward` and `start_stage`; all its tensors are in its state dict.
 
     Attributes:
         architecture: Its name in `ARCHITECTURES`.
         patch_size: Pixels between anchors.
         num_stages: How many stages it can predict; a stage beyond them is an error.
         settings: The keyword arguments that build it again, plain JSON values.
+        gradient_checkpointing: Whether training recomputes activations in the backward pass instead of keeping them,
+            where the architecture can: less memory, more time, the same gradients. Off in a new network.
     """
 
     architecture: ClassVar[str]
@@ -31,6 +34,7 @@ class PredictorNetwork(nn.Module):
         self.settings = settings
         self.patch_size: int = settings["patch_size"]
         self.num_stages: int = settings["num_stages"]
+        self.gradient_checkpointing = False
 
     def forward(self, image: Tensor, canvas: Tensor, active: Tensor, stage: int) -> Tensor:
         """Raw Gaussians of one stage for a batch of images of one size, differentiable in the parameters.
@@ -84,6 +88,16 @@ class PredictorNetwork(nn.Module):
         """Learning rate of the parameter `name`, as a multiple of the others'; overridden where some learn slower."""
         return 1.0
 
+    def anchors(self, raw: Tensor, height: int, width: int) -> Tensor:
+        """What the offsets of one image's Gaussians count from, as `Prediction.anchor`.
+
+        Args:
+            raw: Gaussians of all patches, shape (rows · columns, 8).
+            height: Of the image, in pixels.
+            width: The same.
+        """
+        return anchors(height, width, self.patch_size, raw.dtype).to(raw.device)
+
     @torch.no_grad()
     def predict(self, image: Tensor, canvas: Tensor, active: Tensor, stage: int) -> Prediction:
         """As `air.predictor.Predictor`: one image, no gradient."""
@@ -91,15 +105,20 @@ class PredictorNetwork(nn.Module):
             raise ValueError(f"this predictor has {self.num_stages} stages, there is no stage {stage}")
         _, height, width = image.shape
         raw = self(image[None], canvas[None], active[None], stage)[0]
-        return Prediction(raw, anchors(height, width, self.patch_size, image.dtype).to(image.device))
+        return Prediction(raw, self.anchors(raw, height, width))
 
 
 ARCHITECTURES = {"compact": "air.predictor.compact:CompactPredictor", "dinov3": "air.predictor.dinov3:DinoPredictor"}
 """Where each architecture's class is; its module loads with the first use."""
 
 
-def build(architecture: str, settings: dict[str, Any]) -> PredictorNetwork:
+def build(architecture: str, settings: dict[str, Any], *, empty: bool = False) -> PredictorNetwork:
     """A network with fresh weights.
+
+    Args:
+        architecture: A name in `ARCHITECTURES`.
+        settings: Its keyword arguments.
+        empty: Leave all weights unset, for a caller that fills them: drawing those of a large network takes a minute.
 
     Raises:
         ValueError: The architecture is unknown, or a setting is missing, unknown or out of its bounds.
@@ -108,6 +127,8 @@ def build(architecture: str, settings: dict[str, Any]) -> PredictorNetwork:
         raise ValueError(f"unknown architecture {architecture!r}; known are {', '.join(ARCHITECTURES)}")
     module, name = ARCHITECTURES[architecture].split(":")
     try:
-        return getattr(importlib.import_module(module), name)(**settings)
+        with torch.device("meta") if empty else nullcontext():
+            network = getattr(importlib.import_module(module), name)(**settings)
     except TypeError as error:
         raise ValueError(f"settings of architecture {architecture!r}: {error}") from None
+    return network.to_empty(device="cpu") if empty else network
