@@ -21,7 +21,7 @@ from air.gaussians import Gaussians, activate, anchors, grid_shape
 from air.grid import grid_initialization
 from air.optimize import OptimizeConfig, StepCallback, Trajectory, check_counts, optimize, place_image
 from air.render import render
-from air.residual import residual_initialization
+from air.residual import residual_peaks
 
 _BAND_ROWS = 8  # Gaussians are kept in reading order of bands this high, so that drawing stays in the cache
 
@@ -34,13 +34,14 @@ class GrowthConfig:
         start_share: Share of the budget in the grid of the start; the patch size follows from it.
         growths: How often Gaussians are added, the same number each time.
         growth_share: Share of the steps before the last growth; the rest refines all of them.
-        optimization: Rates and schedule of every phase; its `steps` are not used.
+        optimization: Rates and schedule of every phase; its `steps` are not used. Unlike elsewhere, nothing moves
+            against its gradient: new Gaussians beside old ones make plain Adam overshoot.
     """
 
     start_share: float = 0.42
     growths: int = 3
     growth_share: float = 0.42
-    optimization: OptimizeConfig = field(default_factory=OptimizeConfig)
+    optimization: OptimizeConfig = field(default_factory=lambda: OptimizeConfig(opposed_share=0.0))
 
     def __post_init__(self) -> None:
         for name in ("start_share", "growth_share"):
@@ -94,7 +95,7 @@ def grow(
     """Fits at most `num_gaussians` Gaussians to one image in `steps` steps of Adam.
 
     - Start from a plain grid with a part of the budget.
-    - Optimise; then add narrow Gaussians to the patches where each takes most of the residual away; several times over.
+    - Optimise; then add narrow Gaussians at the pixels where each takes most of the residual away; several times over.
     - Optimise all of them together with the steps that are left.
 
     Args:
@@ -117,8 +118,8 @@ def grow(
     begin = time.perf_counter()
     _, height, width = target.shape
     patch_size = _patch_size(height, width, max(1, int(num_gaussians * config.start_share)))
-    grid = anchors(height, width, patch_size, target.dtype).to(target.device)
-    raw, anchor = grid_initialization(target, patch_size), grid
+    anchor = anchors(height, width, patch_size, target.dtype).to(target.device)
+    raw = grid_initialization(target, patch_size)
     trajectories: list[Trajectory] = []
     phases = config.phases(steps)
     done = 0
@@ -127,7 +128,7 @@ def grow(
             canvas = render(activate(raw, anchor, patch_size), height, width, backend=backend, threads=threads)
             growths_left = len(phases) - phase
             addition = -(-(num_gaussians - len(raw)) // growths_left)
-            raw, anchor = _add(raw, anchor, target - canvas, grid, patch_size, addition)
+            raw, anchor = _add(raw, anchor, target - canvas, patch_size, addition)
 
         adam = replace(config.optimization, steps=count)
         report = on_step and _counting_from(done, on_step)
@@ -160,17 +161,12 @@ def _patch_size(height: int, width: int, most: int) -> int:
     return patch_size
 
 
-def _add(
-    raw: Tensor, anchor: Tensor, residual: Tensor, grid: Tensor, patch_size: int, count: int
-) -> tuple[Tensor, Tensor]:
-    """The Gaussians with up to `count` more, one in each of the patches with the largest residual."""
-    candidates = residual_initialization(residual, patch_size)
-    gain = torch.tanh(candidates[:, 5:8]).square().sum(dim=1)
-    useful = min(count, int((gain > 0).sum()))
-    chosen = gain.topk(useful).indices
-    raw, anchor = torch.cat([raw, candidates[chosen]]), torch.cat([anchor, grid[chosen]])
+def _add(raw: Tensor, anchor: Tensor, residual: Tensor, patch_size: int, count: int) -> tuple[Tensor, Tensor]:
+    """The Gaussians with up to `count` more, where the residual is largest."""
+    new_raw, new_anchor = residual_peaks(residual, patch_size, count)
+    raw, anchor = torch.cat([raw, new_raw]), torch.cat([anchor, new_anchor])
     band = torch.floor(anchor[:, 1] / _BAND_ROWS)
-    order = torch.argsort(band * (grid[:, 0].max() + 1) + anchor[:, 0], stable=True)
+    order = torch.argsort(band * residual.shape[2] + anchor[:, 0], stable=True)
     return raw[order].contiguous(), anchor[order].contiguous()
 
 

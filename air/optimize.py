@@ -234,7 +234,13 @@ def _optimize_torch(
             options["lr"] = float(rates[columns][0])
         adam.zero_grad()
         loss.backward()
+        before = [group.detach().clone() for group in groups]
         adam.step()
+        for group, old in zip(groups, before, strict=True):
+            assert group.grad is not None
+            opposed = adam.state[group]["exp_avg"] * group.grad < 0
+            kept = torch.where(opposed, config.opposed_share, 1.0)
+            group.data.copy_(old + kept * (group.data - old))
     return torch.cat(groups, dim=1).detach()
 
 
@@ -257,7 +263,7 @@ def _optimize_cpu(
             values = state.evaluate()
             recorder.add(values.loss, values.squared_error)
             if step < config.steps:
-                state.update(config.rates(step), config.beta1, config.beta2, config.eps)
+                state.update(config.rates(step), config.beta1, config.beta2, config.eps, config.opposed_share)
         return torch.from_numpy(state.raw_rows())
 
 

@@ -27,7 +27,7 @@ from air.render.cpu_kernels import (
     sweep,
 )
 from air.render.planes import FloatArray, image_planes, pixels, table
-from air.render.simd import LANES, absolute, exp, fma, inline, kernel, load, round_even, splat, sqrt, store
+from air.render.simd import LANES, absolute, exp, fma, inline, kernel, load, round_even, splat, sqrt, store, where_ge
 from air.render.threads import Workers
 
 f32 = np.float32
@@ -91,14 +91,16 @@ def differentiate_raw(raw, patch_size, gradient, first, end):
 
 
 @kernel
-def adam_step(raw, patch_size, mean, square, gradient, rates, beta1, beta2, eps, step, first, end):
+def adam_step(raw, patch_size, mean, square, gradient, rates, beta1, beta2, eps, opposed_share, step, first, end):
     """Adam's update number `step` (from 1) of Gaussians first .. end - 1, with a learning rate per row in `rates`.
 
-    `gradient` is with respect to the parameters: `differentiate_raw` is done on the way, to touch memory once.
+    Of what goes against the present gradient only `opposed_share` is done. `gradient` is with respect to the
+    parameters: `differentiate_raw` is done on the way, to touch memory once.
     """
     row = raw.shape[1]
     keep1 = f32(beta1)
     keep2 = f32(beta2)
+    kept = f32(opposed_share)
     correction = f32(1.0 / np.sqrt(1.0 - beta2**step))
     for k in range(RAW_CHANNELS):
         a, b = _slope_factors(k, patch_size)
@@ -110,7 +112,9 @@ def adam_step(raw, patch_size, mean, square, gradient, rates, beta1, beta2, eps,
             new_square = fma(load(square, i), keep2, slope * slope * (ONE - keep2))
             store(mean, i, new_mean)
             store(square, i, new_square)
-            store(raw, i, fma(new_mean * rate, splat(ONE) / fma(sqrt(new_square), correction, f32(eps)), old))
+            scale = splat(ONE) / fma(sqrt(new_square), correction, f32(eps))
+            scale = where_ge(new_mean * slope, ZERO, scale, scale * kept)
+            store(raw, i, fma(new_mean * rate, scale, old))
 
 
 class FusedOptimizer:
@@ -171,7 +175,9 @@ class FusedOptimizer:
         self.workers.run(differentiate, self.raster.ranges)
         return gradient
 
-    def update(self, rates: NDArray[np.float64], beta1: float, beta2: float, eps: float) -> None:
+    def update(
+        self, rates: NDArray[np.float64], beta1: float, beta2: float, eps: float, opposed_share: float = 1.0
+    ) -> None:
         """One Adam step from the gradient that `evaluate` left; `rates` holds one rate per raw column."""
         self._updates += 1
 
@@ -188,6 +194,7 @@ class FusedOptimizer:
                 beta1,
                 beta2,
                 eps,
+                opposed_share,
                 self._updates,
                 first,
                 end,

@@ -99,6 +99,7 @@ def gather_and_step(
     beta1,
     beta2,
     eps,
+    opposed_share,
     clock,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -116,7 +117,8 @@ def gather_and_step(
     new_mean = beta1 * tl.load(mean + place) + (1 - beta1) * by_raw
     new_square = beta2 * tl.load(square + place) + (1 - beta2) * by_raw * by_raw
     row = rates + (tl.load(clock) - 1) * _RATE_COLUMNS
-    value -= tl.load(row + channel) * new_mean / (tl.sqrt(new_square) * tl.load(row + _CORRECTION) + eps)
+    kept = tl.where(new_mean * by_raw < 0, opposed_share, 1.0)
+    value -= kept * tl.load(row + channel) * new_mean / (tl.sqrt(new_square) * tl.load(row + _CORRECTION) + eps)
     parameter, _ = activate_channels(value, anchor, patch_size, channel)
     tl.store(mean + place, new_mean)
     tl.store(square + place, new_square)
@@ -204,6 +206,7 @@ class BatchOptimizer:
             config.beta1,
             config.beta2,
             config.eps,
+            config.opposed_share,
             self._clock,
             **BLOCKS,
         )

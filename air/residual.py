@@ -1,4 +1,10 @@
-"""A start for later stages without a network: narrow Gaussians where the residual is largest, in closed form."""
+"""A start for later Gaussians without a network: narrow ones where the residual is largest, in closed form.
+
+A residual is fine detail around zero, which a grid of wide Gaussians cannot meet. A matched filter tells for every
+pixel what a narrow one there would take away: its least-squares colour is <residual, w> / <w, w>. The stage loop, where
+a patch holds one Gaussian, takes the best pixel of each patch; growth takes the best of the image. docs/optimizer.md
+compares them.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +23,7 @@ GAIN = 0.5
 
 
 def residual_initialization(residual: Tensor, patch_size: int) -> Tensor:
-    """Raw Gaussians (N, 8), row-major over patches, for what earlier Gaussians left over.
-
-    A residual is fine detail around zero, which a grid of wide Gaussians cannot meet. So each patch gets a narrow one,
-    at that of its pixels where it takes away most: a matched filter gives its least-squares colour at every pixel,
-    <residual, w> / <w, w>, and the largest wins. docs/optimizer.md has it beside the plain grid.
+    """Raw Gaussians (N, 8), row-major over patches, for what earlier Gaussians left over: the best of each patch.
 
     Args:
         residual: Image minus canvas, shape (3, height, width), any sign.
@@ -30,30 +32,62 @@ def residual_initialization(residual: Tensor, patch_size: int) -> Tensor:
     Raises:
         ValueError: As `grid_initialization`.
     """
-    check_residual(residual, patch_size)
+    colours = _least_squares_colours(residual, patch_size)
     _, height, width = residual.shape
     rows, columns = grid_shape(height, width, patch_size)
+    # Pixels beyond the border hold nothing, so a patch that is cut off never chooses one.
+    padded = F.pad(colours, (0, columns * patch_size - width, 0, rows * patch_size - height))
+    tiles = padded.reshape(3, rows, patch_size, columns, patch_size).permute(1, 3, 2, 4, 0)
+    chosen = tiles.reshape(rows * columns, patch_size * patch_size, 3).square().sum(dim=2).argmax(dim=1)
+    patch = torch.arange(rows * columns, device=residual.device)
+    x = patch % columns * patch_size + chosen % patch_size
+    y = patch // columns * patch_size + chosen // patch_size
+    return _raw_at(x, y, colours, patch_size)[0]
+
+
+def residual_peaks(residual: Tensor, patch_size: int, count: int) -> tuple[Tensor, Tensor]:
+    """Up to `count` raw Gaussians (n, 8) and their patches' anchors (n, 2) for what earlier Gaussians left over.
+
+    They sit on the largest peaks of the image, where a Gaussian takes away more than at any of the eight pixels around;
+    on other pixels only when there are no more peaks, and nowhere that the residual is zero. A patch may get several.
+
+    Args:
+        residual: Image minus canvas, shape (3, height, width), any sign.
+        patch_size: Pixels between anchors, at least 1.
+        count: The most Gaussians, at least 0.
+
+    Raises:
+        ValueError: As `grid_initialization`.
+    """
+    colours = _least_squares_colours(residual, patch_size)
+    width = residual.shape[2]
+    taken = colours.square().sum(dim=0)
+    is_peak = taken >= F.max_pool2d(taken[None, None], 3, stride=1, padding=1)[0, 0]
+    rank = torch.where(is_peak & (taken > 0), taken + taken.max(), taken).flatten()
+    chosen = rank.topk(min(count, int((taken > 0).sum()))).indices
+    return _raw_at(chosen % width, chosen // width, colours, patch_size)
+
+
+def _least_squares_colours(residual: Tensor, patch_size: int) -> Tensor:
+    """The colour with which one narrow Gaussian at a pixel explains most of the residual, shape (3, height, width)."""
+    check_residual(residual, patch_size)
     scale = patch_size * torch.tensor(RAW_SCALE).sigmoid().item() + MIN_RAW_SCALE
     radius = math.ceil(3 * scale)
     taps = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, dtype=torch.float64) / scale).square()).to(residual)
     filtered = F.conv2d(residual[:, None], taps[None, None, None, :], padding=(0, radius))
     filtered = F.conv2d(filtered, taps[None, None, :, None], padding=(radius, 0))[:, 0]
-    best = filtered / taps.square().sum().square()
+    return filtered / taps.square().sum().square()
 
-    # Pixels beyond the border hold nothing, so a patch that is cut off never chooses one.
-    padded = F.pad(best, (0, columns * patch_size - width, 0, rows * patch_size - height))
-    tiles = padded.reshape(3, rows, patch_size, columns, patch_size).permute(1, 3, 2, 4, 0)
-    tiles = tiles.reshape(rows * columns, patch_size * patch_size, 3)
-    chosen = tiles.square().sum(dim=2).argmax(dim=1)
-    colour = GAIN * tiles[torch.arange(rows * columns, device=residual.device), chosen]
 
-    patch = torch.arange(rows * columns, device=residual.device)
-    x = patch % columns * patch_size + chosen % patch_size
-    y = patch // columns * patch_size + chosen // patch_size
-    anchor = anchors(height, width, patch_size, residual.dtype).to(residual.device)
+def _raw_at(x: Tensor, y: Tensor, colours: Tensor, patch_size: int) -> tuple[Tensor, Tensor]:
+    """Raw Gaussians (n, 8) at n pixels, with these pixels' colours, and the anchors (n, 2) of their patches."""
+    _, height, width = colours.shape
+    _, columns = grid_shape(height, width, patch_size)
+    patch = y // patch_size * columns + x // patch_size
+    anchor = anchors(height, width, patch_size, colours.dtype).to(colours.device)[patch]
     offset = (torch.stack([x, y], dim=1) - anchor) / patch_size
-    raw = torch.zeros(rows * columns, RAW_CHANNELS, dtype=residual.dtype, device=residual.device)
+    raw = torch.zeros(len(x), RAW_CHANNELS, dtype=colours.dtype, device=colours.device)
     raw[:, 0:2] = torch.atanh(offset.clamp(-LARGEST, LARGEST))
     raw[:, 2:4] = RAW_SCALE
-    raw[:, 5:8] = torch.atanh(colour.clamp(-LARGEST, LARGEST))
-    return raw
+    raw[:, 5:8] = torch.atanh((GAIN * colours[:, y, x].T).clamp(-LARGEST, LARGEST))
+    return raw, anchor

@@ -23,6 +23,8 @@ class OptimizeConfig:
         constant_share: Share of the steps, 0 to 1, at these rates; then they fall linearly.
         final_share: The rates that the fall heads for, as a share of the first.
         beta1, beta2, eps: Adam's constants.
+        opposed_share: Share, 0 to 1, that is kept of an update against the present gradient, number by number: there
+            momentum has overshot. 1 is plain Adam, 0 the cautious Adam of arXiv 2411.16085 without its rescaling.
     """
 
     steps: int = 50
@@ -35,6 +37,7 @@ class OptimizeConfig:
     beta1: float = 0.8
     beta2: float = 0.95
     eps: float = 1e-8
+    opposed_share: float = 1.0
 
     def __post_init__(self) -> None:
         if self.steps < 0:
@@ -42,7 +45,7 @@ class OptimizeConfig:
         for name in ("offset_rate", "scale_rate", "angle_rate", "colour_rate", "eps"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be a positive number, got {getattr(self, name)}")
-        for name in ("constant_share", "final_share"):
+        for name in ("constant_share", "final_share", "opposed_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
         for name in ("beta1", "beta2"):

@@ -95,7 +95,6 @@ def fit_image(rgb: np.ndarray, target: str, config: FitConfig) -> None:
                 shown = time.monotonic()
                 progress.update(task, completed=step, description=f"loss {loss:.4f}, {psnr:.2f} dB")
 
-        adam = OptimizeConfig().scaled(config.rate)
         options: dict[str, Any] = {
             "backend": config.backend,
             "device": config.device,
@@ -103,10 +102,12 @@ def fit_image(rgb: np.ndarray, target: str, config: FitConfig) -> None:
             "on_step": on_step,
         }
         if config.patch_size:
+            adam = OptimizeConfig().scaled(config.rate)
             result = fit(rgb, config.steps, config.patch_size, config=adam, **options)
         else:
             budget = config.gaussians or max(1, rgb.shape[0] * rgb.shape[1] // _PIXELS_PER_GAUSSIAN)
-            result = grow(rgb, budget, config.steps, config=GrowthConfig(optimization=adam), **options)
+            growth = GrowthConfig(optimization=GrowthConfig().optimization.scaled(config.rate))
+            result = grow(rgb, budget, config.steps, config=growth, **options)
     drawn_by = "reference" if config.backend == "reference" else "auto"  # the result is on the CPU again
     picture = render(result.gaussians, result.height, result.width, backend=drawn_by).clamp(0, 1)
     pixels = (picture.permute(1, 2, 0).numpy() * 255 + 0.5).astype(np.uint8)

@@ -245,7 +245,7 @@ def test_a_run_replays_its_graph_and_does_the_rest_step_by_step(monkeypatch):
                 state.update()
 
     monkeypatch.setattr(optimize_cuda, "GRAPH_STEPS", 2)
-    config = OptimizeConfig(steps=3)
+    config = OptimizeConfig(steps=3, opposed_share=0.3)
     state = optimize_cuda.BatchOptimizer([problem(4, 5)], PATCH, config)
     state._graph = Steps()
     state.run()

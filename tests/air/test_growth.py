@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 import torch
 
+from air.gaussians import activate
 from air.growth import GrowthConfig, grow
 from air.metrics import psnr
 from air.optimize import fit
 from air.render import render
+from air.residual import GAIN, residual_peaks
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +57,26 @@ def test_the_budget_is_never_passed(budget: int, shape: tuple[int, int]) -> None
     result = grow(image, budget, steps=4)
     assert 1 <= len(result.gaussians) <= budget
     assert np.isfinite(result.trajectory.loss).all()
+
+
+def test_peaks_of_the_residual_become_gaussians_largest_first() -> None:
+    start = residual_peaks(torch.ones(3, 1, 1), 7, 1)[0].repeat(4, 1)
+    centres = torch.tensor([[3, 4], [5, 7], [30, 12], [32, 40]])  # two of them in one patch of 7 x 7
+    colours = torch.tensor([[0.2, -0.1, 0.1], [0.5, 0.5, 0.5], [-0.4, 0.1, 0.1], [0.1, 0.0, 0.0]])
+    true = activate(start, torch.zeros(4, 2), 7)
+    residual = render(type(true)(centres.float(), true.scale, true.angle, colours), 47, 36)
+    raw, anchor = residual_peaks(residual, 7, 4)
+    found = activate(raw, anchor, 7)
+    order = [1, 2, 0, 3]
+    torch.testing.assert_close(found.xy, centres[order].float(), rtol=0, atol=1e-3)
+    torch.testing.assert_close(found.colour, GAIN * colours[order], rtol=0, atol=5e-3)
+
+
+@pytest.mark.parametrize(("count", "expected"), [(0, 0), (3, 3), (10_000, 20 * 30)])
+def test_as_many_gaussians_are_added_as_asked_for_and_none_without_residual(count: int, expected: int) -> None:
+    noise = torch.randn(3, 20, 30, generator=torch.Generator().manual_seed(0))
+    assert len(residual_peaks(noise, 5, count)[0]) == expected
+    assert len(residual_peaks(torch.zeros(3, 20, 30), 5, count)[0]) == 0
 
 
 def test_threads_do_not_change_the_result(photograph: np.ndarray) -> None:

@@ -42,13 +42,29 @@ def test_the_raw_gradient_of_a_step_agrees_with_float64_autograd():
         assert difference < 1e-3 * exact.grad[:, column].norm(), column
 
 
-def test_both_paths_take_the_same_way():
-    config = OptimizeConfig(steps=15)
+@pytest.mark.parametrize("opposed_share", [0.0, 0.3, 1.0])
+def test_both_paths_take_the_same_way(opposed_share: float):
+    config = OptimizeConfig(steps=15, opposed_share=opposed_share)
     fast = optimize(*problem(), PATCH, config, backend="cpu")
     slow = optimize(*problem(torch.float64), PATCH, config)
     assert fast.trajectory.loss == pytest.approx(slow.trajectory.loss, rel=1e-3)
     assert fast.trajectory.psnr == pytest.approx(slow.trajectory.psnr, abs=0.02)
     assert fast.trajectory.loss[-1] < 0.7 * fast.trajectory.loss[0]
+
+
+@pytest.mark.parametrize("opposed_share", [0.0, 1.0])
+def test_only_plain_adam_moves_against_the_gradient(opposed_share: float):
+    raw, anchor, target = (tensor.numpy() for tensor in problem())
+    config = OptimizeConfig(steps=12)
+    opposed = 0
+    with Workers(1) as workers:
+        state = FusedOptimizer(raw, anchor, target, PATCH, np.zeros_like(target), workers)
+        for step in range(config.steps):
+            state.evaluate()
+            gradient, before = state.raw_gradient().copy(), state.raw.copy()
+            state.update(config.rates(step), config.beta1, config.beta2, config.eps, opposed_share)
+            opposed += ((state.raw - before) * gradient > 0).sum()
+    assert (opposed > 0) == (opposed_share > 0)
 
 
 def test_entry_k_is_the_state_after_k_updates():
@@ -151,7 +167,9 @@ def test_what_is_no_image_is_refused(image):
         fit(image, steps=1)
 
 
-@pytest.mark.parametrize("options", [{"steps": -1}, {"colour_rate": 0.0}, {"beta1": 1.0}, {"constant_share": 1.5}])
+@pytest.mark.parametrize(
+    "options", [{"steps": -1}, {"colour_rate": 0.0}, {"beta1": 1.0}, {"constant_share": 1.5}, {"opposed_share": -0.1}]
+)
 def test_a_configuration_out_of_bounds_is_refused(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         OptimizeConfig(**options)
