@@ -42,6 +42,18 @@ def test_the_raw_gradient_of_a_step_agrees_with_float64_autograd():
         assert difference < 1e-3 * exact.grad[:, column].norm(), column
 
 
+def test_a_good_start_is_refined_and_not_thrown_back():
+    raw, anchor, target = problem()
+    good = optimize(raw, anchor, target, PATCH, OptimizeConfig(steps=30)).raw
+
+    def refined(config: OptimizeConfig) -> float:
+        return optimize(good, anchor, target, PATCH, config).trajectory.psnr[-1]
+
+    assert refined(OptimizeConfig.refinement(10)) > refined(OptimizeConfig(steps=0))
+    for steps in (3, 10):
+        assert refined(OptimizeConfig.refinement(steps)) > refined(OptimizeConfig(steps=steps))
+
+
 @pytest.mark.parametrize("opposed_share", [0.0, 0.3, 1.0])
 def test_both_paths_take_the_same_way(opposed_share: float):
     # A step that is taken or not, by a sign, parts rounding errors: few steps then.
