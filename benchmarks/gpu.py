@@ -3,7 +3,8 @@
     python benchmarks/gpu.py [--json FILE] [--steps 1000] [--skip-checks]
 
 Needs a CUDA device and triton. First come the GPU tests. Then, with scales as in a fitted image, whole optimiser
-steps for the sizes of step.py, and for batches of 1, 8 and 32 images of the smallest.
+steps for the sizes of step.py, and for batches of 1, 8 and 32 images of the smallest. Last, what distilling does:
+images of that size through four stages of 50 steps, one after another and in batches, in images per second.
 
 The floor is what the arithmetic and the memory traffic below would take at the speeds that this GPU reaches in the same
 run: float32 matrix products, and copies within its cache and within its memory. It is counted, not a model of waiting.
@@ -22,12 +23,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 from workload import PATCH_SIZE, SIZES, Size, count_support, workload
 
 from air.optimize import OptimizeConfig, Problem, optimize_batch
+from air.predictor import GridPredictor
+from air.stages import run_stages, run_stages_batch
 
 BATCHES = (1, 8, 32)
 BATCH_SIZE = SIZES["8k"]
+STAGES = [OptimizeConfig(steps=50)] * 4
 
 # Arithmetic per pair of Gaussian and pixel: distance, sheared distance, exponent, exponential, cut, three products; and
 # to gather, three sums, the product with the colour, five moments.
@@ -74,6 +80,23 @@ class Row:
     share_of_floor: float
 
 
+@dataclass(frozen=True)
+class StageRow:
+    """The stage loop with one size of batch.
+
+    Attributes:
+        images: In the batch.
+        gaussians: Of all stages and images, mean per image.
+        batch_images_per_second: `run_stages_batch`, results moved to the CPU.
+        single_images_per_second: `run_stages` for one image after another, the same.
+    """
+
+    images: int
+    gaussians: float
+    batch_images_per_second: float
+    single_images_per_second: float
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write everything here, too")
@@ -107,15 +130,19 @@ def main() -> None:
     print(f"\nmost time on the device, one image of {BATCH_SIZE}, microseconds a step:")
     for name, microseconds in kernels.items():
         print(f"  {microseconds:8.1f}  {name}")
+    stages = [measure_stages(detailed_images(count, BATCH_SIZE, "cuda"), STAGES) for count in BATCHES]
+    print_stages(stages)
     if arguments.json:
         report = {"machine": machine, "speeds": asdict(speeds), "rows": [asdict(row) for row in rows]}
+        report["stages"] = [asdict(row) for row in stages]
         arguments.json.write_text(json.dumps({**report, "kernels": kernels}, indent=2) + "\n")
 
 
 def check() -> None:
     """Runs the GPU tests; ends the benchmark if one fails."""
-    tests = Path(__file__).parent.parent / "tests" / "air" / "test_cuda.py"
-    result = subprocess.run([sys.executable, "-m", "pytest", "-m", "gpu", "-rs", str(tests)], check=False)
+    folder = Path(__file__).parent.parent / "tests"
+    tests = [str(folder / "air" / "test_cuda.py"), str(folder / "pipeline" / "test_distill_cuda.py")]
+    result = subprocess.run([sys.executable, "-m", "pytest", "-m", "gpu", "-rs", *tests], check=False)
     if result.returncode:
         sys.exit("the GPU tests fail, so the times would mean nothing")
 
@@ -207,6 +234,50 @@ def top_kernels(images: int, size: Size, steps: int = 40) -> dict[str, float]:
         torch.cuda.synchronize()
     events = sorted(profile.key_averages(), key=lambda event: event.self_device_time_total, reverse=True)
     return {event.key: event.self_device_time_total / steps for event in events[:5]}
+
+
+def detailed_images(count: int, size: Size, device: str) -> list[Tensor]:
+    """Noise in octaves, the finer the fainter, so that all stages have patches to add to, as with photographs."""
+    images = []
+    for seed in range(count):
+        generator = torch.Generator().manual_seed(seed)
+        image = torch.zeros(1, 3, size.height, size.width)
+        for octave in range(7):
+            shape = (size.height >> octave, size.width >> octave)
+            noise = torch.randn(1, 3, max(2, shape[0]), max(2, shape[1]), generator=generator)
+            image += 0.1 * 0.75 ** (6 - octave) * F.interpolate(noise, size=(size.height, size.width), mode="bicubic")
+        images.append((0.5 + image[0]).clamp(0, 1).to(device))
+    return images
+
+
+def measure_stages(images: list[Tensor], optimization: list[OptimizeConfig]) -> StageRow:
+    """The stage loop, once with all images together and once with each alone."""
+    predictor = GridPredictor(PATCH_SIZE)
+
+    def together() -> list[int]:
+        results = run_stages_batch(images, predictor, optimization)
+        return [len(stage.to("cpu")) for stages in results for stage in stages]
+
+    def alone() -> None:
+        for image in images:
+            for stage in run_stages(image, predictor, optimization):
+                stage.to("cpu")
+
+    count = len(images)
+    gaussians = sum(together()) / count
+    return StageRow(count, gaussians, count / seconds_of(together, repeats=3), count / seconds_of(alone, repeats=3))
+
+
+def print_stages(rows: list[StageRow]) -> None:
+    steps = sum(config.steps for config in STAGES)
+    print(
+        f"\ndistilling {BATCH_SIZE.width} x {BATCH_SIZE.height} pixels in {len(STAGES)} stages, {steps} steps in all:"
+    )
+    print("| images together | Gaussians each | images/s | images/s, one by one | ratio |")
+    print("|" + " --- |" * 5)
+    for row in rows:
+        batch, single = row.batch_images_per_second, row.single_images_per_second
+        print(f"| {row.images} | {row.gaussians:,.0f} | {batch:.1f} | {single:.1f} | {batch / single:.2f} |")
 
 
 if __name__ == "__main__":
