@@ -5,6 +5,9 @@
     result = air.fit(image, steps=100)
     picture = air.render(result.gaussians, height, width)
 
+    blob = air.encode(image, bpp=0.5)
+    gaussians = air.decode(blob)
+
 Everything here loads on first use, so `import air` costs nothing and needs no more than torch, numpy and numba.
 """
 
@@ -16,14 +19,18 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "AirError": "air.errors",
     "Gaussians": "air.gaussians",
+    "decode": "air.codec",
+    "encode": "air.compress",
     "fit": "air.optimize",
     "grow": "air.growth",
     "render": "air.render",
 }
 
-__all__ = ["AirError", "Gaussians", "__version__", "fit", "grow", "render"]
+__all__ = ["AirError", "Gaussians", "__version__", "decode", "encode", "fit", "grow", "render"]
 
 if TYPE_CHECKING:
+    from air.codec import decode
+    from air.compress import encode
     from air.errors import AirError
     from air.gaussians import Gaussians
     from air.growth import grow

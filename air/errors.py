@@ -32,3 +32,7 @@ class CheckpointError(AirError):
 
 class MissingExtraError(AirError, ImportError):
     """A package that only some features need is not installed; the message names the extra that brings it."""
+
+
+class CodecError(AirError, ValueError):
+    """An .air file that is damaged, cut off or of another version, or an image that cannot be written as one."""

@@ -111,11 +111,11 @@ class UniformQuantizer:
         unwound = _unwound(values.detach().cpu().double(), low, step, last)
         return _levels(unwound, low, step, last).numpy().astype(np.int32)
 
-    def values(self, symbols: NDArray[np.integer]) -> Tensor:
-        """The levels themselves, shape (N, 8), float32: whole numbers below 2^53 over a power of two, rounded once."""
+    def values(self, symbols: NDArray[np.integer], dtype: torch.dtype = torch.float32) -> Tensor:
+        """The levels themselves, shape (N, 8): whole numbers below 2^53 over a power of two, so exact as float64."""
         low, step = np.array(self.low, np.int64), np.array(self.step, np.int64)
         exact = (low + symbols.astype(np.int64) * step).astype(np.float64) / FIXED_POINT
-        return torch.from_numpy(exact.astype(np.float32))
+        return torch.from_numpy(exact).to(dtype)
 
 
 def _last_levels(bits: Sequence[int]) -> Tensor:

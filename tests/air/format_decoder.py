@@ -1,0 +1,345 @@
+"""A second decoder of .air files: plain Python, slow, written from docs/format.md alone.
+
+It shares no code with the package. What both decode alike is what the page says.
+"""
+
+import math
+import struct
+import zlib
+from fractions import Fraction
+
+NAMES = ["Y", "R", "B", "scale", "ratio", "turn", "X8", "Y8", "layer", "count"]
+
+
+def near(value: float) -> int:
+    return math.floor(value + 0.5)
+
+
+def within(value: int, low: int, high: int) -> int:
+    return max(low, min(value, high))
+
+
+def bits(value: int) -> int:
+    return abs(value).bit_length()
+
+
+def half(value: int) -> int:
+    return bits(value) >> 1
+
+
+def sign(value: int) -> int:
+    return (value > 0) - (value < 0)
+
+
+def same(first: int, second: int) -> int:
+    return 1 + sign(first) * sign(second)
+
+
+STRETCH = [within(near(256 * math.log((q + 0.5) / (4095.5 - q))), -2047, 2047) for q in range(4096)]
+SQUASH = {level: within(near(4096 / (1 + math.exp(-level / 256))), 1, 4095) for level in range(-2047, 2048)}
+Q = [near(256 * 4 ** (j / 64)) for j in range(768)]
+E = [max(q - 512 + 65536 // q, 0) for q in Q]
+S = [near(4096 * 4 ** (j / 64 - 3)) for j in range(768)]
+K = [near(4096 * math.cos(math.pi * j / 256) ** 2) for j in range(256)]
+T = [near(2 ** (20 + j / 64)) for j in range(768)]
+A = [near(2 ** (40 - j / 128)) for j in range(1536)]
+
+
+class Reader:
+    """Sections 3 and 4: decisions, and numbers made of them."""
+
+    def __init__(self) -> None:
+        self.tables: dict[tuple[int, int, int, int], list[int]] = {}
+        self.weights: dict[tuple[int, int], list[int]] = {}
+
+    def start(self, payload: bytes) -> None:
+        self.payload = payload
+        self.place = 0
+        self.low, self.high, self.code = 0, 2**32 - 1, 0
+        for _ in range(4):
+            self.code = self.code * 256 + self.next_byte()
+
+    def next_byte(self) -> int:
+        self.place += 1
+        return self.payload[self.place - 1] if self.place <= len(self.payload) else 0
+
+    def decision(self, kind: int, contexts: tuple[int, int, int], node: int, depth: int) -> int:
+        assert all(0 <= context < 32 for context in contexts), (kind, contexts)
+        assert 0 <= node < 1024
+        cells = [self.tables.setdefault((kind, t, contexts[t], node), [2**21, 0]) for t in range(3)]
+        weights = self.weights.setdefault((kind, depth), [26000] * 3)
+        logits = [STRETCH[cell[0] >> 10] for cell in cells]
+        chance = SQUASH[within(sum(w * x for w, x in zip(weights, logits, strict=True)) >> 16, -2047, 2047)]
+        middle = self.low + ((self.high - self.low) >> 12) * chance
+        bit = int(self.code <= middle)
+        if bit:
+            self.high = middle
+        else:
+            self.low = middle + 1
+        while self.low >> 24 == self.high >> 24:
+            self.low = (self.low << 8) % 2**32
+            self.high = (self.high << 8) % 2**32 + 255
+            self.code = (self.code << 8) % 2**32 + self.next_byte()
+        for t, cell in enumerate(cells):
+            weights[t] += logits[t] * (4096 * bit - chance) >> 12
+            cell[0] += ((2**22 * bit - bit - cell[0]) * (131072 // (2 * cell[1] + 3))) >> 16
+            cell[1] = min(cell[1] + 1, 255)
+        return bit
+
+    def flag(self, kind: int, contexts: tuple[int, int, int], node: int) -> int:
+        return self.decision(kind, contexts, node, 23)
+
+    def tree(self, kind: int, contexts: tuple[int, int, int], size: int) -> int:
+        value = 0
+        for i in range(size):
+            value = 2 * value + self.decision(kind, contexts, 2**i + value if i < 10 else 0, min(i, 23))
+        return value
+
+    def magnitude(self, kind: int, contexts: tuple[int, int, int]) -> int:
+        length = 0
+        while self.decision(kind, contexts, length, min(length, 15)):
+            length += 1
+            if length == 20:
+                break
+        if length == 0:
+            return 0
+        value = 1
+        for i in range(length - 1):
+            node = 32 * (length + 1) + (value if i < 4 else 12 + i)
+            value = 2 * value + self.decision(kind, contexts, node, 16 + min(i, 5))
+        return value
+
+    def signed(self, kind: int, contexts: tuple, given: int, sign_contexts: tuple) -> int:
+        value = self.magnitude(kind, contexts)
+        if value == 0:
+            return 0
+        expected = -1 if given < 0 else 1
+        return -expected * value if self.flag(kind, sign_contexts, 1023) else expected * value
+
+
+class File:
+    """Sections 1 and 2: the header, and the payloads."""
+
+    def __init__(self, data: bytes) -> None:
+        assert data[:4] == bytes.fromhex("89414952")
+        version, self.kind, stages, options = data[4:8]
+        assert (version, options) == (1, 0)
+        self.height, self.width, self.patch, self.low, self.span = struct.unpack("<IIHiI", data[8:26])
+        end = 26 + (10 if self.kind else 72)
+        if self.kind:
+            self.step, self.ws, self.wa, self.wp = struct.unpack("<IHHH", data[26:end])
+        else:
+            self.channels = [struct.unpack("<BiI", data[26 + 9 * k : 35 + 9 * k]) for k in range(8)]
+        checksum = zlib.crc32(data[:end])
+        assert struct.unpack("<I", data[end : end + 4])[0] == checksum
+        self.rows, self.columns = -(-self.height // self.patch), -(-self.width // self.patch)
+        place = end + 4
+        self.sections = []
+        for _ in range(stages):
+            start = place
+            numbers = []
+            for _ in range(2):
+                number = shift = 0
+                while True:
+                    byte = data[place]
+                    place += 1
+                    number += (byte & 127) << shift
+                    shift += 7
+                    if byte < 128:
+                        break
+                numbers.append(number)
+            payload = data[place : place + numbers[1]]
+            place += numbers[1]
+            checksum = zlib.crc32(data[start:place], checksum)
+            assert struct.unpack("<I", data[place : place + 4])[0] == checksum
+            place += 4
+            self.sections.append((numbers[0], payload))
+        assert place == len(data)
+
+    def gaussians(self) -> list[list[tuple[int, list[float]]]]:
+        """Per stage (patch, [x, y, s1, s2, angle, red, green, blue]), float64."""
+        reader = Reader()
+        memory = [dict.fromkeys(NAMES, 0) for _ in range(self.rows * self.columns)]
+        result = []
+        for s, (count, payload) in enumerate(self.sections):
+            reader.start(payload)
+            stage = []
+            for patch in range(self.rows * self.columns):
+                values = self.one(reader, memory, s, patch)
+                if values is not None:
+                    stage.append((patch, values))
+            assert len(stage) == count
+            result.append(stage)
+        return result
+
+    def one(self, reader: Reader, memory: list[dict[str, int]], s: int, patch: int) -> list[float] | None:
+        """Section 5: the mask of a patch, and its Gaussian if there is one."""
+        row, column = divmod(patch, self.columns)
+        nothing = dict.fromkeys(NAMES, 0)
+
+        def at(down: int, right: int) -> dict[str, int]:
+            r, c = row + down, column + right
+            return memory[r * self.columns + c] if 0 <= r < self.rows and 0 <= c < self.columns else nothing
+
+        own, a, b, c, d, e, f = (at(*where) for where in ((0, 0), (0, -1), (-1, 0), (-1, -1), (-1, 1), (0, 1), (1, 0)))
+        held = min(own["count"], 3)
+        before = int(s > 0 and own["layer"] == s)
+        around = 2 * a["count"] + 2 * b["count"] + c["count"] + d["count"] + e["count"] + f["count"]
+        now = s + 1
+        mask = reader.flag(
+            8,
+            (
+                (a["layer"] == now) + 2 * (b["layer"] == now) + 4 * before + 8 * min(s, 3),
+                (c["layer"] == now) + 2 * (d["layer"] == now) + 4 * (e["layer"] == s) + 8 * held,
+                min(around, 15) + 16 * before,
+            ),
+            0,
+        )
+        if not mask:
+            return None
+        luma = reader.signed(
+            0,
+            (
+                min(bits(own["Y"]), 7) + 8 * held,
+                min((bits(a["Y"]) + bits(b["Y"]) + 1) >> 1, 15) + 16 * (s > 0),
+                min(bits(a["Y"]), 7) + 8 * min(s, 3),
+            ),
+            1,
+            (9 * sign(a["Y"]) + 3 * sign(b["Y"]) + sign(own["Y"]) + 13, 27, 28 + min(s, 3)),
+        )
+        strong = bits(luma)
+        m = (bits(a["R"]) + bits(b["R"]) + 1) >> 1
+        cr = reader.signed(
+            1,
+            (
+                min(strong, 7) + 8 * min(m, 3),
+                min(m, 7) + 8 * min(bits(own["R"]), 3),
+                min(strong, 15) + 16 * (s > 0),
+            ),
+            luma,
+            (9 * same(a["Y"], a["R"]) + 3 * same(b["Y"], b["R"]) + same(own["Y"], own["R"]), 27, 28),
+        )
+        m = (bits(a["B"]) + bits(b["B"]) + 1) >> 1
+        cb = reader.signed(
+            2,
+            (
+                min(strong, 7) + 8 * min(m, 3),
+                min(m, 7) + 8 * min(bits(own["B"]), 3),
+                min(bits(cr), 7) + 8 * min(strong >> 1, 3),
+            ),
+            luma,
+            (9 * same(a["Y"], a["B"]) + 3 * same(b["Y"], b["B"]) + same(own["Y"], own["B"]), 27 + same(luma, cr), 30),
+        )
+        energy = min(6 * luma**2 + 5 * cr**2 + 7 * cb**2, 2**26)
+        strength = min(bits(energy) >> 1, 15)
+        around2 = (a["count"] > 0) + (b["count"] > 0)
+        mean_scale = (a["scale"] + b["scale"]) // max(around2, 1)
+        mean_ratio = (a["ratio"] + b["ratio"]) // max(around2, 1)
+        by_sensitivity = self.kind == 1
+        sb = min(half(energy * self.ws >> 8), 6) if by_sensitivity else 0
+        st = sb + 4 if by_sensitivity else self.channels[2][0]
+        rt = sb + 4 if by_sensitivity else self.channels[3][0]
+        log_scale = reader.tree(
+            3, (sb + 8 * min(s, 3), min(mean_scale >> 5, 23) if around2 else 24, strength + 16 * (held > 0)), st
+        )
+        scale = log_scale * 2 ** (6 - sb) if by_sensitivity else 768 * log_scale >> st
+        log_ratio = reader.tree(
+            4,
+            (
+                sb + 8 * within((scale >> 6) - 2, 0, 3),
+                min(mean_ratio >> 4, 7) + 8 * min(strength >> 1, 3),
+                min(scale >> 5, 23),
+            ),
+            rt,
+        )
+        ratio = log_ratio * 2 ** (6 - sb) if by_sensitivity else 768 * log_ratio >> rt
+        ab = min(half((energy * self.wa >> 8) * E[ratio] >> 8), 8) if by_sensitivity else self.channels[4][0]
+        angle = reader.tree(
+            5,
+            (
+                3 * min(ab, 9) + min(ratio >> 5, 2),
+                (a["turn"] >> 5) + 8 * min(a["ratio"] >> 5, 3),
+                (b["turn"] >> 5) + 8 * min(b["ratio"] >> 5, 3),
+            ),
+            ab,
+        )
+        turn = 256 * angle >> ab
+        xb = yb = 0
+        if by_sensitivity:
+            spread = (Q[ratio] * K[turn] + ((4096 - K[turn]) << 8)) >> 12
+            across = max(S[scale - ratio] * spread >> 8, 1)
+            along = max(S[scale] * 256 // spread, 1)
+            xb = within(half(energy * self.wp * 4096 // across) - 4, -4, 6)
+            yb = within(half(energy * self.wp * 4096 // along) - 4, -4, 6)
+            xc, yc = -(-self.span // 2 ** (6 - xb)), -(-self.span // 2 ** (6 - yb))
+        else:
+            xc, yc = 2 ** self.channels[0][0], 2 ** self.channels[1][0]
+        size = bits(xc - 1)
+        x_symbol = reader.tree(
+            6,
+            (min(size, 15) + 16 * (ratio >= 64), own["X8"] + 8 * held, a["X8"] + 8 * min(a["count"], 3)),
+            size,
+        )
+        size = bits(yc - 1)
+        x8 = 8 * x_symbol // xc
+        y_symbol = reader.tree(
+            7, (min(size, 15) + 16 * (ratio >= 64), own["Y8"] + 8 * held, x8 + 8 * min(b["count"], 3)), size
+        )
+        own.update(
+            layer=now,
+            count=min(own["count"] + 1, 255),
+            Y=within(luma, -32767, 32767),
+            R=within(cr, -32767, 32767),
+            B=within(cb, -32767, 32767),
+            scale=scale,
+            ratio=ratio,
+            turn=turn,
+            X8=x8,
+            Y8=8 * y_symbol // yc,
+        )
+        if by_sensitivity:
+            return self.by_sensitivity(row, column, (x_symbol, xb), (y_symbol, yb), scale, ratio, turn, (luma, cr, cb))
+        return self.uniform(row, column, [x_symbol, y_symbol, log_scale, log_ratio, angle, luma, cr, cb])
+
+    def by_sensitivity(self, row, column, x, y, scale, ratio, turn, strengths) -> list[float]:
+        """Section 6, quantiser 1."""
+        xy = []
+        for index, (symbol, fine) in ((column, x), (row, y)):
+            width = 2 ** (6 - fine)
+            exact = Fraction(2 * (64 * self.patch * index - 32 + self.low + symbol * width) + width, 128)
+            xy.append(float(exact))
+        k = A[2 * scale - ratio] / 2**37
+        luma, cr, cb = (value * self.step / 65536 * k for value in strengths)
+        return [
+            *xy,
+            T[scale] / 2**23,
+            T[scale - ratio] / 2**23,
+            turn / 256 * 3.141592653589793,
+            luma + 1.402 * cr,
+            luma - 0.714136286201022 * cr - 0.344136286201022 * cb,
+            luma + 1.772 * cb,
+        ]
+
+    def uniform(self, row: int, column: int, symbols: list[int]) -> list[float]:
+        """Section 6, quantiser 0."""
+        values = []
+        for index, (symbol, (size, low, step)) in enumerate(zip(symbols, self.channels, strict=True)):
+            level = symbol
+            if index >= 5:
+                level += within((step - 2 * low) // (2 * step), 0, 2**size - 1)
+            assert 0 <= level < 2**size
+            values.append((low + level * step) / 2**20)
+        x, y, s1, s2, angle, luma, cr, cb = values
+        middle = (self.patch - 1) / 2
+        red = luma + 1.402 * cr
+        blue = luma + 1.772 * cb
+        return [
+            min(self.patch * column + middle, self.width - 1) + x,
+            min(self.patch * row + middle, self.height - 1) + y,
+            s1,
+            s2,
+            angle,
+            red,
+            (luma - 0.299 * red - 0.114 * blue) / 0.587,
+            blue,
+        ]
