@@ -178,9 +178,10 @@ def lay_out(gaussians: Gaussians, height: int, width: int, patch_size: int) -> l
     Those centred off the image belong to the nearest patch.
     """
     rows, columns = grid_shape(height, width, patch_size)
-    cell = torch.floor((gaussians.xy.detach().double() + 0.5) / patch_size).long().numpy()
+    gaussians = gaussians.detach().to("cpu")
+    cell = torch.floor((gaussians.xy.double() + 0.5) / patch_size).long().numpy()
     patch = cell[:, 1].clip(0, rows - 1) * columns + cell[:, 0].clip(0, columns - 1)
-    strength = (gaussians.colour.square().sum(dim=1) * gaussians.scale.prod(dim=1)).detach().numpy()
+    strength = (gaussians.colour.square().sum(dim=1) * gaussians.scale.prod(dim=1)).numpy()
     order = np.lexsort((-strength, patch))
     ascending = patch[order]
     rank = np.arange(len(order)) - np.searchsorted(ascending, ascending)
@@ -204,6 +205,7 @@ def quantize_stages(
     quantizer: SensitivityQuantizer | UniformQuantizer,
 ) -> tuple[Header, list[QuantizedStage]]:
     """What the file of these stages holds; `gaussians_of` gives what it decodes to. As `encode_stages`."""
+    stages = [Stage(stage.patch, stage.gaussians.detach().to("cpu")) for stage in stages]
     for stage in stages:
         stage.gaussians.validate()
     header = Header(height, width, patch_size, 0, quantizer)
@@ -222,7 +224,7 @@ def quantize_stages(
 
 def canonical_parameters(gaussians: Gaussians) -> NDArray[np.float64]:
     """What `air.sensitivity.quantize` takes, shape (8, N): the wider scale first, strengths for colours."""
-    plain = gaussians.detach().to(torch.float64).to("cpu")
+    plain = gaussians.detach().to("cpu").to(torch.float64)
     first, second = plain.scale.clamp(_THINNEST, _WIDEST).unbind(dim=1)
     swapped = first < second
     half_turns = torch.remainder(plain.angle / math.pi + 0.5 * swapped, 1.0)

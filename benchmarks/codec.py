@@ -169,9 +169,7 @@ def distortion_table(
     pictures: dict[str, Picture], targets: list[float], arguments: argparse.Namespace
 ) -> list[dict[str, float | str]]:
     """Prints a row per target; one entry per picture and target."""
-    print(
-        f"{len(pictures)} pictures, {arguments.steps} steps and {arguments.refine_steps} on what is stored; means\n"
-    )
+    print(f"{len(pictures)} pictures, {arguments.steps} steps and {arguments.refine_steps} on what is stored; means\n")
     print("| target | AIR bpp | PSNR | least | Gaussians | JPEG bpp | PSNR | GaussianImage | encode s | decode ms |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     points: list[dict[str, float | str]] = []
