@@ -6,9 +6,15 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+
+from air.loss import SSIM_C1, SSIM_C2, WINDOW_SIGMA, WINDOW_SIZE
 
 HIGHEST_PSNR = 100.0
 """Decibels; no error at all counts as this, so that means over images stay numbers."""
+
+MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
+"""Of the scales, finest first (Wang, Simoncelli and Bovik 2003)."""
 
 
 def psnr_of(squared_error: float) -> float:
@@ -22,7 +28,84 @@ def psnr(image: Tensor, target: Tensor) -> float:
     Raises:
         ValueError: The shapes differ.
     """
-    if image.shape != target.shape:
-        raise ValueError(f"image and target differ in shape: {tuple(image.shape)} and {tuple(target.shape)}")
+    _check_shapes(image, target)
     difference = image.detach().clamp(0, 1).to(torch.float64) - target.to(torch.float64)
     return psnr_of(float(difference.square().mean()))
+
+
+def ms_ssim(image: Tensor, target: Tensor) -> float:
+    """Multi-scale structural similarity (Wang, Simoncelli and Bovik 2003) of an image, clamped to [0, 1]; 1 if equal.
+
+        product over scales of contrast-structure^weight, and luminance^weight of the coarsest
+
+    - Window: 11 x 11 Gaussian, sigma 1.5, only where it lies within the image; biased moments.
+    - The next scale is the mean of 2 x 2 pixels, of what there is of them at an odd border.
+    - Each channel by itself, then the mean of the channels; a negative contrast-structure counts as 0.
+    - Five scales where the short side is above 160 pixels. Below, as many as hold the window, their weights divided by
+      their sum. An image smaller than the window has one scale, and the window is cut to it.
+
+    Args:
+        image: Shape (3, H, W).
+        target: The original, same shape, values in [0, 1].
+
+    Raises:
+        ValueError: The shapes differ.
+    """
+    _check_shapes(image, target)
+    x = image.detach().clamp(0, 1).to(torch.float32)
+    y = target.to(torch.float32)
+    weights = MS_SSIM_WEIGHTS[: _scales(*image.shape[-2:])]
+    total = sum(weights)
+    product = torch.ones(len(x), dtype=torch.float64, device=x.device)
+    for scale, weight in enumerate(weights):
+        if scale:
+            x, y = (functional.avg_pool2d(each, 2, ceil_mode=True) for each in (x, y))
+        similarity, contrast = _similarities(x, y)
+        term = similarity if scale == len(weights) - 1 else contrast
+        product *= term.clamp(min=0) ** (weight / total)
+    return float(product.mean())
+
+
+def _scales(height: int, width: int) -> int:
+    """How many scales, at most five, have a short side of a whole window."""
+    side = min(height, width)
+    count = 1
+    while count < len(MS_SSIM_WEIGHTS) and (side := (side + 1) // 2) >= WINDOW_SIZE:
+        count += 1
+    return count
+
+
+def _similarities(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean SSIM and mean contrast-structure of each channel, both of shape (C,), float64; x and y are (C, H, W)."""
+    mean_x, mean_y = _window_mean(x), _window_mean(y)
+    variance_x = _window_mean(x * x) - mean_x * mean_x
+    variance_y = _window_mean(y * y) - mean_y * mean_y
+    covariance = _window_mean(x * y) - mean_x * mean_y
+    contrast = (2 * covariance + SSIM_C2) / (variance_x + variance_y + SSIM_C2)
+    luminance = (2 * mean_x * mean_y + SSIM_C1) / (mean_x * mean_x + mean_y * mean_y + SSIM_C1)
+    similarity, contrast = (each.double().mean(dim=(1, 2)) for each in (luminance * contrast, contrast))
+    return similarity, contrast
+
+
+def _window_mean(images: Tensor) -> Tensor:
+    """Means under the window wherever it fits, of (C, H, W). Sums of shifted images: faster than a convolution here."""
+    for axis in (1, 2):
+        weights = _window(images.shape[axis])
+        places = images.shape[axis] - len(weights) + 1
+        total = torch.zeros_like(images.narrow(axis, 0, places))
+        for offset, weight in enumerate(weights):
+            total.add_(images.narrow(axis, offset, places), alpha=weight)
+        images = total
+    return images
+
+
+def _window(size: int) -> list[float]:
+    """The window's weights along an axis of so many pixels, cut to it; sum 1."""
+    length = min(WINDOW_SIZE, size)
+    weights = [math.exp(-((index - (length - 1) / 2) ** 2) / (2 * WINDOW_SIGMA**2)) for index in range(length)]
+    return [weight / sum(weights) for weight in weights]
+
+
+def _check_shapes(image: Tensor, target: Tensor) -> None:
+    if image.shape != target.shape:
+        raise ValueError(f"image and target differ in shape: {tuple(image.shape)} and {tuple(target.shape)}")
