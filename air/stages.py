@@ -48,6 +48,32 @@ def active_patches(canvas: Tensor, image: Tensor, patch_size: int, control: Stag
     Returns:
         Boolean, shape (rows · columns,), row-major. Both images are continued by their border to whole patches.
     """
+    mse, dssim = _patch_errors(canvas, image, patch_size)
+    return (mse > control.max_mse) | (dssim > control.max_dssim)
+
+
+def worst_patches(canvas: Tensor, image: Tensor, patch_size: int, among: Tensor, count: int) -> Tensor:
+    """Those `count` of the patches `among` that have the largest squared error; all of them where there are no more.
+
+    Args:
+        canvas: As for `active_patches`.
+        image: As for `active_patches`.
+        patch_size: Pixels.
+        among: Boolean, shape (rows · columns,), row-major.
+        count: How many, at least 0.
+
+    Returns:
+        Boolean, shape (rows · columns,). Of two with the same error, the first goes first.
+    """
+    mse, _ = _patch_errors(canvas, image, patch_size)
+    order = torch.where(among, mse, -1.0).argsort(descending=True, stable=True)
+    kept = torch.zeros_like(among)
+    kept[order[:count]] = True
+    return kept & among
+
+
+def _patch_errors(canvas: Tensor, image: Tensor, patch_size: int) -> tuple[Tensor, Tensor]:
+    """Mean squared error and 1 - SSIM of every patch (method.md section 3), both (rows · columns,), float64."""
     x = _patches(canvas.detach(), patch_size)
     y = _patches(image.detach(), patch_size)
     mse = (x - y).square().mean(dim=(0, 2))
@@ -58,7 +84,7 @@ def active_patches(canvas: Tensor, image: Tensor, patch_size: int, control: Stag
     ssim = ((2 * mean_x * mean_y + SSIM_C1) * (2 * covariance + SSIM_C2)) / (
         (mean_x.square() + mean_y.square() + SSIM_C1) * (variance_x + variance_y + SSIM_C2)
     )
-    return (mse > control.max_mse) | (1 - ssim.mean(dim=0) > control.max_dssim)
+    return mse, 1 - ssim.mean(dim=0)
 
 
 def _patches(image: Tensor, patch_size: int) -> Tensor:
@@ -111,6 +137,7 @@ def run_stages(
     *,
     control: StageControl | None = None,
     canvas: Literal["target", "predicted"] = "target",
+    budget: int | None = None,
     backend: str = "auto",
     threads: int = 1,
 ) -> Iterator[StageResult]:
@@ -123,6 +150,8 @@ def run_stages(
         control: Which patches get a Gaussian.
         canvas: What the next stage builds on. The paper trains with `predicted`, the canvas that its network will meet;
             `target` gives the best picture, and is right where no network is to be matched.
+        budget: Most Gaussians of an image, all stages together: where they do not suffice for all bad patches, those
+            with the largest squared error get them. No limit if not given.
         backend: As for `air.optimize.optimize`.
         threads: CPU threads at most.
 
@@ -134,7 +163,7 @@ def run_stages(
         NonFiniteLossError: From the optimiser.
     """
     control = control or StageControl()
-    for added in _each_stage([image], predictor, optimization, control, canvas, backend, threads):
+    for added in _each_stage([image], predictor, optimization, control, canvas, budget, backend, threads):
         yield added[0]
 
 
@@ -145,6 +174,7 @@ def run_stages_batch(
     *,
     control: StageControl | None = None,
     canvas: Literal["target", "predicted"] = "target",
+    budget: int | None = None,
     backend: str = "auto",
     threads: int = 1,
 ) -> list[list[StageResult]]:
@@ -159,6 +189,7 @@ def run_stages_batch(
         optimization: One per stage.
         control: Which patches get a Gaussian.
         canvas: What the next stage builds on.
+        budget: Most Gaussians of each image.
         backend: As for `air.optimize.optimize`.
         threads: CPU threads at most.
 
@@ -172,7 +203,7 @@ def run_stages_batch(
     """
     results: list[list[StageResult]] = [[] for _ in images]
     control = control or StageControl()
-    for added in _each_stage(images, predictor, optimization, control, canvas, backend, threads):
+    for added in _each_stage(images, predictor, optimization, control, canvas, budget, backend, threads):
         for number, result in added.items():
             results[number].append(result)
     return results
@@ -184,11 +215,15 @@ def _each_stage(
     optimization: Sequence[OptimizeConfig],
     control: StageControl,
     canvas: Literal["target", "predicted"],
+    budget: int | None,
     backend: str,
     threads: int,
 ) -> Iterator[dict[int, StageResult]]:
     """After each stage, what it added to each image that still had a bad patch, by the image's place in `images`."""
+    if budget is not None and budget < 1:
+        raise ValueError(f"budget must be at least 1 Gaussian, got {budget}")
     patch_size = predictor.patch_size
+    left = [budget] * len(images)
     backgrounds = [torch.zeros_like(image) for image in images]
     going = list(range(len(images)))
     for stage, config in enumerate(optimization):
@@ -197,6 +232,10 @@ def _each_stage(
         for number in going:
             image, background = images[number], backgrounds[number]
             active = active_patches(background, image, patch_size, control)
+            remaining = left[number]
+            if remaining is not None:
+                active = worst_patches(background, image, patch_size, active, remaining)
+                left[number] = remaining - int(active.sum())
             patch = active.nonzero()[:, 0]
             if not len(patch):
                 continue

@@ -10,7 +10,7 @@ from air.optimize import OptimizeConfig
 from air.predictor import GridPredictor, Prediction
 from air.render import render
 from air.residual import residual_initialization
-from air.stages import StageControl, active_patches, all_gaussians, run_stages, run_stages_batch
+from air.stages import StageControl, active_patches, all_gaussians, run_stages, run_stages_batch, worst_patches
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +81,43 @@ def test_the_recorded_psnr_is_that_of_the_sum_of_all_gaussians(photograph: torch
     image = render(all_gaussians(stages, 7, "target").to(torch.float64), height, width)
     mse = (image.clamp(0, 1) - photograph).square().mean().item()
     assert -10 * np.log10(mse) == pytest.approx(stages[-1].psnr[1], abs=2e-3)
+
+
+def test_a_budget_goes_to_the_patches_with_the_largest_squared_error(photograph: torch.Tensor) -> None:
+    _, height, width = photograph.shape
+    config = [OptimizeConfig(steps=0)] * 4
+    free = list(run_stages(photograph, GridPredictor(7), config))
+    budget = len(free[0]) + len(free[1]) // 2
+    first, second = run_stages(photograph, GridPredictor(7), config, budget=budget)
+    assert torch.equal(first.target, free[0].target)
+    assert len(first) + len(second) == budget
+    left = photograph - render(activate(first.target, first.anchor, 7), height, width)
+    tiles = left.reshape(3, height // 7, 7, width // 7, 7).double().square().mean(dim=(0, 2, 4)).flatten()
+    assert set(second.patch.tolist()) < set(free[1].patch.tolist())
+    left_out = sorted(set(free[1].patch.tolist()) - set(second.patch.tolist()))
+    assert tiles[second.patch].min() >= tiles[left_out].max()
+
+
+def test_a_budget_below_the_first_stage_bounds_that_stage(photograph: torch.Tensor) -> None:
+    (only,) = run_stages(photograph, GridPredictor(7), [OptimizeConfig(steps=0)] * 4, budget=5)
+    assert len(only) == 5
+    with pytest.raises(ValueError, match="budget"):
+        list(run_stages(photograph, GridPredictor(7), [OptimizeConfig(steps=0)], budget=0))
+
+
+def test_every_image_of_a_batch_has_the_budget_to_itself(photograph: torch.Tensor) -> None:
+    config = [OptimizeConfig(steps=0)] * 3
+    pictures = [photograph, photograph[:, :35]]
+    for stages in run_stages_batch(pictures, GridPredictor(7), config, budget=61):
+        assert sum(map(len, stages)) == 61
+
+
+def test_among_equals_the_first_patches_are_the_worst() -> None:
+    image = torch.zeros(3, 7, 35)
+    canvas = torch.full_like(image, 0.5)
+    among = torch.tensor([False, True, True, True, False])
+    assert worst_patches(canvas, image, 7, among, 2).tolist() == [False, True, True, False, False]
+    assert worst_patches(canvas, image, 7, among, 9).tolist() == among.tolist()
 
 
 def test_canvas_predicted_builds_on_predictions(photograph: torch.Tensor) -> None:
