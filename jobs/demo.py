@@ -21,6 +21,7 @@ from pipeline.distill import DistillConfig
 from pipeline.errors import ConfigError, DamagedDataError
 from pipeline.shards import ShardConfig
 from pipeline.storage import open_storage
+from pipeline.work import read_plan
 
 _PICTURES = (
     ("sklearn.datasets.images", "china.jpg"),
@@ -101,7 +102,7 @@ def run_demo(
 
     _announce(
         f"air distill {shards} {targets}{option}",
-        f"Fit Gaussians: {distill_config.stages} stages, each adding Gaussians only where the picture is still bad.",
+        "Fit Gaussians in stages, each adding Gaussians only where the picture is still bad.",
     )
     tally = distill.distill(shards, targets, distill_config, runner)
     print_outcome(distill.describe(tally), targets, tally)
@@ -114,7 +115,8 @@ def run_demo(
     stats.main([targets])
 
     picture = out / "contact-sheet.png"
-    save_sheet(open_storage(targets), distill_config.canvas, picture)
+    storage = open_storage(targets)
+    save_sheet(storage, read_plan(storage).config["canvas"], picture)
     print(
         f"\nDone in {time.monotonic() - begin:.0f} s. Originals, predictions, optimised Gaussians and where the stages"
     )

@@ -4,6 +4,7 @@ SHARDS is the output of `air shard`, or a folder of WebDataset tars. Images that
 with a reason. Run again to go on after a stop; see how far it is with `air status OUT`.
 
   air distill shards/ targets/ --patch-size 7 --steps 50
+  air distill shards/ targets-2/ --predictor run-1/best.safetensors
 """
 
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from jobs.report import print_outcome
 from pipeline.config import RunnerConfig
 from pipeline.distill import DistillConfig, DistillJob
 from pipeline.errors import ConfigError
+from pipeline.predictors import find_predictor
 from pipeline.runner import Tally, run
 from pipeline.shards import list_shards
 from pipeline.storage import open_storage
@@ -24,14 +26,20 @@ def distill(source_uri: str, output_uri: str, config: DistillConfig, runner: Run
     """Plans and runs; returns the totals.
 
     Raises:
-        ConfigError: GPUs are asked for, but none are to be reserved.
+        ConfigError: GPUs are asked for, but none are to be reserved; or the predictor does not fit the configuration.
+        CheckpointError: There is no such predictor.
     """
     if config.device == "cuda" and runner.executor == "ray" and not runner.num_gpus:
         raise ConfigError("device = cuda on Ray needs GPUs to be reserved: set num_gpus, such as num_gpus = 1")
     source, output = open_storage(source_uri), open_storage(output_uri)
-    plan = settle_plan(output, Plan.make("distill", config, list_shards(source), [source.uri()]))
+    predictor = find_predictor(config.predictor, config.patch_size)
+    plan = Plan.make("distill", config.settled(predictor), list_shards(source), [source.uri()])
+    if predictor.sha256:  # what counts is what a checkpoint holds, not where it lies
+        held = f"{predictor.model}, sha256 {predictor.sha256}"
+        plan = plan.model_copy(update={"config": {**plan.config, "predictor": held}})
+    plan = settle_plan(output, plan)
     with show("distill") as display:
-        return run(DistillJob(config, source), plan, output, runner, display)
+        return run(DistillJob(config, source, predictor), plan, output, runner, display)
 
 
 def main(arguments: Sequence[str]) -> int:

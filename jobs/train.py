@@ -8,7 +8,6 @@ last.safetensors with their cards, metrics.jsonl, TensorBoard events and checkpo
 
 from __future__ import annotations
 
-import hashlib
 import os
 import tempfile
 from collections.abc import Sequence
@@ -18,7 +17,8 @@ from typing import TYPE_CHECKING
 from jobs.command import configure, make_parser
 from pipeline.errors import ConfigError
 from pipeline.feed import find_blocks
-from pipeline.storage import Storage, normalise, open_parent, open_storage
+from pipeline.predictors import checksum_of_weights, local_checkpoint
+from pipeline.storage import Storage, normalise, open_storage
 from pipeline.train_config import TrainConfig, TrainerConfig
 from pipeline.work import Plan, settle_plan
 
@@ -53,7 +53,9 @@ def train(
     if config.from_:
         config = config.model_copy(update={"from_": normalise(config.from_)})
         # What counts is what the checkpoint holds, not where it lies.
-        plan = plan.model_copy(update={"config": {**plan.config, "from_": f"sha256 {_checksum(str(config.from_))}"}})
+        with local_checkpoint(config.from_) as path:
+            held = f"sha256 {checksum_of_weights(path)}"
+        plan = plan.model_copy(update={"config": {**plan.config, "from_": held}})
     plan = settle_plan(output, plan)
     cores = max(1, (os.cpu_count() or 1) // trainer.workers)
     job = TrainJob(
@@ -96,12 +98,6 @@ def describe(figures: dict[str, float], output: str) -> str:
         f"{int(figures['step'])} steps, {int(figures['samples'])} samples in {figures['seconds']:.0f} s; "
         f"best validation {figures['best_psnr']:.2f} dB. Best: {output.rstrip('/')}/best.safetensors"
     )
-
-
-def _checksum(checkpoint: str) -> str:
-    storage, name = open_parent(checkpoint)
-    with storage.open(name) as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()  # pyright: ignore[reportArgumentType]
 
 
 def _default_validation(output: Storage) -> str:

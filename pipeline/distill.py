@@ -19,6 +19,7 @@ from pydantic import Field, model_validator
 
 from pipeline import images, tables
 from pipeline.errors import Rejected
+from pipeline.predictors import GRID, PredictorReference, find_predictor, load
 from pipeline.process import EncodedImage, Sample, batched
 from pipeline.shards import read_samples
 from pipeline.storage import Storage
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
     from air.gaussians import Gaussians
     from air.optimize import OptimizeConfig
+    from air.predictor import Predictor
     from air.stages import StageResult
 
 logger = logging.getLogger(__name__)
@@ -44,14 +46,23 @@ class DistillConfig(ViewConfig):
     """What `air distill` makes of an image: its views, and how Gaussians are fitted to them."""
 
     seed: int = Field(0, ge=0, lt=2**63, description="seed of the views")
-    predictor: Literal["grid"] = Field("grid", description="what predicts; grid is the built-in closed form")
-    stages: int = Field(4, ge=1, le=16, description="stages, each adding Gaussians where the picture is still bad")
+    predictor: str = Field(
+        GRID, description="what predicts: grid, the closed form; compact, the shipped one; or NAME.safetensors"
+    )
+    stages: int | None = Field(
+        None,
+        ge=1,
+        le=16,
+        description="stages, each adding where the picture is bad; default: the network's, the grid's 4",
+    )
     steps: tuple[int, ...] = Field(
         (50,), description="optimisation steps per stage; the last one holds for all further"
     )
     rate: float = Field(1.0, gt=0, le=100, description="factor on the optimiser's learning rates (docs/optimizer.md)")
-    canvas: Literal["target", "predicted"] = Field(
-        "target", description="what the next stage builds on: this stage's optimised Gaussians, or the predicted ones"
+    canvas: Literal["target", "predicted"] | None = Field(
+        None,
+        description="what the next stage builds on: this stage's optimised Gaussians, or the predicted ones; "
+        "default: target with the grid, predicted with a network",
     )
     max_patch_mse: float = Field(10**-3.5, ge=0, le=10, description="a patch with a larger mean squared error is bad")
     max_patch_dssim: float = Field(0.05, ge=0, le=2, description="a patch with a larger 1 - SSIM is bad")
@@ -73,21 +84,44 @@ class DistillConfig(ViewConfig):
             raise ValueError("background must be three numbers from 0 to 255")
         return self
 
+    def settled(self, reference: PredictorReference) -> DistillConfig:
+        """With what depends on the predictor filled in.
+
+        Raises:
+            ConfigError: More stages are asked for than the predictor has.
+        """
+        canvas = self.canvas or ("target" if reference.name == GRID else "predicted")
+        return self.model_copy(
+            update={"predictor": reference.name, "stages": reference.stages(self.stages), "canvas": canvas}
+        )
+
     def optimization(self) -> list[OptimizeConfig]:
-        """The optimiser's configuration for every stage."""
+        """The optimiser's configuration for every stage of a settled configuration."""
         from air.optimize import OptimizeConfig
 
+        assert self.stages is not None
         counts = [self.steps[min(stage, len(self.steps) - 1)] for stage in range(self.stages)]
         return [OptimizeConfig(steps=count).scaled(self.rate) for count in counts]
 
 
 class DistillJob:
-    """Turns shards into targets."""
+    """Turns shards into targets.
+
+    Args:
+        config: What to make.
+        source: Where the shards are.
+        predictor: Which predictor `config.predictor` is; looked up if not given.
+
+    Raises:
+        CheckpointError: There is no such predictor.
+        ConfigError: It does not fit the configuration.
+    """
 
     name: ClassVar[str] = "distill"
 
-    def __init__(self, config: DistillConfig, source: Storage) -> None:
-        self._config = config
+    def __init__(self, config: DistillConfig, source: Storage, predictor: PredictorReference | None = None) -> None:
+        self._predictor = predictor or find_predictor(config.predictor, config.patch_size)
+        self._config = config.settled(self._predictor)
         self._source = source
 
     def prepare(self, say: Callable[[str], None]) -> None:
@@ -95,9 +129,11 @@ class DistillJob:
 
         Raises:
             BackendUnavailableError: The configuration asks for a GPU that this worker does not have.
+            CheckpointError: The predictor cannot be loaded, or is not the one that was planned with.
         """
         from air.optimize import COMPILE_SECONDS, compile_kernels, kernels_are_compiled
 
+        load(self._predictor, self._device())
         if self._device().type == "cuda":
             return
         if not kernels_are_compiled():
@@ -132,7 +168,8 @@ class DistillJob:
         """The target rows of all views of each image, or why there are none."""
         results: list[_Rows | Rejected] = [[] for _ in encoded]
         for views in batched(self._views(encoded, results), self._views_at_once()):
-            fitted = distill_views([view.rgb for view in views], self._config, self._device())
+            predictor = load(self._predictor, self._device())
+            fitted = distill_views([view.rgb for view in views], predictor, self._config, self._device())
             for view, columns in zip(views, fitted, strict=True):
                 rows = results[view.image]
                 if isinstance(rows, Rejected):
@@ -169,7 +206,7 @@ class DistillJob:
 
     def writer(self, unit: Unit, scratch: Path, metadata: Mapping[str, str]) -> TargetWriter:
         """A writer of one Parquet file of targets."""
-        return TargetWriter(scratch / f"{unit.name}.parquet", {**metadata, "air.model": self._config.predictor})
+        return TargetWriter(scratch / f"{unit.name}.parquet", {**metadata, "air.model": self._predictor.model})
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,13 +227,14 @@ class _View:
 
 
 def distill_views(
-    views: Sequence[np.ndarray], config: DistillConfig, device: torch.device
+    views: Sequence[np.ndarray], predictor: Predictor, config: DistillConfig, device: torch.device
 ) -> list[dict[str, Any] | Rejected]:
     """The columns of a target row that depend on the view's pixels, for each of several views optimised together.
 
     Args:
         views: Each of shape (H, W, 3), uint8, whole patches.
-        config: How to fit.
+        predictor: What predicts, on that device.
+        config: How to fit; settled.
         device: Where to compute.
 
     Returns:
@@ -208,22 +246,26 @@ def distill_views(
     pictures = [torch.from_numpy(rgb.astype(np.float32) / 255).permute(2, 0, 1).contiguous() for rgb in views]
     return [
         stages if isinstance(stages, Rejected) else _view_columns(rgb, stages, config)
-        for rgb, stages in zip(views, _fit([picture.to(device) for picture in pictures], config), strict=True)
+        for rgb, stages in zip(
+            views, _fit([picture.to(device) for picture in pictures], predictor, config), strict=True
+        )
     ]
 
 
-def _fit(pictures: Sequence[torch.Tensor], config: DistillConfig) -> list[list[StageResult] | Rejected]:
+def _fit(
+    pictures: Sequence[torch.Tensor], predictor: Predictor, config: DistillConfig
+) -> list[list[StageResult] | Rejected]:
     """The stages of each picture, on the CPU. One that diverges, or too little memory for all, costs no other."""
     import torch
 
     from air.errors import InvalidGaussiansError, NonFiniteLossError
-    from air.predictor import GridPredictor
     from air.stages import StageControl, run_stages_batch
 
+    assert config.canvas is not None
     try:
         fitted = run_stages_batch(
             pictures,
-            GridPredictor(config.patch_size),
+            predictor,
             config.optimization(),
             control=StageControl(config.max_patch_mse, config.max_patch_dssim),
             canvas=config.canvas,
@@ -237,7 +279,7 @@ def _fit(pictures: Sequence[torch.Tensor], config: DistillConfig) -> list[list[S
             raise
         logger.warning("the GPU's memory does not hold %d views at once: taking half of them", len(pictures))
     half = len(pictures) // 2
-    return [*_fit(pictures[:half], config), *_fit(pictures[half:], config)]
+    return [*_fit(pictures[:half], predictor, config), *_fit(pictures[half:], predictor, config)]
 
 
 def _view_columns(rgb: np.ndarray, stages: Sequence[StageResult], config: DistillConfig) -> dict[str, Any]:

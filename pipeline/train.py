@@ -11,8 +11,7 @@ import logging
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,8 @@ from pipeline.augment import crop_side, make_crop
 from pipeline.errors import Rejected, TrainingError
 from pipeline.feed import Block, GlobalOrder, Prefetcher, open_reader, rank_slice
 from pipeline.losses import finetune_losses
-from pipeline.storage import open_parent, open_storage
+from pipeline.predictors import local_checkpoint
+from pipeline.storage import open_storage
 from pipeline.train_config import TrainConfig, TrainerConfig
 from pipeline.training_log import TrainingLog
 from pipeline.training_state import TrainingState, checkpoints, remove_old_checkpoints
@@ -162,19 +162,6 @@ class Feed:
             pixels = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2)
             batch.images.append(pixels.to(torch.float32).contiguous() / 255)
         return batch
-
-
-@contextmanager
-def local_checkpoint(uri: str) -> Iterator[Path]:
-    """A predictor's checkpoint on this machine's disk, its card beside it."""
-    storage, name = open_parent(uri)
-    if storage.root.startswith("/"):
-        yield Path(storage.root) / name
-        return
-    with tempfile.TemporaryDirectory(prefix="air-") as folder:
-        for part in (name, str(Path(name).with_suffix(".json"))):
-            (Path(folder) / part).write_bytes(storage.read(part))
-        yield Path(folder) / name
 
 
 def make_network(config: TrainConfig) -> PredictorNetwork:

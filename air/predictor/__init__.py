@@ -1,20 +1,32 @@
 """Predictors: what turns an image, and what is drawn of it so far, into Gaussians, stage after stage.
 
 `GridPredictor` is the built-in closed form and needs no network. Networks are in `network` (what they share) and in a
-module for each architecture; `checkpoint` stores and loads them. Importing this package loads none of those.
+module for each architecture; `checkpoint` stores and loads them. Importing this package loads none of those;
+`load_predictor` finds any of them by name.
 
 A predictor knows nothing of stage control, optimisation or files: the stage loop (`air.stages`) calls it.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from air.errors import CheckpointError
 from air.gaussians import anchors
 from air.grid import grid_initialization
 from air.residual import residual_initialization
+
+GRID = "grid"
+"""Name of the built-in closed form."""
+
+COMPACT = "compact"
+"""Name of the checkpoint that this package ships."""
+
+GRID_PATCH_SIZE = 7
+"""Pixels between the grid's anchors where nobody asks for others."""
 
 
 class Prediction(NamedTuple):
@@ -66,3 +78,50 @@ class GridPredictor:
         _, height, width = image.shape
         anchor = anchors(height, width, self.patch_size, image.dtype).to(image.device)
         return Prediction(start(image - canvas, self.patch_size), anchor)
+
+
+def load_predictor(name_or_path: str | Path, patch_size: int | None = None) -> Predictor:
+    """The predictor of that name.
+
+    Args:
+        name_or_path: "grid", the closed form; "compact", the checkpoint that this package ships; or the path of a
+            checkpoint NAME.safetensors with its card beside it.
+        patch_size: Pixels between anchors; by default 7 for the grid and its own for a network, which has no other.
+
+    Raises:
+        CheckpointError: There is no such predictor, its files cannot be read, or it has another patch size.
+    """
+    if name_or_path == GRID:
+        return GridPredictor(GRID_PATCH_SIZE if patch_size is None else patch_size)
+    from air.predictor.checkpoint import load_checkpoint
+
+    network, _ = load_checkpoint(checkpoint_path(name_or_path))
+    if patch_size is not None and network.patch_size != patch_size:
+        raise CheckpointError(f"{name_or_path} has patch size {network.patch_size}, not {patch_size}: ask for its own")
+    return network
+
+
+def checkpoint_path(name_or_path: str | Path) -> Path:
+    """Where the checkpoint of a predictor other than the grid lies.
+
+    Raises:
+        CheckpointError: It is neither "compact" nor the path of a checkpoint, or no "compact" is shipped.
+    """
+    if name_or_path == COMPACT:
+        if not has_compact():
+            raise CheckpointError(
+                f"this installation ships no compact predictor ({_SHIPPED} is missing): train one with `air train` and "
+                "give its path, or use grid"
+            )
+        return _SHIPPED
+    if not str(name_or_path).endswith(".safetensors"):
+        raise CheckpointError(f"unknown predictor {str(name_or_path)!r}: give grid, compact or a file NAME.safetensors")
+    return Path(name_or_path)
+
+
+def has_compact() -> bool:
+    """Whether this installation ships the predictor "compact"."""
+    return _SHIPPED.exists()
+
+
+_SHIPPED = Path(__file__).parent / "weights" / f"{COMPACT}.safetensors"

@@ -1,0 +1,157 @@
+"""Predictors as they travel: by name or URI and checksum, fetched and loaded where they are used.
+
+A driver reads a checkpoint's card and checksum (`find_predictor`); a worker loads the weights once (`load`), and
+refuses others than the driver saw. With the grid, a driver does without torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.errors import ConfigError
+from pipeline.storage import normalise, open_parent
+
+if TYPE_CHECKING:
+    import torch
+
+    from air.predictor import Predictor
+
+GRID = "grid"
+"""Name of the built-in closed form."""
+
+GRID_PATCH_SIZE, GRID_STAGES = 7, 4
+"""Pixels between the grid's anchors, and its stages, where nobody asks for others."""
+
+
+@dataclass(frozen=True)
+class PredictorReference:
+    """Which predictor, exactly.
+
+    Attributes:
+        name: "grid", "compact" or the normalised URI of a checkpoint.
+        model: What tables call it: "grid", or the architecture and the first 12 digits of the weights' checksum.
+        sha256: Of the weights, hexadecimal; empty for the grid.
+        patch_size: Pixels between anchors.
+        num_stages: How many stages it can predict; the grid has no limit.
+    """
+
+    name: str
+    model: str
+    sha256: str
+    patch_size: int
+    num_stages: int | None
+
+    def stages(self, wanted: int | None) -> int:
+        """How many stages to run: as many as are wanted, or else all of a network's.
+
+        Raises:
+            ConfigError: More are wanted than it has.
+        """
+        if wanted is None:
+            return self.num_stages or GRID_STAGES
+        if self.num_stages is not None and wanted > self.num_stages:
+            raise ConfigError(f"stages = {wanted}: {self.name} has {self.num_stages}; set stages to that at most")
+        return wanted
+
+
+def find_predictor(name: str, patch_size: int | None = None) -> PredictorReference:
+    """Looks a predictor up; reads its card, and its weights for their checksum.
+
+    Args:
+        name: "grid", "compact" (the checkpoint that this package ships), or a path or URI of a checkpoint.
+        patch_size: What it must have; any if not given.
+
+    Raises:
+        CheckpointError: There is no such predictor, or it has no card.
+        ConfigError: It has another patch size.
+    """
+    if name == GRID:
+        return PredictorReference(GRID, GRID, "", patch_size or GRID_PATCH_SIZE, None)
+    from air.predictor import COMPACT
+    from air.predictor.checkpoint import read_card
+
+    uri = name if name == COMPACT else normalise(name)
+    with local_checkpoint(uri) as path:
+        card = read_card(path)
+        checksum = checksum_of_weights(path)
+    has, stages = card.settings["patch_size"], card.settings["num_stages"]
+    if patch_size is not None and patch_size != has:
+        raise ConfigError(f"patch_size = {patch_size}: {name} has patch size {has}; set patch_size to {has}")
+    return PredictorReference(uri, f"{card.architecture}:{checksum[:12]}", checksum, has, stages)
+
+
+def load(reference: PredictorReference, device: torch.device) -> Predictor:
+    """The predictor on a device; kept in this process, so that the next call costs nothing.
+
+    Raises:
+        CheckpointError: It cannot be loaded, or is no longer the one that the reference names.
+    """
+    return _load(reference, str(device))
+
+
+@lru_cache(maxsize=2)
+def _load(reference: PredictorReference, device: str) -> Predictor:
+    from air.errors import CheckpointError
+    from air.predictor import GridPredictor
+    from air.predictor.checkpoint import load_checkpoint
+
+    if reference.name == GRID:
+        return GridPredictor(reference.patch_size)
+    with local_checkpoint(reference.name) as path:
+        found = checksum_of_weights(path)
+        if found != reference.sha256:
+            raise CheckpointError(
+                f"{reference.name} has changed since it was looked up (sha256 {reference.sha256[:12]} -> "
+                f"{found[:12]}): snapshots of rounds need names of their own"
+            )
+        network, _ = load_checkpoint(path)
+    return network.to(device)
+
+
+@contextmanager
+def local_checkpoint(name: str) -> Iterator[Path]:
+    """A predictor's checkpoint on this machine's disk, its card beside it.
+
+    Args:
+        name: "compact", or the URI of a file NAME.safetensors.
+
+    Raises:
+        CheckpointError: It is neither.
+        StorageError: It cannot be fetched.
+    """
+    from air.predictor import COMPACT, checkpoint_path
+
+    if name == COMPACT:
+        yield checkpoint_path(name)
+        return
+    checkpoint_path(name)  # its message is clearer than that of a missing file
+    storage, file = open_parent(name)
+    if storage.root.startswith("/"):
+        yield Path(storage.root) / file
+        return
+    with tempfile.TemporaryDirectory(prefix="air-") as folder:
+        for part in (file, str(Path(file).with_suffix(".json"))):
+            (Path(folder) / part).write_bytes(storage.read(part))
+        yield Path(folder) / file
+
+
+def checksum_of_weights(path: Path) -> str:
+    """SHA-256 of a checkpoint's weights, hexadecimal.
+
+    Raises:
+        CheckpointError: The file cannot be read.
+    """
+    from air.errors import CheckpointError
+
+    try:
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
