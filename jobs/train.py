@@ -51,9 +51,10 @@ def train(
     kind, units, blocks = find_blocks(source)
     plan = Plan.make("train", config, units, [source.uri()])
     if config.from_:
-        config = config.model_copy(update={"from_": normalise(config.from_)})
+        begin = normalise(config.from_)
+        config = config.model_copy(update={"from_": begin})
         # What counts is what the checkpoint holds, not where it lies.
-        with local_checkpoint(config.from_) as path:
+        with local_checkpoint(begin) as path:
             held = f"sha256 {checksum_of_weights(path)}"
         plan = plan.model_copy(update={"config": {**plan.config, "from_": held}})
     plan = settle_plan(output, plan)

@@ -88,22 +88,21 @@ def find_predictor(name: str, patch_size: int | None = None) -> PredictorReferen
 
 
 def load(reference: PredictorReference, device: torch.device) -> Predictor:
-    """The predictor on a device; kept in this process, so that the next call costs nothing.
+    """The predictor on a device; a network is kept in this process, so that the next call costs nothing.
 
     Raises:
         CheckpointError: It cannot be loaded, or is no longer the one that the reference names.
     """
-    return _load(reference, str(device))
+    from air.predictor import GridPredictor
+
+    return GridPredictor(reference.patch_size) if reference.name == GRID else _load(reference, str(device))
 
 
 @lru_cache(maxsize=2)
 def _load(reference: PredictorReference, device: str) -> Predictor:
     from air.errors import CheckpointError
-    from air.predictor import GridPredictor
     from air.predictor.checkpoint import load_checkpoint
 
-    if reference.name == GRID:
-        return GridPredictor(reference.patch_size)
     with local_checkpoint(reference.name) as path:
         found = checksum_of_weights(path)
         if found != reference.sha256:

@@ -173,7 +173,8 @@ def test_every_command_helps_and_shows_the_default_of_every_option(run_air, comm
     assert f"usage: air {command}" in said.out
     fields = sections()[command].model_fields if command in sections() else {}
     options = " ".join(said.out.partition("\noptions:")[2].split())
-    without = [name for name in fields if not re.search(rf"--{name.replace('_', '-')} ((?! --).)*default: ", options)]
+    flags = [(field.alias or name).replace("_", "-") for name, field in fields.items()]
+    without = [flag for flag in flags if not re.search(rf"--{flag}(, --no-{flag})? ((?! --).)*default: ", options)]
     assert without == []
 
 
