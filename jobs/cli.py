@@ -16,6 +16,7 @@ COMMANDS = {
     "shard": "images in folders, globs, tars, Parquet -> WebDataset shards",
     "distill": "shards -> distillation targets in Parquet",
     "train": "targets or shards -> a predictor's checkpoint",
+    "evaluate": "what a predictor makes of images, alone and refined, beside grids",
     "fit": "one image -> Gaussians, with progress and a picture",
     "import-checkpoint": "the authors' checkpoint -> weights and card of this project",
     "stats": "summary of targets, or your own SQL over them",

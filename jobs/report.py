@@ -9,13 +9,13 @@ from rich.table import Table
 from pipeline.runner import Tally
 
 
-def rejections(rejected: Iterable[tuple[str, int]]) -> str:
+def rejections(rejected: Iterable[tuple[str, int]], fate: str = "quarantined") -> str:
     """Such as `3 quarantined (truncated 2, empty 1)`."""
     pairs = list(rejected)
     if not pairs:
-        return "none quarantined"
+        return f"none {fate}"
     listed = ", ".join(f"{reason} {count}" for reason, count in pairs)
-    return f"{sum(count for _, count in pairs)} quarantined ({listed})"
+    return f"{sum(count for _, count in pairs)} {fate} ({listed})"
 
 
 def print_outcome(done: str, output: str, tally: Tally) -> None:

@@ -81,6 +81,25 @@ QUARANTINE = pa.schema(
 """Images that could not be used, one row each, from every job."""
 
 
+EVALUATION = pa.schema(
+    [
+        _field("key", pa.string(), "identifies the image"),
+        _field("predictor", pa.string(), "what predicted: architecture:checksum of a checkpoint, grid, or plain grid"),
+        _field("patch_size", pa.int32(), "pixels between anchors"),
+        _field("refine_steps", pa.int32(), "steps of joint optimisation after the prediction"),
+        _field("height", pa.int32(), "pixels"),
+        _field("width", pa.int32(), "pixels"),
+        _field("psnr", pa.float64(), "dB, of the image clamped to [0, 1]"),
+        _field("ms_ssim", pa.float64(), "multi-scale structural similarity, at most 1"),
+        _field("num_gaussians", pa.int32(), "Gaussians of all stages"),
+        _per_stage("gaussians", pa.int32(), "Gaussians that it added"),
+        _field("predict_seconds", pa.float64(), "wall time of all stages, from pixels to Gaussians"),
+        _field("refine_seconds", pa.float64(), "wall time of the optimisation"),
+    ]
+)
+"""What predictors reach: one row per image, predictor and number of refinement steps."""
+
+
 def stamped(schema: pa.Schema, metadata: Mapping[str, str]) -> pa.Schema:
     """The schema with file metadata: the schema's version and whatever identifies the run, such as the plan's hash."""
     return schema.with_metadata({"air.schema_version": str(SCHEMA_VERSION), **metadata})
@@ -98,7 +117,7 @@ def open_writer(path: str, schema: pa.Schema) -> pq.ParquetWriter:
             encodings[column] = "BYTE_STREAM_SPLIT"
         elif field.name == "anchor":
             encodings[column] = "DELTA_BINARY_PACKED"
-        elif field.name in ("shard", "stage", "reason"):
+        elif field.name in ("shard", "stage", "reason", "predictor"):
             dictionaries.append(column)
     options: dict[str, Any] = {"use_dictionary": dictionaries or False, "column_encoding": encodings or None}
     return pq.ParquetWriter(path, schema, compression="zstd", **options)

@@ -14,12 +14,8 @@ from air.optimize import OptimizeConfig
 from air.predictor import Predictor
 from air.render import render
 from air.stages import StageControl, all_gaussians, run_stages
-from pipeline import images
 from pipeline.errors import Rejected, TrainingError
-from pipeline.feed import BlockReader, find_blocks
-from pipeline.sources import ItemReader, find_items
-from pipeline.storage import open_storage
-from pipeline.work import PLAN_PATH
+from pipeline.pictures import find_pictures
 
 _GRID_SIDE = 256
 """Pixels of a side of a picture in the image grid, at most."""
@@ -67,23 +63,15 @@ def load_images(uri: str, count: int, max_side: int, rank: int, size: int) -> li
 
 def _decode(uri: str, wanted: Sequence[int]) -> list[np.ndarray]:
     """Images by their position in a fixed order; fewer where there are fewer."""
-    source = open_storage(uri)
-    if source.exists(PLAN_PATH):
-        _, _, blocks = find_blocks(source)
-        places = [(number, row) for number, block in enumerate(blocks) for row in range(block.count)]
-        reader = BlockReader(source, blocks, window=1, cache_bytes=0)
-        return [reader.read(*places[index]).rgb for index in wanted if index < len(places)]
-    items = find_items([uri])
-    item_reader = ItemReader([uri])
+    pictures = find_pictures([uri])
     found = []
-    for index in wanted:
-        if index < len(items):
-            try:
-                found.append(images.decode(item_reader.read(items[index])))
-            except Rejected as rejection:
-                raise TrainingError(
-                    f"validation image {items[index].source} in {uri} cannot be used: {rejection}; remove it"
-                ) from None
+    for picture in [pictures[index] for index in wanted if index < len(pictures)]:
+        try:
+            found.append(picture.read()[1])
+        except Rejected as rejection:
+            raise TrainingError(
+                f"validation image {picture.source} in {uri} cannot be used: {rejection}; remove it"
+            ) from None
     return found
 
 

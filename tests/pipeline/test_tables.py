@@ -12,7 +12,9 @@ from pipeline import tables
 DOCUMENT = Path(__file__).parents[2] / "docs" / "tables.md"
 
 
-@pytest.mark.parametrize("schema", [tables.TARGETS, tables.QUARANTINE], ids=["targets", "quarantine"])
+@pytest.mark.parametrize(
+    "schema", [tables.TARGETS, tables.QUARANTINE, tables.EVALUATION], ids=["targets", "quarantine", "evaluation"]
+)
 def test_every_column_is_documented_with_its_type_and_unit(schema: pa.Schema) -> None:
     text = DOCUMENT.read_text()
     for field in schema:

@@ -1,0 +1,149 @@
+"""Measures what a predictor makes of images, by itself and refined, beside plain grids: PSNR, MS-SSIM, counts, times.
+
+IMAGES are folders, globs, image files, tars and Parquet, or the output of `air shard` or `air distill`. Every image is
+taken whole. Each number of refinement steps starts from the prediction and moves all Gaussians together. Times are wall
+seconds an image with --threads threads. Images that cannot be used are named and passed over.
+
+  air evaluate pictures/ --predictor run/best.safetensors --refine 0,10,50 --output figures.parquet
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+import air
+from jobs.command import configure, make_parser
+from jobs.report import print_table, rejections
+from pipeline import tables
+from pipeline.errors import ConfigError, JobFailedError
+from pipeline.evaluate_config import EvaluateConfig
+from pipeline.pictures import find_pictures
+from pipeline.predictors import GRID, find_predictor
+from pipeline.storage import open_parent
+
+if TYPE_CHECKING:
+    from pipeline.evaluate import Evaluation
+
+
+def evaluate(inputs: Sequence[str], config: EvaluateConfig, output: str | None = None) -> Evaluation:
+    """Measures, and writes the table to `output`, a path or URI of a Parquet file, if it is given.
+
+    Raises:
+        ConfigError: The output's name is not that of a Parquet file, or an input holds no image.
+        CheckpointError: There is no such predictor.
+        JobFailedError: No image could be used.
+    """
+    if output is not None and not output.endswith(".parquet"):
+        raise ConfigError(f"{output}: the table is one Parquet file; give it a name that ends in .parquet")
+    from air.optimize import COMPILE_SECONDS, kernels_are_compiled
+    from air.predictor import COMPACT, has_compact
+    from pipeline.evaluate import evaluate as measure
+
+    reference = find_predictor(config.predictor or (COMPACT if has_compact() else GRID), config.patch_size)
+    pictures = find_pictures(inputs, config.max_pixels)
+    if not kernels_are_compiled():
+        print(f"compiling kernels, once on this machine: about {COMPILE_SECONDS} s", flush=True)
+    with _progress(min(len(pictures), config.limit or len(pictures))) as report:
+        evaluation = measure(pictures, reference, config, report)
+    if not evaluation.rows:
+        raise JobFailedError(f"no image could be used: {_skipped(evaluation)}")
+    if output is not None:
+        _write(evaluation.rows, output, {"air.model": reference.model, "air.config": config.model_dump_json()})
+    return evaluation
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The command."""
+    parser = make_parser("evaluate", __doc__, EvaluateConfig)
+    parser.add_argument("images", nargs="+", metavar="IMAGES", help="what to measure on; local paths or URIs")
+    parser.add_argument("--output", metavar="OUT.parquet", help="write a row per image, predictor and refinement there")
+    given = parser.parse_args(arguments)
+    (config,) = configure(given, evaluate=EvaluateConfig)
+    evaluation = evaluate(given.images, config, given.output)
+    print_means(evaluation, given.images)
+    if given.output:
+        print(f"{len(evaluation.rows)} rows. Output: {given.output}")
+    return 0
+
+
+def print_means(evaluation: Evaluation, inputs: Sequence[str]) -> None:
+    """Prints the means over images, a line for each predictor and refinement."""
+    groups: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
+    for row in evaluation.rows:
+        groups.setdefault((row["predictor"], row["refine_steps"]), []).append(row)
+    columns = (
+        "predictor",
+        "patch",
+        "steps",
+        "PSNR, dB",
+        "MS-SSIM",
+        "Gaussians",
+        "per stage",
+        "predict, s",
+        "refine, s",
+    )
+    lines = []
+    for (predictor, steps), rows in groups.items():
+        patches = sorted({row["patch_size"] for row in rows})
+        per_stage = [
+            round(sum(row["gaussians"][stage] for row in rows if stage < len(row["gaussians"])) / len(rows))
+            for stage in range(max(len(row["gaussians"]) for row in rows))
+        ]
+        lines.append(
+            (
+                predictor,
+                str(patches[0]) if len(patches) == 1 else f"{patches[0]} to {patches[-1]}",
+                steps,
+                _mean(rows, "psnr"),
+                f"{_mean(rows, 'ms_ssim'):.4f}",
+                round(_mean(rows, "num_gaussians")),
+                " + ".join(f"{count:,}" for count in per_stage),
+                _mean(rows, "predict_seconds"),
+                _mean(rows, "refine_seconds"),
+            )
+        )
+    count = len({row["key"] for row in evaluation.rows})
+    print(f"means over {count} images of {', '.join(inputs)}; {_skipped(evaluation)}")
+    print_table("", columns, lines)
+
+
+def _skipped(evaluation: Evaluation) -> str:
+    return rejections(evaluation.rejected.most_common(), "skipped")
+
+
+def _mean(rows: Sequence[Mapping[str, Any]], name: str) -> float:
+    return sum(row[name] for row in rows) / len(rows)
+
+
+def _write(rows: list[dict[str, Any]], output: str, metadata: dict[str, str]) -> None:
+    schema = tables.stamped(tables.EVALUATION, {**metadata, "air.code_version": air.__version__})
+    storage, name = open_parent(output)
+    with tempfile.TemporaryDirectory(prefix="air-") as folder:
+        local = Path(folder) / "evaluation.parquet"
+        with tables.open_writer(str(local), schema) as parquet:
+            parquet.write_table(pa.Table.from_pylist(rows, schema=schema))
+        storage.upload(local, name)
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Any]:
+    console = Console(stderr=True)
+    columns = (TextColumn("evaluate"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
+    with Progress(
+        *columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal
+    ) as progress:
+        task = progress.add_task("", total=total)
+
+        def report(done: int, rows: Sequence[Mapping[str, Any]]) -> None:
+            shown = f"{rows[0]['psnr']:.2f} dB" if rows else "skipped"
+            progress.update(task, completed=done, description=shown)
+
+        yield report

@@ -1,0 +1,68 @@
+"""The pictures of inputs, in a fixed order, for jobs that look at single images: validation, evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+
+from pipeline import images
+from pipeline.feed import BlockReader, find_blocks
+from pipeline.sources import Item, ItemReader, find_items
+from pipeline.storage import Storage, open_storage
+from pipeline.work import PLAN_PATH
+
+
+class Picture(NamedTuple):
+    """One picture, not read yet.
+
+    Attributes:
+        source: Where it comes from, for people.
+        read: Its key and its pixels, shape (H, W, 3), uint8. Raises Rejected where they cannot be used.
+    """
+
+    source: str
+    read: Callable[[], tuple[str, np.ndarray]]
+
+
+def find_pictures(inputs: Sequence[str], max_pixels: int = images.MAX_PIXELS) -> list[Picture]:
+    """All pictures of the inputs.
+
+    Args:
+        inputs: Folders, globs, image files, tars and Parquet as `air shard` takes them, and outputs of `air shard` and
+            `air distill`, of which only what is committed counts; local paths or URIs.
+        max_pixels: Larger files are rejected before decoding.
+
+    Raises:
+        ConfigError: An input holds no image.
+        StorageError: An input cannot be read.
+    """
+    folders = [given for given in inputs if open_storage(given).exists(PLAN_PATH)]
+    files = [given for given in inputs if given not in folders]
+    pictures = [picture for given in folders for picture in _committed(open_storage(given))]
+    if files:
+        reader = ItemReader(files)
+        pictures += [Picture(item.source, partial(_decode, reader, item, max_pixels)) for item in find_items(files)]
+    return pictures
+
+
+def _decode(reader: ItemReader, item: Item, max_pixels: int) -> tuple[str, np.ndarray]:
+    return item.key, images.decode(reader.read(item), max_pixels=max_pixels)
+
+
+def _committed(folder: Storage) -> list[Picture]:
+    """Those of a job's output, shard by shard."""
+    kind, _, blocks = find_blocks(folder)
+    reader = BlockReader(folder, blocks, window=1, cache_bytes=0)
+
+    def read(block: int, row: int) -> tuple[str, np.ndarray]:
+        sample = reader.read(block, row)
+        return f"{sample.key}, view {sample.view}" if kind == "targets" else sample.key, sample.rgb
+
+    return [
+        Picture(f"{folder.uri(block.path)}, image {row}", partial(read, number, row))
+        for number, block in enumerate(blocks)
+        for row in range(block.count)
+    ]

@@ -1,0 +1,142 @@
+"""`air evaluate`: figures that follow from their definitions, baselines beside them, bad images passed over."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from air.gaussians import activate, anchors
+from air.grid import grid_initialization
+from air.metrics import ms_ssim, psnr
+from air.optimize import OptimizeConfig, optimize
+from air.predictor.checkpoint import save_checkpoint
+from air.predictor.network import build
+from air.render import render
+from air.stages import StageControl, active_patches
+from jobs.cli import main
+from jobs.evaluate import evaluate
+from jobs.shard import shard
+from pipeline import tables
+from pipeline.config import RunnerConfig
+from pipeline.errors import ConfigError, JobFailedError
+from pipeline.evaluate import nearest_patch_size
+from pipeline.evaluate_config import EvaluateConfig
+from pipeline.shards import ShardConfig
+
+
+@pytest.fixture
+def one_picture(photographs: Path) -> Path:
+    return photographs / "astronaut.png"
+
+
+def read_image(path: Path) -> torch.Tensor:
+    pixels = np.asarray(Image.open(path).convert("RGB"), np.float32) / 255
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    network = build("compact", {"patch_size": 6, "num_stages": 2, "channels": 4, "depth": 1, "passes": 1})
+    save_checkpoint(tmp_path / "net.safetensors", network)
+    return tmp_path / "net.safetensors"
+
+
+def test_the_figures_of_a_grid_are_those_of_its_render(one_picture: Path) -> None:
+    config = EvaluateConfig(predictor="grid", patch_size=6, stages=1, refine=(0, 5), baseline=False)
+    predicted, refined = evaluate([str(one_picture)], config).rows
+    image = read_image(one_picture)
+    _, height, width = image.shape
+    bad = active_patches(torch.zeros_like(image), image, 6, StageControl())  # all but those that are all but black
+    raw, anchor = grid_initialization(image, 6)[bad], anchors(height, width, 6)[bad]
+    better = optimize(raw, anchor, image, 6, OptimizeConfig(steps=5)).raw
+    for row, numbers in ((predicted, raw), (refined, better)):
+        drawn = render(activate(numbers, anchor, 6), height, width)
+        assert row["psnr"] == pytest.approx(psnr(drawn, image), abs=1e-4)
+        assert row["ms_ssim"] == pytest.approx(ms_ssim(drawn, image), abs=1e-5)
+        assert row["num_gaussians"] == sum(row["gaussians"]) == len(raw)
+    assert refined["psnr"] > predicted["psnr"] + 0.3
+    assert predicted["refine_seconds"] == 0 < refined["refine_seconds"]
+
+
+def test_refinement_moves_the_gaussians_of_all_stages(one_picture: Path) -> None:
+    config = EvaluateConfig(predictor="grid", stages=3, refine=(0, 10, 40), baseline=False)
+    rows = evaluate([str(one_picture)], config).rows
+    assert len(rows[0]["gaussians"]) == 3
+    values = [row["psnr"] for row in rows]
+    assert values[1] > values[0]
+    assert values[2] > values[1] + 0.5
+
+
+def test_a_network_stands_beside_the_grid_and_a_plain_grid_of_as_many(one_picture: Path, checkpoint: Path) -> None:
+    rows = evaluate([str(one_picture)], EvaluateConfig(predictor=str(checkpoint), refine=(0,))).rows
+    network, grid, plain = rows
+    assert network["predictor"].startswith("compact:")
+    assert [grid["predictor"], plain["predictor"]] == ["grid", "plain grid"]
+    assert (network["patch_size"], grid["patch_size"]) == (6, 6)
+    assert len(network["gaussians"]) == len(grid["gaussians"]) == 2
+    assert len(plain["gaussians"]) == 1
+    assert 0.6 < plain["num_gaussians"] / network["num_gaussians"] < 1.6
+
+
+def test_a_budget_bounds_the_gaussians_of_an_image(one_picture: Path) -> None:
+    config = EvaluateConfig(predictor="grid", gaussians=300, refine=(0,), baseline=False)
+    (row,) = evaluate([str(one_picture)], config).rows
+    assert row["num_gaussians"] == 300
+
+
+@pytest.mark.parametrize(("wanted", "expected"), [(1, 96), (256, 6), (9216, 1), (2304, 2), (1 << 40, 1)])
+def test_the_nearest_grid_has_about_as_many_gaussians(wanted: int, expected: int) -> None:
+    assert nearest_patch_size(96, 96, wanted) == expected
+
+
+def test_bad_images_are_named_and_passed_over(
+    one_picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    (folder / "good.png").write_bytes(one_picture.read_bytes())
+    (folder / "broken.png").write_bytes(one_picture.read_bytes()[:500])
+    (folder / "empty.jpg").write_bytes(b"")
+    out = tmp_path / "figures.parquet"
+    options = ["--predictor", "grid", "--refine", "0,2", "--no-baseline", "--output", str(out)]
+    assert main(["evaluate", str(folder), *options]) == 0
+    printed = capsys.readouterr().out
+    assert "means over 1 images" in printed
+    assert "2 skipped (" in printed
+    assert "empty 1" in printed
+    assert {name for name in ("broken.png", "empty.jpg") if name in caplog.text} == {"broken.png", "empty.jpg"}
+    table = pq.read_table(out)
+    assert table.schema.equals(tables.EVALUATION, check_metadata=False)
+    assert table["refine_steps"].to_pylist() == [0, 2]
+    assert table.schema.metadata[b"air.model"] == b"grid"
+    assert json.loads(table.schema.metadata[b"air.config"])["refine"] == [0, 2]
+
+
+def test_without_a_usable_image_the_command_fails(tmp_path: Path) -> None:
+    (tmp_path / "empty.jpg").write_bytes(b"")
+    with pytest.raises(JobFailedError, match=r"no image could be used: 1 skipped \(empty 1\)"):
+        evaluate([str(tmp_path / "empty.jpg")], EvaluateConfig(predictor="grid"))
+
+
+def test_shards_are_evaluated_as_the_pictures_in_them(photographs: Path, tmp_path: Path) -> None:
+    shard([str(photographs)], str(tmp_path / "shards"), ShardConfig(max_count=3), RunnerConfig(executor="inline"))
+    config = EvaluateConfig(predictor="grid", refine=(0,), baseline=False, limit=3)
+    apart, packed = (evaluate([str(given)], config).rows for given in (photographs, tmp_path / "shards"))
+    assert len(apart) == 3
+    assert [(row["key"], row["psnr"]) for row in apart] == [(row["key"], row["psnr"]) for row in packed]
+
+
+@pytest.mark.parametrize(("values", "said"), [({"refine": (10, 0)}, "must rise"), ({"refine": (-1,)}, "counts from 0")])
+def test_options_that_mean_nothing_are_refused(values: dict, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        EvaluateConfig(**values)
+
+
+def test_the_output_is_a_parquet_file(one_picture: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"ends in \.parquet"):
+        evaluate([str(one_picture)], EvaluateConfig(predictor="grid"), str(tmp_path / "out"))
