@@ -7,7 +7,8 @@ In every stage:
 - A pass draws what there is and looks at it: the pixels of every patch (image, what earlier stages leave, what the
   proposal leaves), the raw numbers, and the step that each would take by itself (`air.predictor.feedback`). A
   convolutional trunk on the patch grid predicts what to add to the raw numbers.
-- The next pass does the same to the result.
+- The next pass does the same to the result. Outside training, the last one may be made again.
+- Last, outside training, a few conjugate-gradient iterations solve for the stage's colours (`air.colours`).
 
 All stages and passes share the trunk; each has its own embedding at the trunk's entry and its own last layer.
 """
@@ -20,8 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from air.colours import solve_colours
 from air.gaussians import RAW_CHANNELS, grid_shape
-from air.predictor import GridPredictor
+from air.predictor import GridPredictor, Prediction
 from air.predictor.feedback import feedback
 from air.predictor.network import PredictorNetwork
 
@@ -66,9 +68,11 @@ class CompactPredictor(PredictorNetwork):
         depth: Blocks of the trunk.
         expansion: Hidden width of a block, in channels.
         passes: How often a stage looks at its proposal and corrects it.
+        extra_passes: How often more, with the weights of the last pass, where nothing is trained.
+        colour_iterations: Conjugate-gradient iterations on the colours of each stage, where nothing is trained.
 
     Raises:
-        ValueError: A setting is below 1.
+        ValueError: A setting is out of its bounds.
     """
 
     architecture = "compact"
@@ -82,6 +86,8 @@ class CompactPredictor(PredictorNetwork):
         depth: int = 4,
         expansion: int = 3,
         passes: int = 2,
+        extra_passes: int = 0,
+        colour_iterations: int = 0,
     ) -> None:
         settings: dict[str, Any] = {
             "patch_size": patch_size,
@@ -90,12 +96,17 @@ class CompactPredictor(PredictorNetwork):
             "depth": depth,
             "expansion": expansion,
             "passes": passes,
+            "extra_passes": extra_passes,
+            "colour_iterations": colour_iterations,
         }
         for name, value in settings.items():
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a whole number, at least 1, got {value!r}")
+            least = 0 if name in ("extra_passes", "colour_iterations") else 1
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} must be a whole number, at least {least}, got {value!r}")
         super().__init__(**settings)
         self.passes = passes
+        self.extra_passes = extra_passes
+        self.colour_iterations = colour_iterations
         self._grid = GridPredictor(patch_size)
         self.stem = nn.Conv2d(_PIXEL_CHANNELS, channels, patch_size, stride=patch_size)
         self.numbers = nn.Linear(2 * RAW_CHANNELS + 1, channels)
@@ -111,7 +122,7 @@ class CompactPredictor(PredictorNetwork):
         inputs = zip(image, canvas, active, strict=True)
         raw = torch.stack([self._grid.predict(*each, stage).raw for each in inputs])
         proposals = []
-        for number in range(self.passes):
+        for number in [*range(self.passes), *[self.passes - 1] * (0 if self.training else self.extra_passes)]:
             # Each pass answers for its own step: what it is given carries no gradient to the one before.
             given = raw.detach()
             residual, steps = feedback(given, image, canvas, active, self.patch_size)
@@ -136,6 +147,24 @@ class CompactPredictor(PredictorNetwork):
     def forward(self, image: Tensor, canvas: Tensor, active: Tensor, stage: int) -> Tensor:
         """As `PredictorNetwork`."""
         return self.proposals(image, canvas, active, stage)[-1]
+
+    @torch.no_grad()
+    def predict(self, image: Tensor, canvas: Tensor, active: Tensor, stage: int) -> Prediction:
+        """As `PredictorNetwork`, with the colours solved."""
+        prediction = super().predict(image, canvas, active, stage)
+        if self.training or not self.colour_iterations:
+            return prediction
+        raw = prediction.raw.clone()
+        raw[active] = solve_colours(
+            raw[active],
+            prediction.anchor[active],
+            image,
+            self.patch_size,
+            self.colour_iterations,
+            canvas=canvas,
+            threads=torch.get_num_threads(),
+        )
+        return Prediction(raw, prediction.anchor)
 
     def start_stage(self, stage: int) -> None:
         """Copies what is the stage's own from the stage before."""

@@ -103,6 +103,21 @@ def test_curvature_is_that_of_a_gaussian_alone_on_a_plane() -> None:
     )
 
 
+def test_what_is_done_outside_training_lowers_the_error_and_training_goes_without(inputs) -> None:
+    image, canvas, active = (each[0] for each in inputs)
+    errors = []
+    for extra in ({}, {"colour_iterations": 3}):
+        torch.manual_seed(1)
+        network = build("compact", SETTINGS | extra).eval()
+        raw, anchor = network.predict(image, canvas, active, 0)
+        drawn = render(activate(raw[active], anchor[active], 5), 23, 32)
+        errors.append(float((drawn - image).square().mean()))
+    assert errors[1] < errors[0]
+    network = build("compact", SETTINGS | {"extra_passes": 1})
+    assert len(network.train().proposals(*inputs, 0)) == 2
+    assert len(network.eval().proposals(*inputs, 0)) == 3
+
+
 def test_a_new_stage_starts_as_a_copy(inputs) -> None:
     network = build("compact", SETTINGS)
     torch.nn.init.normal_(network.embedding)
