@@ -28,6 +28,9 @@ from air.predictor.feedback import feedback
 from air.predictor.network import PredictorNetwork
 
 _PIXEL_CHANNELS = 9
+_FIXED_CHANNELS = 6
+"""The first of them, image and what earlier stages leave, are the same in all passes."""
+
 _RESIDUAL_GAIN = 2.0
 """Residuals are small beside an image; the proposal's are smaller again."""
 
@@ -121,28 +124,36 @@ class CompactPredictor(PredictorNetwork):
         rows, columns = grid_shape(height, width, self.patch_size)
         inputs = zip(image, canvas, active, strict=True)
         raw = torch.stack([self._grid.predict(*each, stage).raw for each in inputs])
+        missing = (image - canvas) * (_RESIDUAL_GAIN if stage else 1.0)
+        seen = self._see(torch.cat([image - 0.5, missing], dim=1), slice(0, _FIXED_CHANNELS), rows, columns)
         proposals = []
         for number in [*range(self.passes), *[self.passes - 1] * (0 if self.training else self.extra_passes)]:
             # Each pass answers for its own step: what it is given carries no gradient to the one before.
             given = raw.detach()
             residual, steps = feedback(given, image, canvas, active, self.patch_size)
-            missing = (image - canvas) * (_RESIDUAL_GAIN if stage else 1.0)
-            pixels = torch.cat([image - 0.5, missing, residual * _RESIDUAL_GAIN**2], dim=1)
-            features = self._see(pixels, rows, columns)
+            left = self._see(residual * _RESIDUAL_GAIN**2, slice(_FIXED_CHANNELS, None), rows, columns)
             numbers = self.numbers(torch.cat([given, steps, active[..., None].to(steps)], dim=2))
-            numbers = (numbers + self.embedding[stage, number]).reshape(features.shape)
-            features = self.norm(self.trunk(features + numbers))
+            numbers = (numbers + self.embedding[stage, number] + self.stem.bias).reshape(left.shape)
+            features = self.norm(self._run_trunk(seen + left + numbers))
             correction = self.heads[stage * self.passes + number](features).flatten(1, 2)
             raw = given + correction.float()
             proposals.append(raw)
         return proposals
 
-    def _see(self, pixels: Tensor, rows: int, columns: int) -> Tensor:
-        """The stem's convolution as a product of matrices, which leaves channels last in memory, as the trunk wants."""
+    def _see(self, pixels: Tensor, channels: slice, rows: int, columns: int) -> Tensor:
+        """The stem's convolution of some of its channels, without its bias, channels last: (B, rows, columns, C)."""
         size = self.patch_size
         padding = (0, columns * size - pixels.shape[3], 0, rows * size - pixels.shape[2])
         tiles = F.pad(pixels, padding, mode="replicate").reshape(len(pixels), -1, rows, size, columns, size)
-        return F.linear(tiles.permute(0, 2, 4, 1, 3, 5).flatten(3), self.stem.weight.flatten(1), self.stem.bias)
+        return F.linear(tiles.permute(0, 2, 4, 1, 3, 5).flatten(3), self.stem.weight[:, channels].flatten(1))
+
+    def _run_trunk(self, features: Tensor) -> Tensor:
+        if features.device.type == "cpu" and not torch.is_grad_enabled():
+            from air.predictor import compact_cpu
+
+            if compact_cpu.fits(features):
+                return compact_cpu.run_trunk(features, self.trunk)  # pyright: ignore[reportArgumentType]
+        return self.trunk(features)
 
     def forward(self, image: Tensor, canvas: Tensor, active: Tensor, stage: int) -> Tensor:
         """As `PredictorNetwork`."""

@@ -5,7 +5,7 @@ import torch
 
 from air.gaussians import activate, anchors
 from air.grid import grid_initialization
-from air.predictor import GridPredictor
+from air.predictor import GridPredictor, compact_cpu
 from air.predictor.checkpoint import load_checkpoint, save_checkpoint
 from air.predictor.feedback import curvature, feedback
 from air.predictor.network import build
@@ -41,6 +41,19 @@ def test_a_batch_gives_what_its_images_give(inputs) -> None:
         for index in range(2):
             alone = network(*(each[index : index + 1] for each in inputs), 1)[0]
             torch.testing.assert_close(together[index], alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(35, 7), (10, 61)])
+def test_the_compiled_trunk_is_torchs(size: tuple[int, int]) -> None:
+    torch.manual_seed(2)
+    network = build("compact", SETTINGS | {"channels": 32, "depth": 3}).eval()
+    for parameter in network.trunk.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    features = torch.randn(2, *size, 32)
+    expected = network.trunk(features)
+    with torch.no_grad():
+        assert compact_cpu.fits(features)
+        torch.testing.assert_close(network._run_trunk(features), expected.detach(), rtol=1e-4, atol=1e-4)
 
 
 def test_every_parameter_learns_and_each_pass_answers_for_itself(inputs) -> None:

@@ -1,0 +1,182 @@
+"""The compact predictor's trunk on a CPU, where nothing is trained: what torch is slow at, in kernels of our own.
+
+torch takes most of the time for what costs least: the depthwise convolution, the norm and the activation. Here the
+first two are one sweep, four pixels at a time, so that a weight is loaded once for four; the products of matrices
+stay torch's. Values differ from torch's in rounding only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import pairwise
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from air.render.planes import FloatArray
+from air.render.simd import LANES, exp, fma, inline, kernel, lane_sum, load, splat, sqrt, store
+from air.render.threads import Workers
+
+f32 = np.float32
+ZERO, ONE = f32(0), f32(1)
+
+_REACH = 2  # of the 5 x 5 convolution
+_TAPS = 2 * _REACH + 1
+_TOGETHER = 4  # pixels of a row that are convolved together
+_MARGIN = _REACH + _TOGETHER - 1  # columns to the right that may be read
+
+# GELU by tanh: x/2 (1 + tanh(√(2/π) (x + 0.044715 x³))), and (1 + tanh(u))/2 is 1/(1 + exp(-2u)).
+_GELU_1 = f32(-2 * np.sqrt(2 / np.pi))
+_GELU_3 = f32(-2 * np.sqrt(2 / np.pi) * 0.044715)
+
+
+class Block(Protocol):
+    """What a block of the trunk is made of."""
+
+    mix: nn.Conv2d
+    norm: nn.LayerNorm
+    widen: nn.Linear
+    narrow: nn.Linear
+
+
+@inline
+def _normalise(out, at, channels, scale, shift, eps):
+    """Layer norm of the `channels` numbers from `at`, in place."""
+    total = splat(ZERO)
+    for k in range(0, channels, LANES):
+        total = total + load(out, at + k)
+    mean = splat(f32(lane_sum(total) / channels))
+    total = splat(ZERO)
+    for k in range(0, channels, LANES):
+        distance = load(out, at + k) - mean
+        total = fma(distance, distance, total)
+    factor = splat(ONE) / sqrt(splat(f32(lane_sum(total) / channels)) + f32(eps))
+    for k in range(0, channels, LANES):
+        store(out, at + k, fma((load(out, at + k) - mean) * factor, load(scale, k), load(shift, k)))
+
+
+@kernel
+def mix_and_normalise(padded, weights, bias, scale, shift, eps, out, first, end):
+    """Depthwise 5 x 5 convolution and layer norm of rows first .. end - 1.
+
+    `padded` is (rows + 4, columns + margin, C) with zeros around the features, `weights` (25, C), `out`
+    (rows, columns rounded up to 4, C); C is a multiple of LANES.
+    """
+    stride, channels = padded.shape[1] * padded.shape[2], padded.shape[2]
+    columns = out.shape[1]
+    for row in range(first, end):
+        for column in range(0, columns, 4):
+            at = (row * columns + column) * channels
+            for k in range(0, channels, LANES):
+                sum0 = load(bias, k)
+                sum1 = sum0
+                sum2 = sum0
+                sum3 = sum0
+                for i in range(5):
+                    source = (row + i) * stride + column * channels + k
+                    tap = i * 5 * channels + k
+                    x0 = load(padded, source)
+                    x1 = load(padded, source + channels)
+                    x2 = load(padded, source + 2 * channels)
+                    x3 = load(padded, source + 3 * channels)
+                    x4 = load(padded, source + 4 * channels)
+                    x5 = load(padded, source + 5 * channels)
+                    x6 = load(padded, source + 6 * channels)
+                    x7 = load(padded, source + 7 * channels)
+                    weight = load(weights, tap)
+                    sum0 = fma(x0, weight, sum0)
+                    sum1 = fma(x1, weight, sum1)
+                    sum2 = fma(x2, weight, sum2)
+                    sum3 = fma(x3, weight, sum3)
+                    weight = load(weights, tap + channels)
+                    sum0 = fma(x1, weight, sum0)
+                    sum1 = fma(x2, weight, sum1)
+                    sum2 = fma(x3, weight, sum2)
+                    sum3 = fma(x4, weight, sum3)
+                    weight = load(weights, tap + 2 * channels)
+                    sum0 = fma(x2, weight, sum0)
+                    sum1 = fma(x3, weight, sum1)
+                    sum2 = fma(x4, weight, sum2)
+                    sum3 = fma(x5, weight, sum3)
+                    weight = load(weights, tap + 3 * channels)
+                    sum0 = fma(x3, weight, sum0)
+                    sum1 = fma(x4, weight, sum1)
+                    sum2 = fma(x5, weight, sum2)
+                    sum3 = fma(x6, weight, sum3)
+                    weight = load(weights, tap + 4 * channels)
+                    sum0 = fma(x4, weight, sum0)
+                    sum1 = fma(x5, weight, sum1)
+                    sum2 = fma(x6, weight, sum2)
+                    sum3 = fma(x7, weight, sum3)
+                store(out, at + k, sum0)
+                store(out, at + channels + k, sum1)
+                store(out, at + 2 * channels + k, sum2)
+                store(out, at + 3 * channels + k, sum3)
+            for pixel in range(4):
+                _normalise(out, at + pixel * channels, channels, scale, shift, eps)
+
+
+@kernel
+def gelu_in_place(values, first, end):
+    """GELU by tanh of values first .. end - 1, multiples of LANES."""
+    for i in range(first, end, LANES):
+        x = load(values, i)
+        minus = x * fma(x * x, _GELU_3, splat(_GELU_1))
+        store(values, i, x / (exp(minus) + ONE))
+
+
+def fits(features: Tensor) -> bool:
+    """Whether these kernels can do it: no gradient, float32 on the CPU, channels in whole vectors."""
+    return (
+        not torch.is_grad_enabled()
+        and features.device.type == "cpu"
+        and features.dtype == torch.float32
+        and features.shape[-1] % LANES == 0
+    )
+
+
+def run_trunk(features: Tensor, trunk: Iterable[Block]) -> Tensor:
+    """What the blocks make of features (B, rows, columns, C), which `fits` has found to be suitable."""
+    with Workers(torch.get_num_threads()) as workers:
+        return torch.stack([_run(image, trunk, workers) for image in features])
+
+
+def _run(features: Tensor, trunk: Iterable[Block], workers: Workers) -> Tensor:
+    rows, columns, channels = features.shape
+    padded = torch.zeros(rows + 2 * _REACH, columns + _REACH + _MARGIN, channels)
+    stream = padded[_REACH : _REACH + rows, _REACH : _REACH + columns]
+    stream.copy_(features)
+    mixed = torch.zeros(rows, -(-columns // _TOGETHER) * _TOGETHER, channels)
+    for block in trunk:
+        _mix(padded.numpy(), block, mixed.numpy(), workers)
+        hidden = F.linear(mixed, block.widen.weight, block.widen.bias)
+        _activate(hidden.numpy().reshape(-1), workers)
+        stream += F.linear(hidden, block.narrow.weight, block.narrow.bias)[:, :columns]
+    return stream.contiguous()
+
+
+def _mix(padded: FloatArray, block: Block, out: FloatArray, workers: Workers) -> None:
+    assert block.mix.bias is not None
+    weights = block.mix.weight.detach().reshape(-1, _TAPS * _TAPS).T.contiguous().numpy()
+    plain = [tensor.detach().numpy() for tensor in (block.mix.bias, block.norm.weight, block.norm.bias)]
+
+    def mix(first: int, end: int) -> None:
+        mix_and_normalise(padded, weights, *plain, block.norm.eps, out, first, end)
+
+    workers.run(mix, _shares(out.shape[0], workers.count))
+
+
+def _activate(values: FloatArray, workers: Workers) -> None:
+    def activate(first: int, end: int) -> None:
+        gelu_in_place(values, first * LANES, end * LANES)
+
+    workers.run(activate, _shares(len(values) // LANES, workers.count))
+
+
+def _shares(size: int, parts: int) -> list[tuple[int, int]]:
+    """0 .. size in equal parts."""
+    ends = [size * part // parts for part in range(parts + 1)]
+    return [(first, end) for first, end in pairwise(ends) if end > first]
