@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs.command import configure, make_parser
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, TrainingError
 from pipeline.feed import find_blocks
 from pipeline.predictors import checksum_of_weights, local_checkpoint
 from pipeline.storage import Storage, normalise, open_storage
 from pipeline.train_config import TrainConfig, TrainerConfig
-from pipeline.work import Plan, settle_plan
+from pipeline.work import Plan, read_plan, settle_plan
 
 if TYPE_CHECKING:
-    pass
+    import torch
 
 VALIDATION = "validation"
 """Folder of the run with the default pictures to validate on."""
@@ -49,6 +49,7 @@ def train(
         raise ConfigError("--executor inline is one worker in this process; several need --executor ray")
     source, output = open_storage(source_uri), open_storage(output_uri)
     kind, units, blocks = find_blocks(source)
+    canvas = _canvas_of_targets(source, kind, config) if config.uses_targets else None
     plan = Plan.make("train", config, units, [source.uri()])
     if config.from_:
         begin = normalise(config.from_)
@@ -63,11 +64,11 @@ def train(
         config=config,
         trainer=trainer,
         source=source.uri(),
-        kind=kind,
         blocks=tuple(blocks),
         output=output.uri(),
         plan=plan.hash,
         valid=normalise(valid) if valid else _default_validation(output),
+        canvas=canvas,
         threads=trainer.threads or cores,
     )
     with show_training(config) as report:
@@ -101,6 +102,26 @@ def describe(figures: dict[str, float], output: str) -> str:
     )
 
 
+def _canvas_of_targets(source: Storage, kind: str, config: TrainConfig) -> str:
+    """Which of a stage's Gaussians the targets' next stage was built on.
+
+    Raises:
+        TrainingError: There are no targets, or they have another patch size.
+    """
+    if kind != "targets":
+        raise TrainingError(
+            f"{source.uri()} holds images; phase pod trains on the output of `air distill`, or makes its targets "
+            "in the loop with --targets online"
+        )
+    made = read_plan(source).config
+    if made["patch_size"] != config.patch_size:
+        raise TrainingError(
+            f"the targets in {source.uri()} have patch size {made['patch_size']}, the run {config.patch_size}: "
+            f"set patch_size to {made['patch_size']}, or distill anew"
+        )
+    return str(made["canvas"])
+
+
 def _default_validation(output: Storage) -> str:
     """Packaged photographs, copied into the run's folder, where all workers find them."""
     from jobs.demo import collect_pictures
@@ -116,7 +137,7 @@ def _default_validation(output: Storage) -> str:
     return output.uri(VALIDATION)
 
 
-def _device(trainer: TrainerConfig):
+def _device(trainer: TrainerConfig) -> torch.device:
     import torch
 
     if not trainer.num_gpus:

@@ -31,7 +31,7 @@ from pipeline import images
 from pipeline.config import Config
 from pipeline.errors import DamagedDataError, TrainingError
 from pipeline.shards import list_shards
-from pipeline.storage import Storage, open_storage
+from pipeline.storage import Storage
 from pipeline.work import PLAN_PATH, Unit, committed_units, printable, read_manifests, read_plan, seed_of
 
 logger = logging.getLogger(__name__)
@@ -366,8 +366,3 @@ class Prefetcher(Generic[Batch]):
         """Ends the thread."""
         self._stopped.set()
         self._thread.join(timeout=10)
-
-
-def open_reader(uri: str, blocks: Sequence[Block], window: int, cache_bytes: int, with_targets: bool) -> BlockReader:
-    """A reader of the folder `uri`."""
-    return BlockReader(open_storage(uri), blocks, window, cache_bytes, with_targets)

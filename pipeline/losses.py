@@ -6,53 +6,28 @@ images come from or how the network is updated.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from pydantic import Field, model_validator
+import torch.nn.functional as F
 from torch import Tensor
 
 from air.batch import BatchLoss, render_batch
 from air.gaussians import Gaussians, activate, anchors
+from air.optimize import OptimizeConfig, Problem, optimize, optimize_batch
 from air.predictor.network import PredictorNetwork
 from air.render.threads import Workers
 from air.stages import StageControl, active_patches
-from pipeline.config import Config
+from pipeline.targets import StageTargets
+from pipeline.train_config import LossConfig
 
 _SMALLEST_MSE = 1e-5
 """50 dB: what is better need not be made better still."""
 
-
-class LossConfig(Config):
-    """What is asked of the network."""
-
-    stage_weights: tuple[float, ...] = Field(
-        (1.0,), description="weight of each stage's loss; the last one holds for all further"
-    )
-    photometric_weight: float = Field(1.0, ge=0, le=1e6, description="weight of 0.7 L1 + 0.3 (1 - SSIM)")
-    mse_weight: float = Field(0.0, ge=0, le=1e6, description="weight of the mean squared error")
-    psnr_weight: float = Field(
-        0.0, ge=0, le=1e6, description="weight of -PSNR / 10, with which every image counts alike, easy or hard"
-    )
-    proposal_weight: float = Field(
-        0.3, ge=0, le=1e6, description="weight of what a network passes through on its way to a stage's result"
-    )
-    max_patch_mse: float = Field(10**-3.5, ge=0, le=10, description="a patch with a larger mean squared error is bad")
-    max_patch_dssim: float = Field(0.05, ge=0, le=2, description="a patch with a larger 1 - SSIM is bad")
-
-    @model_validator(mode="after")
-    def _weights_are_weights(self) -> LossConfig:
-        if not self.stage_weights or not all(0 <= weight <= 1e6 for weight in self.stage_weights):
-            raise ValueError("stage_weights must be one or more numbers from 0 to 1000000")
-        return self
-
-    def stage_weight(self, stage: int) -> float:
-        """The weight of a stage's loss."""
-        return self.stage_weights[min(stage, len(self.stage_weights) - 1)]
-
-    def control(self) -> StageControl:
-        """Which patches get a Gaussian."""
-        return StageControl(self.max_patch_mse, self.max_patch_dssim)
+DISTILL_WEIGHT = 100.0
+"""Of the smooth L1 between predicted and optimised raw numbers (method.md section 5)."""
 
 
 @dataclass
@@ -61,13 +36,12 @@ class BatchLosses:
 
     Attributes:
         loss: What is minimised, shape (B,), with its graph.
-        squared_error: Of the last stage's image, clamped to [0, 1], mean over its pixels, shape (B,).
-        gaussians: How many each stage drew, summed over the batch.
+        squared_error: Of the last stage's image, clamped to [0, 1], mean over its pixels, shape (B,); None where no
+            image was drawn.
     """
 
     loss: Tensor
-    squared_error: Tensor
-    gaussians: list[int] = field(default_factory=list)
+    squared_error: Tensor | None
 
 
 def propose(
@@ -118,12 +92,10 @@ def finetune_losses(
     judge = BatchLoss(images, workers)
     canvas = torch.zeros_like(images)
     total = torch.zeros(len(images), device=images.device)
-    counts = []
     for stage in range(stages):
         active = active_batch(canvas, images, network.patch_size, control)
-        counts.append(int(active.sum()))
         drawn = [canvas]
-        if counts[-1]:
+        if bool(active.any()):
             proposals = propose(network, images, canvas, active, stage, precision)
             per_image = active.sum(dim=1).tolist()
             tables = [activate_batch(raw, active, height, width, network.patch_size) for raw in proposals]
@@ -133,7 +105,119 @@ def finetune_losses(
         for passed in drawn[:-1]:
             losses = losses + config.proposal_weight * _judge(passed, images, judge, config)
         total = total + config.stage_weight(stage) * losses
-    return BatchLosses(total, squared_errors(canvas, images), counts)
+    return BatchLosses(total, squared_errors(canvas, images))
+
+
+def distill_losses(raw: Tensor, target: Tensor, active: Tensor) -> Tensor:
+    """100 · smooth L1 between sigmoid(raw) and sigmoid(target), the mean over an image's active Gaussians, shape (B,).
+
+    Args:
+        raw: Predicted, shape (B, patches, 8).
+        target: Optimised, of the same shape.
+        active: Boolean, shape (B, patches). An image without active patches has no loss.
+    """
+    error = F.smooth_l1_loss(raw.sigmoid(), target.sigmoid(), reduction="none").mean(dim=2)
+    return DISTILL_WEIGHT * (error * active).sum(dim=1) / active.sum(dim=1).clamp(min=1)
+
+
+def _teach(proposals: Sequence[Tensor], target: Tensor, active: Tensor, config: LossConfig) -> Tensor:
+    """The distillation loss of a stage's result, and of what the network passed through on its way to it."""
+    *passed, last = (distill_losses(raw, target, active) for raw in proposals)
+    return last + config.proposal_weight * sum(passed, torch.zeros_like(last))
+
+
+def offline_pod_losses(
+    network: PredictorNetwork,
+    images: Tensor,
+    targets: Sequence[StageTargets],
+    config: LossConfig,
+    precision: str = "float32",
+) -> BatchLosses:
+    """Predictions on the stored canvases held against the stored targets, all stages.
+
+    Args:
+        network: What is trained.
+        images: Shape (B, 3, H, W).
+        targets: Of the stages that take part, batched.
+        config: Weights.
+        precision: "float32" or "bfloat16".
+    """
+    total = torch.zeros(len(images), device=images.device)
+    for stage, (canvas, active, target) in enumerate(targets):
+        if bool(active.any()):
+            proposals = propose(network, images, canvas, active, stage, precision)
+            total = total + config.stage_weight(stage) * _teach(proposals, target, active, config)
+    return BatchLosses(total, None)
+
+
+def online_pod_losses(
+    network: PredictorNetwork,
+    images: Tensor,
+    horizons: Sequence[OptimizeConfig],
+    config: LossConfig,
+    workers: Workers,
+    precision: str = "float32",
+) -> BatchLosses:
+    """Predictions held against what a short optimisation makes of them on the spot.
+
+    The next stage builds on the prediction, not on the target: that is the canvas the network will meet.
+
+    Args:
+        network: What is trained.
+        images: Shape (B, 3, H, W).
+        horizons: How the targets are optimised, for each stage that takes part.
+        config: Weights and stage control.
+        workers: CPU threads: images are optimised side by side.
+        precision: "float32" or "bfloat16".
+    """
+    _, _, height, width = images.shape
+    patch_size = network.patch_size
+    control = config.control()
+    canvas = torch.zeros_like(images)
+    total = torch.zeros(len(images), device=images.device)
+    for stage, horizon in enumerate(horizons):
+        active = active_batch(canvas, images, patch_size, control)
+        if not bool(active.any()):
+            break
+        proposals = propose(network, images, canvas, active, stage, precision)
+        predicted = proposals[-1].detach()
+        goal = _optimized(predicted, active, images, canvas, patch_size, horizon, workers)
+        total = total + config.stage_weight(stage) * _teach(proposals, goal, active, config)
+        gaussians = activate_batch(predicted, active, height, width, patch_size)
+        canvas = canvas + render_batch(gaussians, active.sum(dim=1).tolist(), height, width, workers)
+    return BatchLosses(total, squared_errors(canvas, images))
+
+
+def _optimized(
+    raw: Tensor,
+    active: Tensor,
+    images: Tensor,
+    canvas: Tensor,
+    patch_size: int,
+    horizon: OptimizeConfig,
+    workers: Workers,
+) -> Tensor:
+    """The raw numbers (B, patches, 8) with those of active patches optimised."""
+    _, _, height, width = images.shape
+    anchor = anchors(height, width, patch_size).to(raw.device)
+    problems = [
+        Problem(raw[index, chosen], anchor[chosen], images[index], canvas[index])
+        for index, chosen in enumerate(active)
+        if bool(chosen.any())
+    ]
+    if raw.device.type == "cuda":
+        results = optimize_batch(problems, patch_size, horizon)
+    else:
+        results: list[Any] = [None] * len(problems)
+
+        def run(index: int) -> None:
+            start, place, image, background = problems[index]
+            results[index] = optimize(start, place, image, patch_size, horizon, canvas=background)
+
+        workers.run(run, [(index,) for index in range(len(problems))])
+    goal = raw.clone()
+    goal[active] = torch.cat([result.raw for result in results])
+    return goal
 
 
 def _judge(drawn: Tensor, images: Tensor, photometric: BatchLoss, config: LossConfig) -> Tensor:

@@ -12,24 +12,21 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from air.errors import InvalidGaussiansError, NonFiniteLossError
 from air.metrics import psnr_of
-from air.predictor.checkpoint import load_checkpoint, save_checkpoint
-from air.predictor.network import PredictorNetwork, build
+from air.predictor.checkpoint import save_checkpoint
 from air.render.threads import Workers
-from pipeline.augment import crop_side, make_crop
-from pipeline.errors import Rejected, TrainingError
-from pipeline.feed import Block, GlobalOrder, Prefetcher, open_reader, rank_slice
-from pipeline.losses import finetune_losses
-from pipeline.predictors import local_checkpoint
+from pipeline.batches import Crops, Feed, LocalBatch
+from pipeline.feed import Block, Prefetcher
+from pipeline.losses import BatchLosses, finetune_losses, offline_pod_losses, online_pod_losses
+from pipeline.start import make_network
 from pipeline.storage import open_storage
 from pipeline.train_config import TrainConfig, TrainerConfig
 from pipeline.training_log import TrainingLog
@@ -49,22 +46,22 @@ class TrainJob:
 
     Attributes:
         source: URI of the samples.
-        kind: "targets" or "images".
         blocks: Where the samples are.
         output: URI of the run's folder.
         plan: Hash of its plan.
         valid: URI of the validation images.
+        canvas: Which of a stage's Gaussians the targets' next stage was built on; None where images are trained on.
         threads: CPU threads of this worker.
     """
 
     config: TrainConfig
     trainer: TrainerConfig
     source: str
-    kind: str
     blocks: tuple[Block, ...]
     output: str
     plan: str
     valid: str
+    canvas: str | None
     threads: int
 
 
@@ -110,87 +107,6 @@ class Group:
         return [entry for part in gathered for entry in part]
 
 
-@dataclass
-class LocalBatch:
-    """A rank's slice of a global batch.
-
-    Attributes:
-        keys: Of its samples, unusable ones included.
-        images: One tensor (B, 3, H, W) for each size.
-        skipped: Samples that could not be used.
-    """
-
-    keys: list[str] = field(default_factory=list)
-    images: list[Tensor] = field(default_factory=list)
-    skipped: int = 0
-
-
-class Feed:
-    """Makes this rank's batches.
-
-    Args:
-        job: What to read.
-        rank: Of this worker.
-        size: Number of workers.
-    """
-
-    def __init__(self, job: TrainJob, rank: int, size: int) -> None:
-        self._config = job.config
-        self._order = GlobalOrder([block.count for block in job.blocks], job.config)
-        self._slice = rank_slice(job.config.batch, rank, size)
-        cache = job.trainer.cache_mb * 1_000_000
-        self._reader = open_reader(job.source, job.blocks, job.config.window, cache, with_targets=False)
-
-    def batch(self, step: int) -> LocalBatch:
-        """The slice of the global batch of a step."""
-        config = self._config
-        side = crop_side(config, config.seed, step)
-        batch = LocalBatch()
-        sizes: dict[tuple[int, ...], list[np.ndarray]] = {}
-        for place in self._order.batch(step)[self._slice]:
-            try:
-                sample = self._reader.read(place.block, place.row)
-                batch.keys.append(sample.key)
-                seed = seed_of(config.seed, "augment", place.epoch, sample.key, sample.view)
-                crop = make_crop(sample.rgb, side, config, seed)
-            except Rejected as rejection:
-                batch.skipped += 1
-                logger.warning("a sample is passed over: %s", rejection)
-                continue
-            sizes.setdefault(crop.shape, []).append(crop)
-        for crops in sizes.values():
-            pixels = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2)
-            batch.images.append(pixels.to(torch.float32).contiguous() / 255)
-        return batch
-
-
-def make_network(config: TrainConfig) -> PredictorNetwork:
-    """The network that a run begins with: fresh weights that the seed determines, or a checkpoint's.
-
-    Raises:
-        CheckpointError: The checkpoint cannot be read.
-        TrainingError: It does not fit the configuration, or the configuration no network.
-    """
-    if config.from_:
-        with local_checkpoint(config.from_) as path:
-            network, _ = load_checkpoint(path)
-        if network.patch_size != config.patch_size:
-            raise TrainingError(
-                f"{config.from_} has patch size {network.patch_size}, the run {config.patch_size}: "
-                f"set patch_size to {network.patch_size}"
-            )
-        if network.num_stages < config.stages:
-            raise TrainingError(f"{config.from_} has {network.num_stages} stages, the run {config.stages}: set stages")
-        return network
-    torch.manual_seed(seed_of(config.seed, "weights"))
-    try:
-        return build(
-            config.architecture, {"patch_size": config.patch_size, "num_stages": config.stages, **config.settings}
-        )
-    except ValueError as error:
-        raise TrainingError(f"no network can be built: {error}") from None
-
-
 Report = Callable[[Mapping[str, float]], None]
 """Called by rank 0 with what a display shows."""
 
@@ -224,8 +140,10 @@ class _Run:
         self._workers = workers
         self._report = report
         self._output = open_storage(job.output)
-        network = make_network(job.config).to(group.device).train()
-        self._state = TrainingState(network, job.config, stages=0)
+        network, taken = make_network(job.config)
+        self._state = TrainingState(network.to(group.device).train(), job.config, stages=0)
+        parameters = dict(network.named_parameters())
+        self._resting = [parameters[name] for name in taken if name in parameters and parameters[name].requires_grad]
         self._about = {"plan": job.plan, "phase": job.config.phase, "batch": job.config.batch, "seed": job.config.seed}
         saved = checkpoints(self._output)
         if saved:
@@ -236,7 +154,15 @@ class _Run:
 
     def __call__(self) -> dict[str, float]:
         state, config, trainer = self._state, self._config, self._job.trainer
-        feed = Feed(self._job, self._group.rank, self._group.size)
+        feed = Feed(
+            self._job.source,
+            self._job.blocks,
+            config,
+            self._job.canvas,
+            trainer.cache_mb * 1_000_000,
+            self._group.rank,
+            self._group.size,
+        )
         batches = Prefetcher(feed.batch, state.step, trainer.prefetch)
         self._mark = time.perf_counter()
         try:
@@ -266,6 +192,9 @@ class _Run:
             if config.from_ is None and state.step > 0:
                 state.join_stage(stage)
             state.stages = stage + 1
+        if config.phase == "patch":
+            for parameter in self._resting:
+                parameter.requires_grad_(state.step >= config.patch_warmup_steps)
         torch.manual_seed(seed_of(config.seed, "step", state.step, self._group.rank))
         sums, keys = self._backward(batch)
         norm = self._reduce(sums)
@@ -283,25 +212,34 @@ class _Run:
         state, config = self._state, self._config
         state.optimizer.zero_grad(set_to_none=True)
         sums = torch.zeros(5, dtype=torch.float64, device=self._group.device)
-        for images in batch.images:
-            images = images.to(self._group.device)
+        for crops in batch.groups:
             try:
-                result = finetune_losses(state.network, images, state.stages, config, self._workers, config.precision)
-            except InvalidGaussiansError as error:
+                result = self._losses(crops.to(self._group.device))
+            except (InvalidGaussiansError, NonFiniteLossError) as error:
                 logger.error("%s", error)
                 sums[0] = math.nan
                 break
             if result.loss.requires_grad:
                 (result.loss.sum() / config.batch).backward()
             sums[0] += result.loss.detach().double().sum()
-            sums[1] += sum(psnr_of(error) for error in result.squared_error.tolist())
-            sums[2] += len(images)
+            if result.squared_error is not None:
+                sums[1] += sum(psnr_of(error) for error in result.squared_error.tolist())
+            sums[2] += len(crops.images)
         sums[3] = batch.skipped
         now = time.perf_counter()
         if self._group.rank == 0:
             sums[4] = now - self._mark
         self._mark = now
         return sums, batch.keys
+
+    def _losses(self, crops: Crops) -> BatchLosses:
+        network, stages, config = self._state.network, self._state.stages, self._config
+        if config.uses_targets:
+            return offline_pod_losses(network, crops.images, crops.targets[:stages], config, config.precision)
+        if config.phase == "pod":
+            horizons = config.horizons(stages)
+            return online_pod_losses(network, crops.images, horizons, config, self._workers, config.precision)
+        return finetune_losses(network, crops.images, stages, config, self._workers, config.precision)
 
     def _reduce(self, sums: Tensor) -> float:
         """Sums gradients and figures over the workers, shortens the gradient; returns its length before."""
@@ -333,7 +271,7 @@ class _Run:
         figures = {
             **self._position(),
             "loss": loss / max(1.0, usable),
-            "psnr": psnr / max(1.0, usable),
+            **({} if self._config.uses_targets else {"psnr": psnr / max(1.0, usable)}),
             "rate": rate,
             "gradient": norm,
             "skipped": skipped,

@@ -20,44 +20,17 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from air.predictor.network import PredictorNetwork
-from pipeline.config import Config
 from pipeline.errors import DamagedDataError, TrainingError
 from pipeline.storage import Storage
+from pipeline.train_config import OptimizerConfig
 
 logger = logging.getLogger(__name__)
 
 STATE_VERSION = 1
 FOLDER = "checkpoints"
-
-
-class OptimizerConfig(Config):
-    """AdamW, its schedule, and the moving average of the weights."""
-
-    rate: float = Field(1e-3, gt=0, le=10, description="highest learning rate")
-    final_share: float = Field(0.02, ge=0, le=1, description="the rate's end, as a share of the highest")
-    warmup_steps: int = Field(200, ge=0, description="steps in which the rate rises from zero")
-    weight_decay: float = Field(
-        0.05, ge=0, le=10, description="AdamW's decay of weights of linear and convolution layers"
-    )
-    clip: float = Field(1.0, gt=0, le=1e6, description="longest gradient; a longer one is shortened to it")
-    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's average of gradients")
-    beta2: float = Field(0.99, ge=0, lt=1, description="AdamW's average of squared gradients")
-    average: float = Field(0.999, ge=0, lt=1, description="moving average of the weights that is validated and kept")
-
-    def rate_share(self, step: int, progress: float) -> float:
-        """The rate of a step as a share of the highest: a linear warm-up, a cosine from 1 to `final_share`.
-
-        Args:
-            step: From 0.
-            progress: Share of the run that is done, 0 to 1.
-        """
-        warm = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
-        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-        return warm * (self.final_share + (1 - self.final_share) * cosine)
 
 
 class TrainingState:

@@ -18,11 +18,11 @@ from air.predictor.checkpoint import load_checkpoint
 from jobs.cli import main
 from jobs.shard import shard
 from jobs.train import train
+from pipeline.batches import Feed
 from pipeline.config import RunnerConfig
 from pipeline.errors import PlanMismatchError, TrainingError
 from pipeline.shards import ShardConfig
 from pipeline.storage import open_storage
-from pipeline.train import Feed
 from pipeline.train_config import TrainConfig, TrainerConfig
 from pipeline.training_log import read_metrics
 
@@ -145,7 +145,7 @@ def test_a_loss_that_is_no_number_stops_and_names_the_samples(
     def spoilt(feed: Feed, step: int) -> Any:
         batch = make(feed, step)
         if step == 3:
-            batch.images[0][0, 0, 0, 0] = float("nan")
+            batch.groups[0].images[0, 0, 0, 0] = float("nan")
         return batch
 
     monkeypatch.setattr(Feed, "batch", spoilt)
