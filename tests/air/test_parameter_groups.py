@@ -23,7 +23,7 @@ def test_only_weights_of_layers_decay():
     groups = grouped(CompactPredictor(patch_size=4, channels=8, depth=1))
     assert groups["stem.weight"] == (0.5, 0.25)
     assert groups["trunk.0.widen.weight"] == (0.5, 0.25)
-    for name in ("stem.bias", "trunk.0.norm.weight", "norm.bias", "stages.weight"):
+    for name in ("stem.bias", "trunk.0.norm.weight", "norm.bias", "embedding"):
         assert groups[name] == (0.5, 0.0)
 
 
@@ -31,7 +31,7 @@ def test_a_part_can_learn_slower_and_frozen_parameters_are_left_out():
     groups = grouped(SlowTrunk(patch_size=4, channels=8, depth=1))
     assert groups["trunk.0.widen.weight"] == (0.05, 0.25)
     assert groups["trunk.0.widen.bias"] == (0.05, 0.0)
-    assert groups["head.weight"] == (0.5, 0.25)
+    assert groups["heads.0.weight"] == (0.5, 0.25)
     network = CompactPredictor(patch_size=4, channels=8, depth=1)
     network.stem.requires_grad_(False)
     given = [each for group in network.parameter_groups(rate=1.0, weight_decay=0.0) for each in group["params"]]
