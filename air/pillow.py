@@ -1,0 +1,114 @@
+"""Pillow reads and writes .air files once this module is imported.
+
+    import air.pillow
+    from PIL import Image
+
+    picture = Image.open("photo.air")            # the header only; the Gaussians are drawn when pixels are asked for
+    picture.save("photo.png")
+    Image.open("photo.jpg").save("photo.air", bpp=0.25)
+
+Images are RGB, of the size they were encoded at. `draw` gives other sizes. A limit on pixels is Pillow's own affair
+(`Image.MAX_IMAGE_PIXELS`).
+"""
+
+from __future__ import annotations
+
+import io
+from typing import IO, Any
+
+import numpy as np
+from PIL import Image, ImageFile
+
+from air.bitstream import MAGIC, MOST_SIDE
+from air.codec import decode, read_header
+from air.compress import encode
+from air.errors import CodecError
+from air.gaussians import Gaussians
+from air.render import render
+
+FORMAT, ENDING, MIME = "AIR", ".air", "image/x-air"
+
+ENCODE_OPTIONS = ("bpp", "psnr", "gaussians", "steps", "refine_steps", "threads")
+"""What `Image.save` passes on to `air.encode`."""
+
+_WRITABLE_MODES = ("RGB", "L", "1", "P", "CMYK", "YCbCr")
+_MOST_HEADER_BYTES = 256
+
+
+def draw(gaussians: Gaussians, height: int, width: int, *, scale: float = 1.0, threads: int = 1) -> Image.Image:
+    """The picture that Gaussians are, as an RGB image of 8 bits a channel, rounded to the nearest level.
+
+    Args:
+        gaussians: What to draw.
+        height: Of the image that they were made for, pixels.
+        width: Likewise.
+        scale: How many times as large to draw it: at least one pixel in each direction.
+        threads: CPU threads at most.
+    """
+    if scale != 1:
+        gaussians = gaussians.rescaled(scale)
+        height, width = scaled_size(height, width, scale)
+    levels = render(gaussians, height, width, threads=threads).clamp_(0, 1).mul_(255).add_(0.5)
+    return Image.fromarray(np.ascontiguousarray(levels.permute(1, 2, 0).cpu().numpy().astype(np.uint8)))
+
+
+def scaled_size(height: int, width: int, scale: float) -> tuple[int, int]:
+    """Height and width, in pixels, of a picture drawn `scale` times as large."""
+    return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+class AirImageFile(ImageFile.ImageFile):
+    """An .air file as Pillow sees it."""
+
+    format = FORMAT
+    format_description = "Sum of 2D Gaussians"
+
+    _drawn = False
+
+    def _open(self) -> None:
+        assert self.fp is not None
+        try:
+            header = read_header(self.fp.read(_MOST_HEADER_BYTES), max_pixels=MOST_SIDE**2)
+        except CodecError as error:
+            raise SyntaxError(str(error)) from error  # what Pillow takes for "not this format"
+        self._size = header.width, header.height
+        self._mode = "RGB"
+        self.info = {"stages": header.num_stages, "patch_size": header.patch_size}
+
+    def load(self) -> Any:
+        """Decodes and draws, the first time.
+
+        Raises:
+            OSError: The file is damaged or cut off.
+        """
+        if not self._drawn:
+            assert self.fp is not None
+            self.fp.seek(0)
+            try:
+                gaussians = decode(self.fp.read(), max_pixels=MOST_SIDE**2)
+            except CodecError as error:
+                raise OSError(str(error)) from error
+            if getattr(self, "_exclusive_fp", False):
+                self.fp.close()
+            self.fp = io.BytesIO(draw(gaussians, self.height, self.width).tobytes())
+            self.tile = [ImageFile._Tile("raw", (0, 0, *self.size), 0, self.mode)]
+            self._drawn = True
+        return super().load()
+
+
+def _accept(prefix: bytes) -> bool:
+    return prefix.startswith(MAGIC)
+
+
+def _save(image: Image.Image, file: IO[bytes], filename: str | bytes) -> None:
+    if image.mode not in _WRITABLE_MODES:
+        raise OSError(f"cannot write mode {image.mode} as AIR: convert to RGB first")
+    given = getattr(image, "encoderinfo", {})
+    options = {name: given[name] for name in ENCODE_OPTIONS if name in given}
+    file.write(encode(image.convert("RGB"), **options))
+
+
+Image.register_open(FORMAT, AirImageFile, _accept)
+Image.register_save(FORMAT, _save)
+Image.register_extension(FORMAT, ENDING)
+Image.register_mime(FORMAT, MIME)
