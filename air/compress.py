@@ -11,7 +11,7 @@ them follows from the other: the number is searched, and the fineness gives the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from air.bitstream import MOST_STAGES, Header
 from air.codec import (
     QuantizedStage,
+    Stage,
     canonical_parameters,
     corners,
     lay_out,
@@ -31,11 +32,14 @@ from air.codec import (
     write_stages,
 )
 from air.errors import CodecError
+from air.gaussians import RAW_CHANNELS, activate
 from air.growth import grow
-from air.optimize import check_counts, compile_kernels, image_tensor
+from air.optimize import OptimizeConfig, check_counts, compile_kernels, image_tensor, optimize
+from air.predictor import Predictor
 from air.refine import Refiner
 from air.render.threads import Workers
 from air.sensitivity import SensitivityQuantizer
+from air.stages import run_stages
 
 ROUNDING_SHARE = 0.25
 """The squared error that rounding may add, as a share of the fit's."""
@@ -77,43 +81,166 @@ def encode(
         ValueError: More than one target, or one that means nothing.
         CodecError: The target cannot be met.
     """
+    check_counts(steps=(steps, 0), refine_steps=(refine_steps, 0), threads=(threads, 1))
+    pixels = image_tensor(image).float().cpu().contiguous().numpy()
+    if gaussians is None:
+        gaussians = max(1, pixels[0].size // DEFAULT_PIXELS_PER_GAUSSIAN) if bpp is None and psnr is None else None
+    with Workers(threads) as workers:
+
+        def fit(count: int | None) -> _Fit:
+            assert count is not None
+            return _grown(pixels, count, steps, refine_steps, workers)
+
+        return _meet(pixels, fit, bpp, psnr, gaussians)
+
+
+def encode_predicted(
+    image: Any,
+    predictor: Predictor,
+    num_stages: int,
+    *,
+    bpp: float | None = None,
+    psnr: float | None = None,
+    gaussians: int | None = None,
+    steps: int = 10,
+    refine_steps: int = 60,
+    threads: int = 1,
+) -> bytes:
+    """An .air file of what a predictor makes of an image, its stages moved together and refined as they are stored.
+
+    Args:
+        image: As for `air.optimize.fit`.
+        predictor: As for `air.stages.run_stages`, on the CPU.
+        num_stages: How many stages it is asked for, at most.
+        bpp: As for `encode`: one target at most. Of bits or decibels, the number of Gaussians is searched.
+        psnr: Likewise.
+        gaussians: At most so many. If no target is given, as many as the stages ask for.
+        steps: Optimisation steps of all stages together, from the prediction.
+        refine_steps: Steps on the quantised Gaussians after them.
+        threads: CPU threads at most.
+
+    Raises:
+        ValueError: More than one target, or one that means nothing.
+        CodecError: The target cannot be met.
+        InvalidGaussiansError: What was predicted is not finite.
+    """
+    check_counts(num_stages=(num_stages, 1), steps=(steps, 0), refine_steps=(refine_steps, 0), threads=(threads, 1))
+    pixels = image_tensor(image).float().cpu().contiguous().numpy()
+    with Workers(threads) as workers:
+
+        def fit(count: int | None) -> _Fit:
+            return _predicted(pixels, predictor, num_stages, count, steps, refine_steps, workers)
+
+        return _meet(pixels, fit, bpp, psnr, gaussians)
+
+
+def _meet(
+    pixels: NDArray[np.float32],
+    fit: Callable[[int | None], _Fit],
+    bpp: float | None,
+    psnr: float | None,
+    gaussians: int | None,
+) -> bytes:
+    """The file that meets the target, of which there is one at most; `fit` takes the number of Gaussians."""
     if sum(target is not None for target in (bpp, psnr, gaussians)) > 1:
         raise ValueError("give one target: bpp, psnr or gaussians")
-    check_counts(steps=(steps, 0), refine_steps=(refine_steps, 0), threads=(threads, 1))
     for name, target in (("bpp", bpp), ("psnr", psnr)):
         if target is not None and not 0 < target < math.inf:
             raise ValueError(f"{name} must be a positive number, got {target}")
-    pixels = image_tensor(image).float().cpu().contiguous().numpy()
+    if gaussians is not None:
+        check_counts(gaussians=(gaussians, 1))
     compile_kernels()
-    with Workers(threads) as workers:
-        search = _Search(pixels, steps, refine_steps, workers)
-        if bpp is not None:
-            return search.for_size(math.floor(bpp * pixels[0].size / 8))
-        if psnr is not None:
-            return search.for_quality(10 ** (-psnr / 10))
-        count = gaussians if gaussians is not None else max(1, pixels[0].size // DEFAULT_PIXELS_PER_GAUSSIAN)
-        check_counts(gaussians=(count, 1))
-        return search.fit(count).file()
+    search = _Search(pixels, fit)
+    if bpp is not None:
+        return search.for_size(math.floor(bpp * pixels[0].size / 8))
+    if psnr is not None:
+        return search.for_quality(10 ** (-psnr / 10))
+    return search.fit(gaussians).file()
+
+
+def _grown(pixels: NDArray[np.float32], count: int, steps: int, refine_steps: int, workers: Workers) -> _Fit:
+    """Free Gaussians from `air.grow`, laid out in stages."""
+    _, height, width = pixels.shape
+    result = grow(torch.from_numpy(pixels), count, steps, backend="cpu", device="cpu", threads=workers.count)
+    patch_size = patch_size_for(count, height, width)
+    while True:
+        stages = lay_out(result.gaussians, height, width, patch_size)
+        if len(stages) <= MOST_STAGES or patch_size == 1:
+            break
+        patch_size = patch_size // 2
+    return _Fit(stages[:MOST_STAGES], patch_size, float(result.trajectory.psnr[-1]), pixels, refine_steps, workers)
+
+
+def _predicted(
+    pixels: NDArray[np.float32],
+    predictor: Predictor,
+    num_stages: int,
+    count: int | None,
+    steps: int,
+    refine_steps: int,
+    workers: Workers,
+) -> _Fit:
+    """The stages that a predictor gives, moved together."""
+    image = torch.from_numpy(pixels)
+    found = list(
+        run_stages(
+            image,
+            predictor,
+            [OptimizeConfig(steps=0)] * num_stages,
+            canvas="predicted",
+            budget=count,
+            backend="cpu",
+            threads=workers.count,
+        )
+    )
+    raw = torch.cat([stage.predicted for stage in found] or [torch.empty(0, RAW_CHANNELS)])
+    anchor = torch.cat([stage.anchor for stage in found] or [torch.empty(0, 2)])
+    result = optimize(
+        raw,
+        anchor,
+        image,
+        predictor.patch_size,
+        OptimizeConfig.refinement(steps),
+        backend="cpu",
+        threads=workers.count,
+    )
+    gaussians = activate(result.raw, anchor, predictor.patch_size)
+    ends = np.cumsum([len(stage) for stage in found])
+    stages = [
+        Stage(stage.patch.numpy(), gaussians[int(end) - len(stage) : int(end)])
+        for stage, end in zip(found, ends, strict=True)
+    ]
+    return _Fit(stages, predictor.patch_size, float(result.trajectory.psnr[-1]), pixels, refine_steps, workers)
 
 
 class _Fit:
-    """Gaussians fitted to an image, refined for a quantiser, ready to be stored with that one or another."""
+    """Gaussians in stages, refined for a quantiser, ready to be stored with that one or another.
 
-    def __init__(self, search: _Search, count: int) -> None:
-        _, height, width = search.pixels.shape
-        result = grow(search.image, count, search.steps, backend="cpu", device="cpu", threads=search.workers.count)
-        squared_error = 10 ** (-min(float(result.trajectory.psnr[-1]), 60.0) / 10)
-        stages, patch_size = [], patch_size_for(count, height, width)
-        while True:
-            stages = lay_out(result.gaussians, height, width, patch_size)
-            if len(stages) <= MOST_STAGES or patch_size == 1:
-                break
-            patch_size = patch_size // 2
-        stages = stages[:MOST_STAGES]
+    Args:
+        stages: The Gaussians.
+        patch_size: Pixels between the anchors.
+        psnr: Of their picture, in dB; the quantiser follows from it.
+        pixels: The image, shape (3, height, width).
+        refine_steps: Steps on the quantised Gaussians.
+        workers: The threads to use.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        patch_size: int,
+        psnr: float,
+        pixels: NDArray[np.float32],
+        refine_steps: int,
+        workers: Workers,
+    ) -> None:
+        _, height, width = pixels.shape
+        squared_error = 10 ** (-min(psnr, 60.0) / 10)
         self._patches = [stage.patch for stage in stages]
         parameters = [canonical_parameters(stage.gaussians) for stage in stages]
         # Rounding eight numbers each adds π Δ²/12 times three channels for each number: see `air.sensitivity`.
-        added_per_step = len(result.gaussians) * 8 * math.pi / 12 / (height * width)
+        count = max(1, sum(map(len, self._patches)))
+        added_per_step = count * 8 * math.pi / 12 / (height * width)
         self.step = round(65536 * math.sqrt(ROUNDING_SHARE * squared_error / added_per_step))
         self.step = min(max(self.step, _STEPS[0]), _STEPS[1])
         header = Header(height, width, patch_size, 0, SensitivityQuantizer(self.step))
@@ -123,10 +250,10 @@ class _Fit:
             np.concatenate([np.zeros((8, 0)), *parameters], axis=1),
             np.concatenate([np.zeros((2, 0), np.int64), *corner], axis=1),
             self._header.reach_span,
-            search.pixels,
-            search.workers,
+            pixels,
+            workers,
         )
-        self._refiner.run(SensitivityQuantizer(self.step), search.refine_steps)
+        self._refiner.run(SensitivityQuantizer(self.step), refine_steps)
 
     def file(self, step: int | None = None) -> bytes:
         """The file with the step it was refined for, or another."""
@@ -147,15 +274,13 @@ class _Fit:
 class _Search:
     """Looks for the fit that meets a target, with a bounded number of fits."""
 
-    def __init__(self, pixels: NDArray[np.float32], steps: int, refine_steps: int, workers: Workers) -> None:
+    def __init__(self, pixels: NDArray[np.float32], fit: Callable[[int | None], _Fit]) -> None:
         self.pixels = pixels
-        self.image = torch.from_numpy(pixels)
-        self.steps, self.refine_steps = steps, refine_steps
-        self.workers = workers
         self.most = max(1, pixels[0].size // _LEAST_PIXELS_PER_GAUSSIAN)
+        self._fit = fit
 
-    def fit(self, count: int) -> _Fit:
-        return _Fit(self, min(max(count, 1), self.most))
+    def fit(self, count: int | None) -> _Fit:
+        return self._fit(None if count is None else min(max(count, 1), self.most))
 
     def for_size(self, size: int) -> bytes:
         """The best file of at most `size` bytes.
