@@ -17,6 +17,7 @@ COMMANDS = {
     "distill": "shards -> distillation targets in Parquet",
     "train": "targets or shards -> a predictor's checkpoint",
     "evaluate": "what a predictor makes of images, alone and refined, beside grids",
+    "encode": "images or shards -> .air files in tars, and a Parquet row about each",
     "fit": "one image -> Gaussians, with progress and a picture",
     "import-checkpoint": "the authors' checkpoint -> weights and card of this project",
     "stats": "summary of targets, or your own SQL over them",

@@ -22,6 +22,7 @@ def sections() -> dict[str, type[Config]]:
     from jobs.demo import DemoConfig
     from jobs.fit import FitConfig
     from pipeline.distill import DistillConfig
+    from pipeline.encode import EncodeConfig
     from pipeline.evaluate_config import EvaluateConfig
     from pipeline.shards import ShardConfig
     from pipeline.train_config import TrainConfig, TrainerConfig
@@ -34,6 +35,7 @@ def sections() -> dict[str, type[Config]]:
         "train": TrainConfig,
         "trainer": TrainerConfig,
         "evaluate": EvaluateConfig,
+        "encode": EncodeConfig,
         "runner": RunnerConfig,
     }
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
+from jobs.report import mean_psnr
 from pipeline.runner import Display, Tally
 
 _LOG_EVERY_SECONDS = 60.0
@@ -67,9 +68,9 @@ def _detail(tally: Tally, elapsed: float) -> str:
     fresh = tally.samples_so_far - tally.samples_before
     if fresh and elapsed > 0:
         parts.append(f"{fresh / elapsed:.1f} images/s")
-    views = tally.summary_so_far("psnr_views")
-    if views:
-        parts.append(f"{tally.summary_so_far('psnr_target_sum') / views:.2f} dB")
+    psnr = mean_psnr(tally.summary_so_far)
+    if psnr is not None:
+        parts.append(f"{psnr:.2f} dB")
     if tally.rejected_so_far:
         parts.append(f"{tally.rejected_so_far} quarantined")
     return ", ".join(parts)

@@ -34,10 +34,7 @@ def distill(source_uri: str, output_uri: str, config: DistillConfig, runner: Run
     source, output = open_storage(source_uri), open_storage(output_uri)
     predictor = find_predictor(config.predictor, config.patch_size)
     plan = Plan.make("distill", config.settled(predictor), list_shards(source), [source.uri()])
-    if predictor.sha256:  # what counts is what a checkpoint holds, not where it lies
-        held = f"{predictor.model}, sha256 {predictor.sha256}"
-        plan = plan.model_copy(update={"config": {**plan.config, "predictor": held}})
-    plan = settle_plan(output, plan)
+    plan = settle_plan(output, predictor.hold(plan))
     with show("distill") as display:
         return run(DistillJob(config, source, predictor), plan, output, runner, display)
 

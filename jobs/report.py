@@ -1,6 +1,6 @@
 """Sentences and tables that several commands print."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from rich.console import Console
 from rich.markup import escape
@@ -21,6 +21,14 @@ def rejections(rejected: Iterable[tuple[str, int]], fate: str = "quarantined") -
 def print_outcome(done: str, output: str, tally: Tally) -> None:
     """What a bulk job did, in one line."""
     print(f"{done}; {rejections(tally.rejected.most_common())}. Output: {output}")
+
+
+def mean_psnr(summed: Callable[[str], float]) -> float | None:
+    """Mean PSNR in dB of a job's results, from the sums of its summary by name; None where there is none."""
+    for total, count in (("psnr_target_sum", "psnr_views"), ("psnr_sum", "images")):
+        if summed(total) and summed(count):
+            return summed(total) / summed(count)
+    return None
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

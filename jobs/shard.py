@@ -12,9 +12,9 @@ from jobs.command import configure, make_parser
 from jobs.display import show
 from jobs.report import print_outcome
 from pipeline.config import RunnerConfig
-from pipeline.errors import ConfigError
 from pipeline.runner import Tally, run
 from pipeline.shards import ShardConfig, ShardJob, plan_shards
+from pipeline.sources import check_outside
 from pipeline.storage import normalise, open_storage
 from pipeline.work import settle_plan
 
@@ -24,10 +24,7 @@ def shard(inputs: Sequence[str], output_uri: str, config: ShardConfig, runner: R
     output = open_storage(output_uri)
     # Workers may run elsewhere in the file system: only whole paths mean the same there.
     inputs = [normalise(given) for given in inputs]
-    for given in inputs:
-        if output.uri().startswith(given.rstrip("/") + "/"):
-            # The next run would find these shards among the images.
-            raise ConfigError(f"the output {output.uri()} lies in the input {given}: choose a folder outside")
+    check_outside(output, inputs)
     plan, listings = plan_shards(config, inputs)
     plan = settle_plan(output, plan, listings)
     with show("shard") as display:

@@ -1,13 +1,15 @@
-"""Summarises distillation targets through DuckDB, or runs your own query over them.
+"""Summarises distillation targets or encoded images through DuckDB, or runs your own query over them.
 
 For --sql these views are there:
-  views       one row per view of an image: the table's columns, and psnr (dB after the last stage)
-  gaussians   one row per Gaussian: key, view, stage, anchor, predicted_x, target_x, ... target_blue
+  views       of targets: one row per view of an image: the table's columns, and psnr (dB after the last stage)
+  gaussians   of targets: one row per Gaussian: key, view, stage, anchor, predicted_x, target_x, ... target_blue
+  images      of encoded images: one row each: the table's columns
   shards      one row per commit: unit, samples, seconds, rejected, summary
   quarantine  one row per image that was refused
 
   air stats targets/
   air stats targets/ --sql "select stage, count(*), avg(target_scale_1) from gaussians group by stage order by stage"
+  air stats encoded/ --sql "select key, bpp, psnr from images order by psnr limit 10"
 """
 
 import csv
@@ -21,6 +23,7 @@ from jobs.report import print_table
 from pipeline.errors import ConfigError
 from pipeline.query import connect
 from pipeline.storage import open_storage
+from pipeline.work import read_plan
 
 _OVERVIEW = """
     select count(distinct key), count(*), sum(len(stage)), avg(height * width),
@@ -36,6 +39,15 @@ _STAGES = """
     select number - 1, count(*), sum(gaussians[number])::bigint, avg(gaussians[number]), any_value(steps[number]),
            avg(psnr_predicted[number]), avg(psnr_target[number]), avg(loss_first[number]), avg(loss_last[number])
     from per_stage group by number order by number
+"""
+_ENCODED = """
+    select count(*), sum(height::bigint * width) / 1e6, sum(list_sum(gaussians))::bigint, sum(bytes) / 1e6,
+           8 * sum(bytes) / sum(height::bigint * width), avg(bpp), avg(psnr), avg(ms_ssim)
+    from images
+"""
+_ENCODED_COLUMNS = ("bpp", "psnr", "ms_ssim", "list_sum(gaussians)")
+_ENCODING_TIMES = """
+    select sum(summary.decode_seconds), sum(summary.encode_seconds), sum(summary.measure_seconds) from shards
 """
 _QUANTILES = (0.01, 0.1, 0.5, 0.9, 0.99)
 _SHAPES = f"""
@@ -66,15 +78,18 @@ _QUARANTINE = (
 def main(arguments: Sequence[str]) -> int:
     """The command."""
     parser = make_parser("stats", __doc__)
-    parser.add_argument("targets", metavar="TARGETS", help="output of `air distill`; a local path or a URI")
+    parser.add_argument("targets", metavar="TARGETS", help="output of `air distill` or `air encode`; local or a URI")
     parser.add_argument("--sql", metavar="QUERY", help="run this query instead of the summary")
     parser.add_argument("--format", choices=("table", "csv"), default="table", help="of --sql (default: table)")
     given = parser.parse_args(arguments)
-    with connect(open_storage(given.targets)) as connection:
-        if given.sql is None:
-            print_summary(connection, given.targets)
-        else:
+    output = open_storage(given.targets)
+    with connect(output) as connection:
+        if given.sql is not None:
             _print_query(connection, given.sql, given.format)
+        elif read_plan(output).job == "encode":
+            print_encoded(connection, given.targets)
+        else:
+            print_summary(connection, given.targets)
     return 0
 
 
@@ -105,14 +120,7 @@ def print_summary(connection: duckdb.DuckDBPyConnection, title: str) -> None:
         ("PSNR predicted by stage 0, dB", predicted),
         ("PSNR after the last stage, dB", target),
     ]
-    commits, samples, seconds, per_image, megapixels = _one(connection, _TIMES)
-    rows += [
-        ("shards", commits),
-        ("images seen", samples),
-        ("worker seconds", seconds),
-        ("worker seconds per image", per_image),
-        ("megapixels per worker second", megapixels),
-    ]
+    rows += _times(connection)
     print_table(f"targets in {title}", ("", "value"), rows)
     columns = ("stage", "views", "Gaussians", "per view", "steps", "dB before", "dB after", "loss before", "loss after")
     print_table(
@@ -121,6 +129,51 @@ def print_summary(connection: duckdb.DuckDBPyConnection, title: str) -> None:
     names = ("larger scale, px", "smaller scale, px", "anisotropy", "amplitude")
     shapes = [(name, *values) for name, values in zip(names, _one(connection, _SHAPES), strict=True) if values]
     print_table("optimised Gaussians, approximate quantiles", ("", *(f"{q:.0%}" for q in _QUANTILES)), shapes)
+    _print_quarantine(connection)
+
+
+def print_encoded(connection: duckdb.DuckDBPyConnection, title: str) -> None:
+    """Prints the summary of encoded images: sizes, quality, time, quarantine."""
+    images, megapixels, gaussians, megabytes, bits_of_all, bits, psnr, similarity = _one(connection, _ENCODED)
+    decoding, encoding, measuring = _one(connection, _ENCODING_TIMES)
+    rows = [
+        ("images", images),
+        ("megapixels", megapixels),
+        ("Gaussians", gaussians),
+        ("MB of .air files", megabytes),
+        ("bits per pixel, of all together", bits_of_all),
+        ("bits per pixel, mean over images", bits),
+        ("PSNR, dB", psnr),
+        ("MS-SSIM", None if similarity is None else f"{similarity:.4f}"),
+        *_times(connection),
+        ("of them decoding images", decoding),
+        ("of them encoding", encoding),
+        ("of them measuring", measuring),
+    ]
+    print_table(f"encoded images in {title}", ("", "value"), rows)
+    names = ("bits per pixel", "PSNR, dB", "MS-SSIM", "Gaussians")
+    spread = [
+        (name, *_one(connection, f"select quantile_cont({column}, {list(_QUANTILES)}) from images")[0])
+        for name, column in zip(names, _ENCODED_COLUMNS, strict=True)
+        if images
+    ]
+    print_table("quantiles over images", ("", *(f"{q:.0%}" for q in _QUANTILES)), spread)
+    _print_quarantine(connection)
+
+
+def _times(connection: duckdb.DuckDBPyConnection) -> list[tuple[str, object]]:
+    """Lines about commits and the time they took."""
+    commits, samples, seconds, per_image, megapixels = _one(connection, _TIMES)
+    return [
+        ("shards", commits),
+        ("images seen", samples),
+        ("worker seconds", seconds),
+        ("worker seconds per image", per_image),
+        ("megapixels per worker second", megapixels),
+    ]
+
+
+def _print_quarantine(connection: duckdb.DuckDBPyConnection) -> None:
     refused = _all(connection, _QUARANTINE)
     if refused:
         print_table("quarantine", ("reason", "images", "for example"), refused)

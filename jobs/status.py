@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Sequence
 
 from jobs.command import make_parser
-from jobs.report import print_table, rejections
+from jobs.report import mean_psnr, print_table, rejections
 from pipeline.storage import open_storage
-from pipeline.work import read_manifests, read_plan
+from pipeline.work import count_rows, read_manifests, read_plan
 
 MAX_MISSING_SHOWN = 5
 
@@ -37,12 +37,13 @@ def main(arguments: Sequence[str]) -> int:
         ("shards done", f"{len(manifests)} of {len(plan.units)}"),
         ("images seen", sum(manifest.samples for manifest in manifests)),
         ("quarantined", rejections(rejected.most_common())),
-        ("rows", sum(file.rows for file in files)),
+        ("rows", count_rows(files)),
         ("MB", sum(file.bytes for file in files) / 1e6),
         ("worker seconds", sum(manifest.seconds for manifest in manifests)),
     ]
-    if summary["psnr_views"]:
-        rows.append(("mean PSNR, dB", summary["psnr_target_sum"] / summary["psnr_views"]))
+    psnr = mean_psnr(lambda name: summary[name])
+    if psnr is not None:
+        rows.append(("mean PSNR, dB", psnr))
     print_table(given.out, ("", ""), [(name, value) for name, value in rows])
     if missing:
         more = f" and {len(missing) - MAX_MISSING_SHOWN} more" if len(missing) > MAX_MISSING_SHOWN else ""

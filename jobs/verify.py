@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from jobs.command import make_parser
 from pipeline.audit import repair, verify
 from pipeline.storage import open_storage
-from pipeline.work import read_manifests
+from pipeline.work import count_rows, read_manifests
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str]) -> int:
     manifests = list(read_manifests(output))
     files = [file for manifest in manifests for file in manifest.files]
     quarantined = sum(manifest.quarantine.rows for manifest in manifests if manifest.quarantine)
-    rows, megabytes = sum(file.rows for file in files), sum(file.bytes for file in files) / 1e6
+    rows, megabytes = count_rows(files), sum(file.bytes for file in files) / 1e6
     print(
         f"{given.out}: verified {len(manifests)} shards, {len(files)} files, {rows} rows, {megabytes:.1f} MB, "
         f"{quarantined} rows in quarantine; complete and intact"

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
-import pyarrow as pa
 from pydantic import Field, model_validator
 
 from pipeline import images, tables
@@ -319,23 +318,14 @@ def _stage_columns(stages: Sequence[StageResult]) -> dict[str, list[Any]]:
 
 
 class TargetWriter:
-    """Writes target rows to one Parquet file, a row group at a time, so that memory is bounded."""
+    """Writes target rows to one Parquet file."""
 
     def __init__(self, path: Path, metadata: Mapping[str, str]) -> None:
-        self._path = path
-        self._parquet = tables.open_writer(str(path), tables.stamped(tables.TARGETS, metadata))
-        self._rows: list[pa.RecordBatch] = []
-        self._bytes = 0
-        self._count = 0
+        self._rows = tables.RowWriter(path, tables.TARGETS, metadata)
 
     def add(self, result: _Rows) -> Mapping[str, float]:
         """Takes the views of one image; counts views, Gaussians and decibels."""
-        batch = pa.RecordBatch.from_pylist(result, schema=tables.TARGETS)
-        self._rows.append(batch)
-        self._bytes += batch.nbytes
-        self._count += len(result)
-        if self._bytes >= tables.ROW_GROUP_BYTES:
-            self._flush()
+        self._rows.add(result)
         # A view without any bad patch from the start (all black) has no stage and no PSNR to count.
         fitted = [row for row in result if row["psnr_target"]]
         return {
@@ -349,15 +339,5 @@ class TargetWriter:
         }
 
     def finish(self) -> list[tuple[Path, int]]:
-        """Closes the file, which is there even without rows: readers find its columns."""
-        self._flush()
-        self._parquet.close()
-        return [(self._path, self._count)]
-
-    def _flush(self) -> None:
-        if self._rows:
-            table = pa.Table.from_batches(self._rows, schema=tables.TARGETS)
-            self._parquet.write_table(
-                table.replace_schema_metadata(self._parquet.schema.metadata), row_group_size=2**31
-            )
-        self._rows, self._bytes = [], 0
+        """Closes the file."""
+        return [self._rows.finish()]

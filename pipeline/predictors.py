@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.errors import ConfigError
 from pipeline.storage import normalise, open_parent
+from pipeline.work import Plan
 
 if TYPE_CHECKING:
     import torch
@@ -59,6 +60,13 @@ class PredictorReference:
         if self.num_stages is not None and wanted > self.num_stages:
             raise ConfigError(f"stages = {wanted}: {self.name} has {self.num_stages}; set stages to that at most")
         return wanted
+
+    def hold(self, plan: Plan) -> Plan:
+        """The plan with what the predictor is in place of where it lies: what counts is what a checkpoint holds."""
+        if not self.sha256:
+            return plan
+        held = f"{self.model}, sha256 {self.sha256}"
+        return plan.model_copy(update={"config": {**plan.config, "predictor": held}})
 
 
 def find_predictor(name: str, patch_size: int | None = None) -> PredictorReference:

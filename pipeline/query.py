@@ -16,30 +16,34 @@ from pipeline.work import Manifest, read_manifests, read_plan
 
 @contextmanager
 def connect(output: Storage) -> Iterator[duckdb.DuckDBPyConnection]:
-    """A DuckDB connection with the views `views`, `gaussians`, `shards` and `quarantine` over a distill output.
+    """A DuckDB connection with views over the output of a job: of all, `shards` and `quarantine`; of `air distill`,
+    `views` and `gaussians`; of `air encode`, `images`.
 
     Local files are read in place; remote ones are copied to this machine first, as DuckDB's own readers for object
     stores are extensions that would have to be fetched.
 
     Raises:
-        StorageError: The folder is not the output of `air distill`, or nothing is committed yet.
+        StorageError: The folder is not the output of one of these, or nothing is committed yet.
     """
     plan = read_plan(output)
-    if plan.job != "distill":
-        raise StorageError(f"{output.uri()} is the output of `air {plan.job}`, not of `air distill`")
+    if plan.job not in ("distill", "encode"):
+        raise StorageError(f"{output.uri()} is the output of `air {plan.job}`, not of `air distill` or `air encode`")
     manifests = list(read_manifests(output))
     if not manifests:
         raise StorageError(f"{output.uri()} has no committed shard yet; see `air status`")
     with ExitStack() as stack, duckdb.connect() as connection:
-        targets, refused = (
+        rows, refused = (
             [str(stack.enter_context(output.local_file(file.path))) for file in files]
             for files in (
-                [file for manifest in manifests for file in manifest.files],
+                [file for manifest in manifests for file in manifest.files if file.path.endswith(".parquet")],
                 [manifest.quarantine for manifest in manifests if manifest.quarantine],
             )
         )
-        connection.execute(f"create view views as select *, psnr_target[-1] as psnr from {_parquet(targets)}")
-        connection.execute(f"create view gaussians as select {_unnested()} from views")
+        if plan.job == "encode":
+            connection.execute(f"create view images as select * from {_parquet(rows)}")
+        else:
+            connection.execute(f"create view views as select *, psnr_target[-1] as psnr from {_parquet(rows)}")
+            connection.execute(f"create view gaussians as select {_unnested()} from views")
         if refused:
             connection.execute(f"create view quarantine as select * from {_parquet(refused)}")
         else:

@@ -38,6 +38,9 @@ from pipeline.work import (
 # Members that webdataset's iterators pass over.
 _META = re.compile(r"__[^/]*__($|/)")
 
+MAX_SHARD_BYTES = 256_000_000
+"""Bytes of a shard at most, unless the configuration says otherwise."""
+
 # Upper bound on a sample's JSON member, beside its key and source.
 _ABOUT_BYTES = 256
 
@@ -47,7 +50,7 @@ class ShardConfig(Config):
 
     max_count: int = Field(256, ge=1, le=1_000_000, description="most images in a shard")
     max_bytes: int = Field(
-        256_000_000, ge=tarfile.RECORDSIZE, description="most bytes of a shard; one larger image stands alone"
+        MAX_SHARD_BYTES, ge=tarfile.RECORDSIZE, description="most bytes of a shard; one larger image stands alone"
     )
     check: Literal["decode", "header"] = Field("decode", description="decode every image, or read its header only")
     max_pixels: int = Field(images.MAX_PIXELS, ge=1, description="images with more pixels are refused before decoding")
@@ -69,32 +72,32 @@ class ShardJob:
 
     def samples(self, unit: Unit, scratch: Path) -> Iterator[Sample]:
         """The images of the unit's listing."""
-        listing = self._output.read(unit.input)
-        if hashlib.sha256(listing).hexdigest() != unit.sha256:
-            raise DamagedDataError(f"{self._output.uri(unit.input)} is not the listing that the plan names")
-        for entry in json.loads(listing):
-            item = Item(**entry)
-            yield Sample(item.key, item.source, lambda item=item: self._reader.read(item))
+        return read_listing(self._output, self._reader, unit)
 
     def process(self, image: EncodedImage) -> dict[str, Any]:
         """The WebDataset sample: the untouched bytes under their true ending, and a JSON member about them."""
         info = images.probe(image.data, max_pixels=self._config.max_pixels)
         if self._config.check == "decode":
             images.decode(image.data, max_pixels=self._config.max_pixels)
-        about = {
-            "key": image.key,
-            "source": image.source,
-            "format": info.format,
-            "width": info.width,
-            "height": info.height,
-            "bytes": len(image.data),
-            "sha256": hashlib.sha256(image.data).hexdigest(),
-        }
-        return {"__key__": image.key, info.extension: image.data, "json": json.dumps(about).encode()}
+        return make_sample(image, info, image.data)
 
     def writer(self, unit: Unit, scratch: Path, metadata: Mapping[str, str]) -> TarWriter:
         """A writer of tars no larger than configured."""
         return TarWriter(unit.name, scratch, self._config.max_bytes)
+
+
+def make_sample(image: EncodedImage, info: images.ImageInfo, data: bytes) -> dict[str, Any]:
+    """The WebDataset sample of an image file `data`: its bytes under its format's ending, and a JSON member."""
+    about = {
+        "key": image.key,
+        "source": image.source,
+        "format": info.format,
+        "width": info.width,
+        "height": info.height,
+        "bytes": len(data),
+        "sha256": hashlib.sha256(data).hexdigest(),
+    }
+    return {"__key__": image.key, info.extension: data, "json": json.dumps(about).encode()}
 
 
 class TarWriter:
@@ -133,14 +136,12 @@ class TarWriter:
         return self._files
 
     def _open(self) -> Any:
-        from webdataset.writer import TarWriter as WebDatasetWriter  # imports torch: only workers pay for it
-
         part = f"-{len(self._files)}" if self._files else ""
         path = self._scratch / f"{self._unit}{part}.tar"
         self._stream = path.open("wb")
         self._files.append((path, 0))
         self._count, self._bytes = 0, 0
-        return WebDatasetWriter(self._stream, encoder=False, mtime=0, format="GNU_FORMAT")
+        return open_tar(self._stream)
 
     def _close(self) -> None:
         if self._tar is None or self._stream is None:
@@ -149,6 +150,13 @@ class TarWriter:
         self._stream.close()
         self._files[-1] = (self._files[-1][0], self._count)
         self._tar = self._stream = None
+
+
+def open_tar(stream: BinaryIO) -> Any:
+    """A writer of WebDataset samples {"__key__": key, ending: bytes} to a tar; equal samples give equal bytes."""
+    from webdataset.writer import TarWriter as WebDatasetWriter  # imports torch: only workers pay for it
+
+    return WebDatasetWriter(stream, encoder=False, mtime=0, format="GNU_FORMAT")
 
 
 def _member_bytes(name: str, size: int) -> int:
@@ -174,6 +182,17 @@ def plan_shards(config: ShardConfig, inputs: Sequence[str]) -> tuple[Plan, dict[
         ConfigError: No images, or two with one key.
         StorageError: An input cannot be read.
     """
+    units, listings = list_images(config, inputs)
+    return Plan.make("shard", config, units, inputs), listings
+
+
+def list_images(config: ShardConfig, inputs: Sequence[str]) -> tuple[list[Unit], dict[str, bytes]]:
+    """The images of the inputs as units, no larger than a shard is to be, and the listing of each by its path.
+
+    Raises:
+        ConfigError: No images, or two with one key.
+        StorageError: An input cannot be read.
+    """
     units: list[Unit] = []
     listings: dict[str, bytes] = {}
     for items in _cut(find_items(inputs, config.image_column), config):
@@ -192,7 +211,21 @@ def plan_shards(config: ShardConfig, inputs: Sequence[str]) -> tuple[Plan, dict[
                 samples=len(items),
             )
         )
-    return Plan.make("shard", config, units, inputs), listings
+    return units, listings
+
+
+def read_listing(output: Storage, reader: ItemReader, unit: Unit) -> Iterator[Sample]:
+    """The images that a unit's listing names, in its order.
+
+    Raises:
+        DamagedDataError: The listing is not the one that the plan names.
+    """
+    listing = output.read(unit.input)
+    if hashlib.sha256(listing).hexdigest() != unit.sha256:
+        raise DamagedDataError(f"{output.uri(unit.input)} is not the listing that the plan names")
+    for entry in json.loads(listing):
+        item = Item(**entry)
+        yield Sample(item.key, item.source, lambda item=item: reader.read(item))
 
 
 def _cut(items: Sequence[Item], config: ShardConfig) -> Iterator[list[Item]]:
@@ -211,42 +244,51 @@ def _cut(items: Sequence[Item], config: ShardConfig) -> Iterator[list[Item]]:
         yield run
 
 
-def list_shards(storage: Storage) -> list[Unit]:
-    """The shards of a folder as units of another job, sorted by name: the output of `air shard`, or any tars.
+def list_shards(storage: Storage, job: str = "shard", ending: str = ".tar") -> list[Unit]:
+    """The shards of a folder as units of another job, sorted by name: the output of a job, or any tars.
+
+    Args:
+        storage: The folder.
+        job: Whose output it is to be, if it is one.
+        ending: Of the job's files that are the shards.
 
     Raises:
-        JobFailedError: `air shard` has not finished there.
+        JobFailedError: The job has not finished there, it is the output of another one, or there are no shards.
         DamagedDataError: A shard has another size than its manifest says.
-        StorageError: The folder holds no shards.
     """
     if storage.exists(PLAN_PATH):
-        units = list(_committed_shards(storage))
+        units = list(_committed_shards(storage, job, ending))
     else:
-        units = [_foreign_shard(storage, entry.path) for entry in storage.list() if entry.path.endswith(".tar")]
+        units = [foreign_shard(storage, entry.path) for entry in storage.list() if entry.path.endswith(".tar")]
     if not units:
-        raise JobFailedError(f"{storage.uri()} holds no shards: no file ends in .tar; make them with `air shard`")
+        raise JobFailedError(f"{storage.uri()} holds no shards: no file ends in .tar; make them with `air {job}`")
     return sorted(units, key=lambda unit: unit.name)
 
 
-def _committed_shards(storage: Storage) -> Iterator[Unit]:
+def _committed_shards(storage: Storage, job: str, ending: str) -> Iterator[Unit]:
     plan = read_plan(storage)
-    if plan.job != "shard":
-        raise JobFailedError(f"{storage.uri()} is the output of `air {plan.job}`, not of `air shard`")
+    if plan.job != job:
+        raise JobFailedError(f"{storage.uri()} is the output of `air {plan.job}`, not of `air {job}`")
     missing = {unit.name for unit in plan.units} - committed_units(storage)
     if missing:
         raise JobFailedError(
             f"{storage.uri()} is not finished: {len(missing)} of {len(plan.units)} shards are missing "
-            f"({min(missing)} first); run the same `air shard` again"
+            f"({min(missing)} first); run the same `air {job}` again"
         )
     for manifest in read_manifests(storage):
-        for part, file in enumerate(manifest.files):
+        for part, file in enumerate(file for file in manifest.files if file.path.endswith(ending)):
             if storage.size(file.path) != file.bytes:
                 raise DamagedDataError(f"{storage.uri(file.path)} is not the size its manifest says; run `air verify`")
             name = f"{manifest.unit}-{part}" if part else manifest.unit
             yield Unit(name=name, input=file.path, bytes=file.bytes, sha256=file.sha256, samples=file.rows)
 
 
-def _foreign_shard(storage: Storage, path: str) -> Unit:
+def foreign_shard(storage: Storage, path: str) -> Unit:
+    """A tar that no job vouches for, as a unit. Reads all of it.
+
+    Raises:
+        DamagedDataError: It is not a whole tar.
+    """
     stem = path.removesuffix(".tar")
     name = file_safe(stem)
     if name != stem:  # `a/b` and `a_b` are two shards
@@ -261,8 +303,13 @@ def _foreign_shard(storage: Storage, path: str) -> Unit:
         )
 
 
-def read_samples(storage: Storage, unit: Unit) -> Iterator[Sample]:
+def read_samples(storage: Storage, unit: Unit, endings: frozenset[str] = images.IMAGE_EXTENSIONS) -> Iterator[Sample]:
     """The samples of a shard, in its order.
+
+    Args:
+        storage: Where the shard is.
+        unit: The shard.
+        endings: Of the members that are the samples' images, with their dots.
 
     Raises:
         DamagedDataError: The shard is not what the plan says it is, or is no tar.
@@ -276,16 +323,16 @@ def read_samples(storage: Storage, unit: Unit) -> Iterator[Sample]:
             try:
                 members = ({**member, "__url__": unit.input} for member in tar_file_iterator(cast(Any, stream)))
                 for sample in group_by_keys(members):
-                    yield _sample(sample, unit)
+                    yield _sample(sample, unit, endings)
             except tarfile.TarError as error:
                 raise DamagedDataError(f"{storage.uri(unit.input)} is not a whole tar: {error}") from None
             except ValueError as error:  # two members of a sample with one ending
                 raise DamagedDataError(f"{storage.uri(unit.input)} is no WebDataset shard: {error.args[0]}") from None
 
 
-def _sample(sample: Mapping[str, Any], unit: Unit) -> Sample:
+def _sample(sample: Mapping[str, Any], unit: Unit, image_endings: frozenset[str]) -> Sample:
     key = printable(sample["__key__"])
-    data = next((sample[name] for name in sample if f".{name}" in images.IMAGE_EXTENSIONS), None)
+    data = next((sample[name] for name in sample if f".{name}" in image_endings), None)
     endings = sorted(f".{name}" for name in sample if not name.startswith("__"))
     source = f"{unit.name}/{key}"
     if "json" in sample:

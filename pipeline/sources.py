@@ -115,6 +115,13 @@ def _find_in(root: int, given: str, image_column: str | None) -> Iterator[Item]:
         logger.info("%s: skipped %d files that are no images, tars or Parquet (%s)", given, skipped.total(), kinds)
 
 
+def check_outside(output: Storage, inputs: Sequence[str]) -> None:
+    """Raises ConfigError for an output in one of the inputs: the next run would find it among the images."""
+    for given in inputs:
+        if output.uri().startswith(given.rstrip("/") + "/"):
+            raise ConfigError(f"the output {output.uri()} lies in the input {given}: choose a folder outside")
+
+
 def root_storage(given: str) -> Storage:
     """The storage that the item paths of an input are relative to."""
     return _expand(given)[0]

@@ -5,6 +5,7 @@ knows of columns; it knows nothing of how they are computed.
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -67,6 +68,24 @@ TARGETS = pa.schema(
 )
 """Distillation targets: one row per view, sorted by shard, key and view."""
 
+ENCODED = pa.schema(
+    [
+        _field("key", pa.string(), "identifies the image, and names its file in the tar"),
+        _field("shard", pa.string(), "shard that held the image"),
+        _field("height", pa.int32(), "pixels"),
+        _field("width", pa.int32(), "pixels"),
+        _per_stage("gaussians", pa.int32(), "Gaussians in the file"),
+        _field("bytes", pa.int64(), "size of the .air file"),
+        _field("bpp", pa.float64(), "bits per pixel, the whole file counted"),
+        _field("psnr", pa.float32(), "dB, of the decoded picture against the image"),
+        _field("ms_ssim", pa.float32(), "MS-SSIM of the decoded picture, 1 if equal"),
+    ]
+)
+"""Encoded images: one row each, in the order of the tar beside it."""
+
+ENCODED_WITH_FILES = ENCODED.append(_field("air", pa.binary(), "the .air file"))
+"""The same where there is no tar."""
+
 QUARANTINE = pa.schema(
     [
         _field("key", pa.string(), "identifies the image"),
@@ -98,6 +117,40 @@ EVALUATION = pa.schema(
     ]
 )
 """What predictors reach: one row per image, predictor and number of refinement steps."""
+
+
+class RowWriter:
+    """Writes rows to one Parquet file, a row group at a time, so that memory is bounded."""
+
+    def __init__(self, path: Path, schema: pa.Schema, metadata: Mapping[str, str]) -> None:
+        self._path = path
+        self._schema = schema
+        self._parquet = open_writer(str(path), stamped(schema, metadata))
+        self._batches: list[pa.RecordBatch] = []
+        self._bytes = 0
+        self._count = 0
+
+    def add(self, rows: list[dict[str, Any]]) -> None:
+        """Takes rows."""
+        batch = pa.RecordBatch.from_pylist(rows, schema=self._schema)
+        self._batches.append(batch)
+        self._bytes += batch.nbytes
+        self._count += len(rows)
+        if self._bytes >= ROW_GROUP_BYTES:
+            self._flush()
+
+    def finish(self) -> tuple[Path, int]:
+        """Closes the file, which is there even without rows: readers find its columns. Returns it and its rows."""
+        self._flush()
+        self._parquet.close()
+        return self._path, self._count
+
+    def _flush(self) -> None:
+        if self._batches:
+            table = pa.Table.from_batches(self._batches, schema=self._schema)
+            stamp = self._parquet.schema.metadata
+            self._parquet.write_table(table.replace_schema_metadata(stamp), row_group_size=2**31)
+        self._batches, self._bytes = [], 0
 
 
 def stamped(schema: pa.Schema, metadata: Mapping[str, str]) -> pa.Schema:

@@ -236,6 +236,13 @@ def named_files(manifest: Manifest) -> list[DataFile]:
     return [*manifest.files, *([manifest.quarantine] if manifest.quarantine else [])]
 
 
+def count_rows(files: Iterable[DataFile]) -> int:
+    """Rows of the tables among committed files, or samples where there are tars alone."""
+    files = list(files)
+    tables_alone = [file for file in files if file.path.endswith(".parquet")]
+    return sum(file.rows for file in tables_alone or files)
+
+
 def file_safe(name: str) -> str:
     """The name with everything but letters, digits, `_`, `-` and `=` replaced, for use in output file names."""
     return re.sub(r"[^\w=-]", "_", name, flags=re.ASCII)

@@ -226,3 +226,12 @@ def open_output(folder: Path) -> tuple[Storage, str]:
     notes = folder / "notes"
     notes.mkdir(parents=True, exist_ok=True)
     return open_storage(folder / "out"), str(notes)
+
+
+def committed_bytes(folder: Path) -> dict[str, bytes]:
+    """The bytes of all committed files of an output, by unit and ending: the names of attempts are drawn at random."""
+    return {
+        manifest.unit + Path(file.path).suffix: (folder / file.path).read_bytes()
+        for manifest in read_manifests(open_storage(folder))
+        for file in manifest.files
+    }
