@@ -18,6 +18,8 @@ COMMANDS = {
     "train": "targets or shards -> a predictor's checkpoint",
     "evaluate": "what a predictor makes of images, alone and refined, beside grids",
     "encode": "images or shards -> .air files in tars, and a Parquet row about each",
+    "decode": ".air files -> pictures, at any size",
+    "render": "one .air file -> a picture",
     "fit": "one image -> Gaussians, with progress and a picture",
     "import-checkpoint": "the authors' checkpoint -> weights and card of this project",
     "stats": "summary of targets, or your own SQL over them",

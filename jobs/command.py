@@ -21,6 +21,7 @@ def sections() -> dict[str, type[Config]]:
     """The sections of a configuration file: one per configurable command, and `runner` for all."""
     from jobs.demo import DemoConfig
     from jobs.fit import FitConfig
+    from pipeline.decode import DecodeConfig
     from pipeline.distill import DistillConfig
     from pipeline.encode import EncodeConfig
     from pipeline.evaluate_config import EvaluateConfig
@@ -36,6 +37,7 @@ def sections() -> dict[str, type[Config]]:
         "trainer": TrainerConfig,
         "evaluate": EvaluateConfig,
         "encode": EncodeConfig,
+        "decode": DecodeConfig,
         "runner": RunnerConfig,
     }
 

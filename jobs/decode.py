@@ -1,0 +1,128 @@
+"""Draws .air files as pictures, at any size.
+
+What comes in tars goes out in tars: the output of `air encode`, a tar, or a folder of tars gives OUT/data/*.tar,
+planned, committed and resumed as every bulk job is. An .air file gives a picture, OUT or a file in the folder OUT, and
+a folder of .air files a folder of pictures. Damaged files are named, the others drawn, and the exit status is 1.
+
+  air decode encoded/ pictures/ --format webp --scale 0.5
+  air decode photo.air photo.png
+"""
+
+import os
+import posixpath
+import sys
+from collections.abc import Sequence
+
+import pyarrow.parquet as pq
+
+from jobs.command import configure, make_parser
+from jobs.display import show
+from jobs.report import print_outcome
+from pipeline.config import RunnerConfig
+from pipeline.decode import AIR_ENDING, DecodeConfig, DecodeJob, draw_file, plan_decode
+from pipeline.errors import Rejected
+from pipeline.runner import Tally, run
+from pipeline.sources import check_outside
+from pipeline.storage import Storage, normalise, open_parent, open_storage
+from pipeline.work import PLAN_PATH, read_manifests, settle_plan
+
+_FORMATS = {".png": "png", ".webp": "webp", ".jpg": "jpeg", ".jpeg": "jpeg"}
+_MOST_NAMED = 20
+
+
+def decode(given: str, output_uri: str, config: DecodeConfig, runner: RunnerConfig) -> Tally:
+    """Plans and runs over tars; returns the totals."""
+    given, output = normalise(given), open_storage(output_uri)
+    check_outside(output, [given])
+    plan, read = plan_decode(config, given)
+    plan = settle_plan(output, plan)
+    with show("decode") as display:
+        return run(DecodeJob(config, read), plan, output, runner, display)
+
+
+def decode_files(source: Storage, names: Sequence[str], output_uri: str, config: DecodeConfig) -> list[str]:
+    """Draws .air files one after the other.
+
+    Args:
+        source: Where they are.
+        names: Their paths in it, all ending in .air.
+        output_uri: A folder; for a single file also the name of a picture, whose ending then is the format.
+        config: What to make.
+
+    Returns:
+        Those that cannot be used, each with the reason.
+    """
+    named = _FORMATS.get(posixpath.splitext(output_uri)[1].lower())
+    one = named is not None and len(names) == 1
+    if one:
+        output, target = open_parent(output_uri)
+        config = config.model_copy(update={"format": named})
+    else:
+        output, target = open_storage(output_uri), ""
+    bad = []
+    for name in names:
+        try:
+            picture, info = draw_file(source.read(name), config, os.cpu_count() or 1)
+        except Rejected as rejection:
+            bad.append(f"{source.uri(name)}: {rejection}")
+            continue
+        output.write(target or f"{name.removesuffix(AIR_ENDING)}.{info.extension}", picture)
+    return bad
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The command."""
+    parser = make_parser("decode", __doc__, DecodeConfig, RunnerConfig)
+    parser.add_argument("encoded", metavar="ENCODED", help="output of `air encode`, tars, or .air files")
+    parser.add_argument("out", metavar="OUT", help="folder for the pictures, or one picture; local or a URI")
+    given = parser.parse_args(arguments)
+    config, runner = configure(given, decode=DecodeConfig, runner=RunnerConfig)
+    files = find_files(given.encoded)
+    if files is not None:
+        return draw_all(*files, given.out, config)
+    tally = decode(given.encoded, given.out, config, runner)
+    print_outcome(f"{int(tally.summary['images'])} pictures", given.out, tally)
+    if tally.rejected:
+        print_refused(open_storage(given.out))
+    return 1 if tally.rejected else 0
+
+
+def find_files(given: str) -> tuple[Storage, list[str]] | None:
+    """Where .air files lie and their paths there; None for tars and the output of a job.
+
+    Raises:
+        StorageError: There is nothing.
+    """
+    if given.endswith(AIR_ENDING):
+        source, name = open_parent(given)
+        return source, [name]
+    if given.endswith(".tar"):
+        return None
+    source = open_storage(given)
+    if source.exists(PLAN_PATH):
+        return None
+    names = [path for path, _ in source.list() if path.endswith(AIR_ENDING)]
+    return (source, names) if names else None
+
+
+def draw_all(source: Storage, names: Sequence[str], output: str, config: DecodeConfig) -> int:
+    """Draws files and says how it went; returns the exit status."""
+    bad = decode_files(source, names, output, config)
+    for line in bad:
+        print(line, file=sys.stderr)
+    print(f"{len(names) - len(bad)} pictures; {len(bad) or 'none'} damaged or too large. Output: {output}")
+    return 1 if bad else 0
+
+
+def print_refused(output: Storage) -> None:
+    """Names the files that a job could not draw."""
+    lines = []
+    for manifest in read_manifests(output):
+        if manifest.quarantine is not None:
+            with output.local_file(manifest.quarantine.path) as local:
+                rows = pq.read_table(local).to_pylist()
+            lines += [f"{row['message']} ({row['reason']})" for row in rows]
+    for line in lines[:_MOST_NAMED]:
+        print(line, file=sys.stderr)
+    if len(lines) > _MOST_NAMED:
+        print(f"and {len(lines) - _MOST_NAMED} more: see {output.uri('quarantine')}", file=sys.stderr)

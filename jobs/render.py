@@ -1,0 +1,22 @@
+"""Draws one .air file as a picture, at any size: `air decode` for a single file.
+
+air render photo.air photo.png --scale 2
+"""
+
+from collections.abc import Sequence
+
+from jobs.command import configure, make_parser
+from jobs.decode import draw_all
+from pipeline.decode import DecodeConfig
+from pipeline.storage import open_parent
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The command."""
+    parser = make_parser("render", __doc__, DecodeConfig)
+    parser.add_argument("file", metavar="FILE.air", help="an .air file; a local path or a URI")
+    parser.add_argument("out", metavar="OUT.png", help="the picture (.png, .webp or .jpg), or a folder for it")
+    given = parser.parse_args(arguments)
+    (config,) = configure(given, decode=DecodeConfig)
+    source, name = open_parent(given.file)
+    return draw_all(source, [name], given.out, config)

@@ -1,0 +1,161 @@
+"""`air decode` and `air render`: the right pixels, in tars or files, whatever .air files come in; damage is named."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from air.codec import decode, encode_gaussians
+from air.gaussians import Gaussians
+from air.render import render
+from air.sensitivity import SensitivityQuantizer
+from jobs.cli import main
+from pipeline.audit import verify
+from pipeline.encode import EncodeConfig, EncodedFile, EncodeJob, measure
+from pipeline.process import EncodedImage, Sample, execute
+from pipeline.storage import open_storage
+from pipeline.work import Plan, Unit, read_manifests, settle_plan
+
+HEIGHT, WIDTH = 30, 44
+INLINE = ["--executor", "inline"]
+
+
+def make_file(seed: int) -> bytes:
+    """Fifty Gaussians in several stages."""
+    random = torch.Generator().manual_seed(seed)
+
+    def uniform(low: float, high: float, *shape: int) -> torch.Tensor:
+        return low + (high - low) * torch.rand(*shape, generator=random)
+
+    xy = uniform(0, 1, 50, 2) * torch.tensor([WIDTH - 1.0, HEIGHT - 1.0])
+    gaussians = Gaussians(xy, uniform(1, 6, 50, 2), uniform(0, 3, 50), uniform(-0.2, 0.6, 50, 3))
+    return encode_gaussians(gaussians, HEIGHT, WIDTH, SensitivityQuantizer(step=2000), patch_size=10)
+
+
+def expected(blob: bytes, stages: int | None = None, scale: float = 1.0) -> np.ndarray:
+    """The picture by the reference renderer, before rounding, in levels."""
+    height, width = round(HEIGHT * scale), round(WIDTH * scale)
+    gaussians = decode(blob, stages).to(torch.float64)
+    gaussians = gaussians.rescaled(scale) if scale != 1 else gaussians
+    drawn = render(gaussians, height, width, backend="reference").clamp(0, 1) * 255
+    return drawn.permute(1, 2, 0).numpy()
+
+
+def assert_shows(picture: bytes | Path, levels: np.ndarray, tolerance: float = 0.51) -> None:
+    pixels = np.asarray(Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture))
+    assert pixels.shape == levels.shape
+    assert np.abs(pixels - levels).max() < tolerance
+
+
+def write_tar(path: Path, files: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w") as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+
+
+def read_pictures(folder: Path) -> dict[str, bytes]:
+    """Members of the committed tars by name."""
+    members = {}
+    for manifest in read_manifests(open_storage(folder)):
+        for file in manifest.files:
+            with tarfile.open(folder / file.path) as archive:
+                for member in archive:
+                    stream = archive.extractfile(member)
+                    assert stream is not None
+                    members[member.name] = stream.read()
+    return members
+
+
+BLOBS = {f"a/{number}": make_file(number) for number in range(3)}
+
+
+def test_a_tar_gives_a_tar_of_pictures(tmp_path: Path) -> None:
+    write_tar(tmp_path / "in.tar", {f"{key}.air": blob for key, blob in BLOBS.items()})
+    assert main(["decode", str(tmp_path / "in.tar"), str(tmp_path / "out"), *INLINE]) == 0
+    pictures = read_pictures(tmp_path / "out")
+    assert sorted(pictures) == sorted([f"{key}.{ending}" for key in BLOBS for ending in ("png", "json")])
+    for key, blob in BLOBS.items():
+        assert_shows(pictures[f"{key}.png"], expected(blob))
+        about = json.loads(pictures[f"{key}.json"])
+        assert (about["height"], about["width"], about["format"]) == (HEIGHT, WIDTH, "PNG")
+    assert not list(verify(open_storage(tmp_path / "out")))
+
+
+@pytest.mark.parametrize("embed", [False, True])
+def test_the_output_of_encode_gives_its_pictures(tmp_path: Path, embed: bool) -> None:
+    commit_encoded(tmp_path / "encoded", embed)
+    assert main(["decode", str(tmp_path / "encoded"), str(tmp_path / "out"), *INLINE]) == 0
+    pictures = read_pictures(tmp_path / "out")
+    for key, blob in BLOBS.items():
+        assert_shows(pictures[f"{key}.png"], expected(blob))
+
+
+class Given(EncodeJob):
+    """Takes files that are encoded already."""
+
+    def prepare(self, say: object) -> None:
+        """Needs no kernels."""
+
+    def process(self, image: EncodedImage) -> EncodedFile:
+        black = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
+        return EncodedFile({"key": image.key, "shard": image.unit, **measure(image.data, black)}, image.data, {})
+
+
+def commit_encoded(folder: Path, embed: bool) -> None:
+    """An output of `air encode` with the files above, as its own writer and the commit protocol make it."""
+    config = EncodeConfig(embed=embed)
+    unit = Unit(name="shard-00000", input="in", bytes=0, sha256="", samples=len(BLOBS))
+    plan = settle_plan(open_storage(folder), Plan.make("encode", config, [unit], ["in"]))
+    samples = [Sample(key, key, lambda blob=blob: blob) for key, blob in BLOBS.items()]
+    execute(Given(config, None, lambda _: iter(samples)), unit, plan.hash, str(folder))
+
+
+def test_a_file_gives_a_picture_at_any_size_and_of_any_stages(tmp_path: Path) -> None:
+    blob = BLOBS["a/0"]
+    (tmp_path / "x.air").write_bytes(blob)
+    for scale in (0.5, 2.0):
+        assert main(["render", str(tmp_path / "x.air"), str(tmp_path / "x.png"), "--scale", str(scale)]) == 0
+        assert_shows(tmp_path / "x.png", expected(blob, scale=scale))
+    assert main(["decode", str(tmp_path / "x.air"), str(tmp_path / "folder"), "--stages", "1"]) == 0
+    assert_shows(tmp_path / "folder" / "x.png", expected(blob, stages=1))
+    assert np.abs(expected(blob, stages=1) - expected(blob)).max() > 10
+    assert main(["decode", str(tmp_path / "x.air"), str(tmp_path / "x.webp"), "--quality", "95"]) == 0
+    assert Image.open(tmp_path / "x.webp").format == "WEBP"
+    assert_shows(tmp_path / "x.webp", expected(blob), tolerance=60)
+
+
+def test_a_folder_of_files_gives_a_folder_of_pictures_and_names_what_is_damaged(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "in" / "below").mkdir(parents=True)
+    (tmp_path / "in" / "below" / "good.air").write_bytes(BLOBS["a/1"])
+    (tmp_path / "in" / "bad.air").write_bytes(BLOBS["a/2"][:-7])
+    assert main(["decode", str(tmp_path / "in"), str(tmp_path / "out"), "--format", "jpeg"]) == 1
+    assert "bad.air: damaged: the file is cut off in stage" in capsys.readouterr().err
+    assert_shows(tmp_path / "out" / "below" / "good.jpg", expected(BLOBS["a/1"]), tolerance=60)
+    assert not (tmp_path / "out" / "bad.jpg").exists()
+
+
+def test_a_damaged_file_in_a_tar_is_named_and_quarantined(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    broken = BLOBS["a/2"][:-9] + bytes([BLOBS["a/2"][-9] ^ 1]) + BLOBS["a/2"][-8:]
+    write_tar(tmp_path / "in.tar", {"a/0.air": BLOBS["a/0"], "a/1.air": BLOBS["a/1"], "a/2.air": broken})
+    assert main(["decode", str(tmp_path / "in.tar"), str(tmp_path / "out"), *INLINE]) == 1
+    error = capsys.readouterr().err
+    assert "in/a/2" in error
+    assert "damaged" in error
+    assert {name for name in read_pictures(tmp_path / "out") if name.endswith("png")} == {"a/0.png", "a/1.png"}
+
+
+def test_a_picture_above_the_limit_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "x.air").write_bytes(BLOBS["a/0"])
+    limit = ["--max-pixels", str(HEIGHT * WIDTH * 3)]
+    assert main(["render", str(tmp_path / "x.air"), str(tmp_path / "x.png"), *limit]) == 0
+    assert main(["render", str(tmp_path / "x.air"), str(tmp_path / "x.png"), "--scale", "2", *limit]) == 1
+    assert "too_many_pixels" in capsys.readouterr().err
