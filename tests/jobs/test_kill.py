@@ -13,19 +13,23 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from toys import committed_bytes
 
 from jobs.distill import distill
+from jobs.encode import encode
 from jobs.shard import shard
 from pipeline import images
 from pipeline.audit import verify
 from pipeline.config import RunnerConfig
 from pipeline.distill import DistillConfig
+from pipeline.encode import EncodeConfig
 from pipeline.shards import ShardConfig
 from pipeline.storage import open_storage
 from pipeline.work import committed_units, read_manifests
 
 INLINE = RunnerConfig(executor="inline")
 CONFIG = DistillConfig(patch_size=8, stages=2, steps=(25,), min_view_pixels=10_000, max_view_pixels=20_000)
+ENCODE = EncodeConfig(pixels_per_gaussian=60, steps=40, refine=10)
 NUM_SHARDS = 6
 
 
@@ -58,9 +62,14 @@ def rows_of(folder: Path) -> pa.Table:
 def start_job(shards: Path, output: Path, executor: str) -> subprocess.Popen:
     """`air distill` in a process group of its own."""
     steps = ",".join(map(str, CONFIG.steps))
-    command = [sys.executable, "-m", "jobs.cli", "distill", str(shards), str(output), "--executor", executor]
-    command += ["--patch-size", "8", "--stages", "2", "--steps", steps]
-    command += ["--min-view-pixels", "10000", "--max-view-pixels", "20000"]
+    options = ["--patch-size", "8", "--stages", "2", "--steps", steps]
+    options += ["--min-view-pixels", "10000", "--max-view-pixels", "20000"]
+    return start("distill", shards, output, executor, options)
+
+
+def start(job: str, shards: Path, output: Path, executor: str, options: list[str]) -> subprocess.Popen:
+    """A job in a process group of its own."""
+    command = [sys.executable, "-m", "jobs.cli", job, str(shards), str(output), "--executor", executor, *options]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
 
 
@@ -129,3 +138,29 @@ def test_kill_of_a_ray_worker(shards: Path, undisturbed: pa.Table, tmp_path: Pat
     assert process.returncode == 0, text
     assert list(verify(open_storage(output))) == []
     assert rows_of(output).equals(undisturbed)
+
+
+@pytest.fixture(scope="module")
+def encoded(shards: Path) -> Path:
+    """Encoded images of a run that nobody disturbed."""
+    encode([str(shards)], str(shards.parent / "encoded"), ENCODE, INLINE)
+    return shards.parent / "encoded"
+
+
+@pytest.mark.slow
+def test_kill_of_an_inline_encoding_driver(shards: Path, encoded: Path, tmp_path: Path) -> None:
+    output = tmp_path / "encoded"
+    options = ["--pixels-per-gaussian", "60", "--steps", "40", "--refine", "10"]
+    process = start("encode", shards, output, "inline", options)
+    wait_for(lambda: len(committed_units(open_storage(output))) >= 2, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    before = {manifest.unit: manifest for manifest in read_manifests(open_storage(output))}
+    assert 0 < len(before) < NUM_SHARDS
+    process = start("encode", shards, output, "inline", options)
+    text = process.communicate(timeout=240)[0].decode()
+    assert process.returncode == 0, text
+    after = {manifest.unit: manifest for manifest in read_manifests(open_storage(output))}
+    assert {unit: after[unit] for unit in before} == before
+    assert committed_bytes(output) == committed_bytes(encoded)
+    assert not list(verify(open_storage(output)))
