@@ -106,9 +106,13 @@ def read_card(path: str | Path) -> Card:
     if not isinstance(document, dict) or document.pop("format", None) != FORMAT:
         raise CheckpointError(f"{beside}: is not the card of a predictor (its format is not {FORMAT!r})")
     try:
-        return Card(**document)
+        card = Card(**document)
     except TypeError as error:
         raise CheckpointError(f"{beside}: is not a card of this version: {error}") from None
+    for name in ("patch_size", "num_stages"):
+        if not isinstance(card.settings, dict) or not isinstance(card.settings.get(name), int):
+            raise CheckpointError(f"{beside}: is not a card of this version: its settings have no whole number {name}")
+    return card
 
 
 def _checked(path: str | Path) -> Path:

@@ -1,8 +1,11 @@
 """The compact predictor: it starts as the grid, its feedback is a Gauss-Newton step, its parts learn."""
 
+import json
+
 import pytest
 import torch
 
+from air.errors import CheckpointError
 from air.gaussians import activate, anchors
 from air.grid import grid_initialization
 from air.predictor import GridPredictor, compact_cpu
@@ -147,6 +150,15 @@ def test_a_checkpoint_gives_the_same_network(tmp_path, inputs) -> None:
     assert (card.phase, card.step, card.settings["passes"]) == ("finetune", 7, 2)
     image, canvas, active = (each[0] for each in inputs)
     assert torch.equal(loaded.predict(image, canvas, active, 0).raw, network.predict(image, canvas, active, 0).raw)
+
+
+def test_a_card_without_a_patch_size_is_named(tmp_path) -> None:
+    save_checkpoint(tmp_path / "one.safetensors", build("compact", SETTINGS))
+    card = json.loads((tmp_path / "one.json").read_text())
+    del card["settings"]["patch_size"]
+    (tmp_path / "one.json").write_text(json.dumps(card))
+    with pytest.raises(CheckpointError, match=r"one\.json: .* no whole number patch_size"):
+        load_checkpoint(tmp_path / "one.safetensors")
 
 
 def test_settings_out_of_bounds_are_named() -> None:
