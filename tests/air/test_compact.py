@@ -104,7 +104,7 @@ def test_curvature_is_that_of_a_gaussian_alone_on_a_plane() -> None:
         weight = torch.exp(-0.5 * (a * x * x + 2 * b * x * y + c * y * y))
         return gaussians.colour[0][:, None, None] * weight
 
-    jacobian = torch.autograd.functional.jacobian(draw, raw).reshape(-1, 8)
+    jacobian = torch.func.jacfwd(draw)(raw).reshape(-1, 8)
     measured = jacobian.square().sum(dim=0)
     area, bend = curvature(raw, 8)
     scale = activate(raw, anchor, 8).scale[0]
