@@ -133,15 +133,16 @@ def code_five_ways(gaussians: Gaussians, picture: Picture) -> dict[str, float]:
 
 def static_histogram_bits(symbols: NDArray[np.int32]) -> float:
     """ANS-coded size of each channel's symbols with that channel's own histogram, in bits."""
-    from constriction.stream.model import Categorical
-    from constriction.stream.stack import AnsCoder
+    import constriction  # its submodules are attributes, not importable by name
 
-    coder = AnsCoder()
+    stream = constriction.stream
+    coder = stream.stack.AnsCoder()
     for channel in symbols.T:
         levels = np.ascontiguousarray(channel - channel.min(), np.int32)
         counts = np.bincount(levels)
         if np.count_nonzero(counts) > 1:
-            coder.encode_reverse(levels, Categorical(counts / counts.sum(), perfect=False))
+            model = stream.model.Categorical((counts / counts.sum()).astype(np.float32), perfect=False)
+            coder.encode_reverse(levels, model)
     return float(coder.num_bits())
 
 
