@@ -81,7 +81,7 @@ class Group:
 
     def sum(self, tensors: Sequence[Tensor]) -> None:
         """Replaces every tensor by its sum over the workers."""
-        if self.size == 1:
+        if self.size == 1 or not tensors:
             return
         bucket: list[Tensor] = []
         for tensor in tensors:
