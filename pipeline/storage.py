@@ -188,6 +188,14 @@ class Storage(ABC):
     def delete(self, path: str) -> None:
         """Remove a file. One that is not there is no error."""
 
+    def delete_folder(self, path: str) -> None:
+        """Remove all files in a folder and below, and the folder itself where there is such a thing.
+
+        Only for a folder that nobody writes to at the same time.
+        """
+        for entry in list(self.list(path)):
+            self.delete(entry.path)
+
     @abstractmethod
     def sweep_temporaries(self, older_than: float) -> int:
         """Remove what killed writers left behind, if last touched more than `older_than` seconds ago; how many.

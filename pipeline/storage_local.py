@@ -94,6 +94,12 @@ class LocalStorage(Storage):
         with _explained("delete", self.uri(path)):
             self._local(path).unlink(missing_ok=True)
 
+    def delete_folder(self, path: str) -> None:
+        super().delete_folder(path)
+        for folder, _, _ in os.walk(self._local(path), topdown=False):
+            with suppress(OSError):  # somebody has put a file there since
+                os.rmdir(folder)
+
     def sweep_temporaries(self, older_than: float) -> int:
         removed = 0
         with _explained("clean", self.root):

@@ -160,11 +160,15 @@ def checkpoints(output: Storage) -> list[str]:
 
 
 def remove_old_checkpoints(output: Storage, keep: int) -> None:
-    """Deletes all but the newest `keep` checkpoints, state first: what remains of one is never taken for whole."""
-    for folder in checkpoints(output)[:-keep]:
-        paths = [path for path, _ in output.list(folder)]
-        for path in sorted(paths, key=lambda path: not path.endswith("state.json")):
-            output.delete(path)
+    """Deletes all but the newest `keep` checkpoints, and what is left of ones that a stop cut short before those.
+
+    The state goes first: what remains of a checkpoint is never taken for whole.
+    """
+    kept = checkpoints(output)[-keep:]
+    for folder in sorted({path.rpartition("/")[0] for path, _ in output.list(FOLDER)}):
+        if kept and folder < kept[-1] and folder not in kept:
+            output.delete(f"{folder}/state.json")
+            output.delete_folder(folder)
 
 
 def _read_json(output: Storage, path: str) -> dict[str, Any]:

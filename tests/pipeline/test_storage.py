@@ -59,6 +59,15 @@ def test_write_read_replace_delete(store: Storage):
     assert not store.exists("a/b.bin")
 
 
+def test_a_folder_goes_with_all_that_is_in_it(store: Storage):
+    for path in ("old/a.bin", "old/deep/b.bin", "older/c.bin"):
+        store.write(path, b"x")
+    store.delete_folder("old")
+    store.delete_folder("old")
+    assert [entry.path for entry in store.list()] == ["older/c.bin"]
+    assert not Path(store.root, "old").exists()
+
+
 def test_missing_files_have_their_own_error_that_names_them(store: Storage):
     for access in (store.read, store.size, store.open, lambda path: store.local_file(path).__enter__()):
         with pytest.raises(MissingFileError, match=r"no/such\.tar.*check the path"):

@@ -25,6 +25,7 @@ from pipeline.shards import ShardConfig
 from pipeline.storage import open_storage
 from pipeline.train_config import TrainConfig, TrainerConfig
 from pipeline.training_log import read_metrics
+from pipeline.training_state import remove_old_checkpoints
 
 TINY: dict[str, Any] = {
     "patch_size": 8,
@@ -115,6 +116,16 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(
     )
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_of_old_checkpoints_nothing_is_left_and_nothing_of_broken_ones(shards: Path, tmp_path: Path) -> None:
+    run(shards, tmp_path / "run", {"checkpoint_every": 1, "keep": 2}, steps=5)
+    folder = tmp_path / "run" / "checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000004", "step-00000005"]
+    (folder / "step-00000003").mkdir()
+    (folder / "step-00000003" / "model.safetensors").write_bytes(b"of a run that was stopped here")
+    remove_old_checkpoints(open_storage(tmp_path / "run"), keep=1)
+    assert [path.name for path in folder.iterdir()] == ["step-00000005"]
 
 
 def test_a_finished_run_is_left_alone(shards: Path, whole_run: Path) -> None:
