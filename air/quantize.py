@@ -45,6 +45,9 @@ _STEP_LOGITS = (-3.0427, -3.0022, -2.9553, -3.2385, -3.3192, -5.3675, -4.0653, -
 _LOWS = (-6.7962, -6.0476, 0.4933, 0.5032, 1.0155, -0.2550, -0.0688, -0.1273)
 _ESTIMATED_AT = 7
 
+_LEAST_SCALE_LOW = MIN_RAW_SCALE / 2
+"""Pixels. No predicted scale lies below twice that, and no file may hold one that is not positive."""
+
 _DISTORTION_WEIGHT = 0.01
 
 # BT.601: Y = 0.299 R + 0.587 G + 0.114 B, Cr = (R - Y) / 1.402, Cb = (B - Y) / 1.772.
@@ -213,7 +216,8 @@ class ImageAdaptiveQuantizer(nn.Module):
         unit, origin = low.new_ones(len(CHANNELS)), low.new_zeros(len(CHANNELS))
         unit[0:4] = self.patch_size / _ESTIMATED_AT
         origin[2:4] = MIN_RAW_SCALE
-        return step * unit, (low - origin) * unit + origin
+        low = (low - origin) * unit + origin
+        return step * unit, torch.cat([low[..., 0:2], low[..., 2:4].clamp(min=_LEAST_SCALE_LOW), low[..., 4:]], dim=-1)
 
     def forward(
         self, values: Tensor, feature: Tensor | None = None, image: Tensor | None = None

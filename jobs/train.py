@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from jobs.command import configure, make_parser
 from pipeline.errors import ConfigError, TrainingError
 from pipeline.feed import find_blocks
-from pipeline.predictors import checksum_of_weights, local_checkpoint
+from pipeline.predictors import GRID, find_predictor
 from pipeline.storage import Storage, normalise, open_storage
 from pipeline.train_config import TrainConfig, TrainerConfig
 from pipeline.work import Plan, read_plan, settle_plan
@@ -42,6 +42,7 @@ def train(
         valid: Images or shards to validate on; packaged photographs if not given.
     """
     from jobs.train_display import show_training
+    from pipeline.start import check_start
     from pipeline.train import Group, TrainJob
     from pipeline.train import train as train_here
 
@@ -52,12 +53,12 @@ def train(
     canvas = _canvas_of_targets(source, kind, config) if config.uses_targets else None
     plan = Plan.make("train", config, units, [source.uri()])
     if config.from_:
-        begin = normalise(config.from_)
-        config = config.model_copy(update={"from_": begin})
-        # What counts is what the checkpoint holds, not where it lies.
-        with local_checkpoint(begin) as path:
-            held = f"sha256 {checksum_of_weights(path)}"
-        plan = plan.model_copy(update={"config": {**plan.config, "from_": held}})
+        if config.from_ == GRID:
+            raise ConfigError("from = grid: the grid has no weights to begin with; leave it out for fresh ones")
+        begin = find_predictor(config.from_)
+        config = config.model_copy(update={"from_": begin.name})
+        plan = begin.hold(plan, "from_")
+    check_start(config, trainer)
     plan = settle_plan(output, plan)
     cores = max(1, (os.cpu_count() or 1) // trainer.workers)
     job = TrainJob(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from air.batch import BatchLoss, render_batch
 from air.gaussians import Gaussians, activate, anchors
 from air.optimize import OptimizeConfig, Problem, optimize, optimize_batch
 from air.predictor.network import PredictorNetwork
+from air.quantize import channel_values, gaussians_from_channels
 from air.render.threads import Workers
 from air.stages import StageControl, active_patches
 from pipeline.targets import StageTargets
@@ -28,6 +29,20 @@ _SMALLEST_MSE = 1e-5
 
 DISTILL_WEIGHT = 100.0
 """Of the smooth L1 between predicted and optimised raw numbers (method.md section 5)."""
+
+
+class _DrawnStage(NamedTuple):
+    """A stage as it went for a batch.
+
+    Attributes:
+        canvas: What it was given, shape (B, 3, H, W), without gradient.
+        active: Which patches got a Gaussian, boolean, shape (B, patches).
+        gaussians: Theirs, one image after another.
+    """
+
+    canvas: Tensor
+    active: Tensor
+    gaussians: Gaussians
 
 
 @dataclass
@@ -59,11 +74,14 @@ def active_batch(canvas: Tensor, images: Tensor, patch_size: int, control: Stage
     return torch.stack([active_patches(drawn, image, patch_size, control) for drawn, image in pairs])
 
 
-def activate_batch(raw: Tensor, active: Tensor, height: int, width: int, patch_size: int) -> Gaussians:
+def anchors_batch(network: PredictorNetwork, raw: Tensor, height: int, width: int) -> Tensor:
+    """What the offsets of all images' Gaussians (B, patches, 8) count from, shape (B, patches, 2)."""
+    return torch.stack([network.anchors(own, height, width) for own in raw])
+
+
+def activate_batch(network: PredictorNetwork, raw: Tensor, active: Tensor, height: int, width: int) -> Gaussians:
     """The Gaussians of the active patches of all images, one image after another."""
-    anchor = anchors(height, width, patch_size).to(raw.device)
-    image, patch = active.nonzero(as_tuple=True)
-    return activate(raw[image, patch], anchor[patch], patch_size)
+    return activate(raw[active], anchors_batch(network, raw, height, width)[active], network.patch_size)
 
 
 def finetune_losses(
@@ -87,25 +105,103 @@ def finetune_losses(
         workers: CPU threads for rendering and loss.
         precision: "float32" or "bfloat16".
     """
+    judge = BatchLoss(images, workers)
+    total, canvas, _ = _draw_stages(network, images, stages, judge, config, workers, precision)
+    return BatchLosses(total, squared_errors(canvas, images))
+
+
+def _draw_stages(
+    network: PredictorNetwork,
+    images: Tensor,
+    stages: int,
+    judge: BatchLoss,
+    config: LossConfig,
+    workers: Workers,
+    precision: str,
+) -> tuple[Tensor, Tensor, list[_DrawnStage]]:
+    """The loss of all stages (B,), what they draw together (B, 3, H, W), and those that added Gaussians."""
     _, _, height, width = images.shape
     control = config.control()
-    judge = BatchLoss(images, workers)
     canvas = torch.zeros_like(images)
     total = torch.zeros(len(images), device=images.device)
+    added = []
     for stage in range(stages):
         active = active_batch(canvas, images, network.patch_size, control)
         drawn = [canvas]
         if bool(active.any()):
             proposals = propose(network, images, canvas, active, stage, precision)
             per_image = active.sum(dim=1).tolist()
-            tables = [activate_batch(raw, active, height, width, network.patch_size) for raw in proposals]
+            tables = [activate_batch(network, raw, active, height, width) for raw in proposals]
             drawn = [canvas + render_batch(table, per_image, height, width, workers) for table in tables]
+            added.append(_DrawnStage(canvas.detach(), active, tables[-1]))
         canvas = drawn[-1]
         losses = _judge(canvas, images, judge, config)
         for passed in drawn[:-1]:
             losses = losses + config.proposal_weight * _judge(passed, images, judge, config)
         total = total + config.stage_weight(stage) * losses
-    return BatchLosses(total, squared_errors(canvas, images))
+    return total, canvas, added
+
+
+def quantize_losses(
+    network: PredictorNetwork,
+    images: Tensor,
+    stages: int,
+    config: LossConfig,
+    workers: Workers,
+    precision: str = "float32",
+) -> BatchLosses:
+    """As `finetune_losses`, and the loss of what the quantised Gaussians of all stages draw, and their distortion.
+
+    This is method.md section 6. Quantisation comes after the last stage, as in a file, so that no stage sees it.
+
+    Args:
+        network: What is trained; it has a quantiser.
+        images: As for `finetune_losses`, like all that follow.
+        stages: How many take part.
+        config: Weights and stage control.
+        workers: CPU threads.
+        precision: "float32" or "bfloat16".
+
+    Returns:
+        The squared error is of the quantised picture.
+    """
+    assert network.quantizer is not None
+    _, _, height, width = images.shape
+    judge = BatchLoss(images, workers)
+    total, canvas, added = _draw_stages(network, images, stages, judge, config, workers, precision)
+    if not added:
+        return BatchLosses(total, squared_errors(canvas, images))
+    patches = [stage.active.nonzero(as_tuple=True) for stage in added]
+    image = torch.cat([index for index, _ in patches])
+    # Files count offsets from plain anchors, whatever the network's own are.
+    plain = anchors(height, width, network.patch_size).to(images.device)
+    anchor = torch.cat([plain[patch] for _, patch in patches])
+    values = channel_values(Gaussians.concatenate([stage.gaussians for stage in added]), anchor)
+    quantised, distortions = [], []
+    for index, feature in enumerate(_features(network, images, added, precision)):
+        own = image == index
+        levels, distortion = network.quantizer(values[own], feature)
+        quantised.append(gaussians_from_channels(levels, anchor[own]))
+        distortions.append(distortion)
+    drawn = render_batch(Gaussians.concatenate(quantised), [len(own) for own in quantised], height, width, workers)
+    total = total + _judge(drawn, images, judge, config) + torch.stack(distortions)
+    return BatchLosses(total, squared_errors(drawn, images))
+
+
+def _features(network: PredictorNetwork, images: Tensor, added: Sequence[_DrawnStage], precision: str) -> Tensor:
+    """The global feature of each image after the last stage that added to it, shape (B, feature size), float32."""
+    last = torch.zeros(len(images), dtype=torch.long)
+    for number, stage in enumerate(added):
+        last[stage.active.any(dim=1).cpu()] = number
+    places, features = [], []
+    for number, stage in enumerate(added):
+        chosen = (last == number).nonzero()[:, 0].to(images.device)
+        if len(chosen):
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+                feature = network.global_feature(images[chosen], stage.canvas[chosen], number)
+            places.append(chosen)
+            features.append(feature.float())
+    return torch.cat(features)[torch.cat(places).argsort()]
 
 
 def distill_losses(raw: Tensor, target: Tensor, active: Tensor) -> Tensor:
@@ -171,37 +267,37 @@ def online_pod_losses(
         precision: "float32" or "bfloat16".
     """
     _, _, height, width = images.shape
-    patch_size = network.patch_size
     control = config.control()
     canvas = torch.zeros_like(images)
     total = torch.zeros(len(images), device=images.device)
     for stage, horizon in enumerate(horizons):
-        active = active_batch(canvas, images, patch_size, control)
+        active = active_batch(canvas, images, network.patch_size, control)
         if not bool(active.any()):
             break
         proposals = propose(network, images, canvas, active, stage, precision)
         predicted = proposals[-1].detach()
-        goal = _optimized(predicted, active, images, canvas, patch_size, horizon, workers)
+        goal = _optimized(network, predicted, active, images, canvas, horizon, workers)
         total = total + config.stage_weight(stage) * _teach(proposals, goal, active, config)
-        gaussians = activate_batch(predicted, active, height, width, patch_size)
+        gaussians = activate_batch(network, predicted, active, height, width)
         canvas = canvas + render_batch(gaussians, active.sum(dim=1).tolist(), height, width, workers)
     return BatchLosses(total, squared_errors(canvas, images))
 
 
 def _optimized(
+    network: PredictorNetwork,
     raw: Tensor,
     active: Tensor,
     images: Tensor,
     canvas: Tensor,
-    patch_size: int,
     horizon: OptimizeConfig,
     workers: Workers,
 ) -> Tensor:
     """The raw numbers (B, patches, 8) with those of active patches optimised."""
     _, _, height, width = images.shape
-    anchor = anchors(height, width, patch_size).to(raw.device)
+    patch_size = network.patch_size
+    anchor = anchors_batch(network, raw, height, width)
     problems = [
-        Problem(raw[index, chosen], anchor[chosen], images[index], canvas[index])
+        Problem(raw[index, chosen], anchor[index, chosen], images[index], canvas[index])
         for index, chosen in enumerate(active)
         if bool(chosen.any())
     ]

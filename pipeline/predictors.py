@@ -61,12 +61,17 @@ class PredictorReference:
             raise ConfigError(f"stages = {wanted}: {self.name} has {self.num_stages}; set stages to that at most")
         return wanted
 
-    def hold(self, plan: Plan) -> Plan:
-        """The plan with what the predictor is in place of where it lies: what counts is what a checkpoint holds."""
+    def hold(self, plan: Plan, key: str = "predictor") -> Plan:
+        """The plan with what the predictor is in place of where it lies: what counts is what a checkpoint holds.
+
+        Args:
+            plan: What is to be done.
+            key: Of the configuration, where the predictor's name is.
+        """
         if not self.sha256:
             return plan
         held = f"{self.model}, sha256 {self.sha256}"
-        return plan.model_copy(update={"config": {**plan.config, "predictor": held}})
+        return plan.model_copy(update={"config": {**plan.config, key: held}})
 
 
 def find_predictor(name: str, patch_size: int | None = None) -> PredictorReference:

@@ -1,4 +1,4 @@
-"""What a training run begins with: fresh weights, or those of a checkpoint, as they are or for another patch size."""
+"""What a training run begins with: fresh weights, or those of a checkpoint, as they are or with changed settings."""
 
 from __future__ import annotations
 
@@ -6,23 +6,63 @@ from typing import Any
 
 import torch
 
-from air.predictor.checkpoint import Card, load_checkpoint
-from air.predictor.network import PredictorNetwork, build
+from air.predictor.checkpoint import Card, load_checkpoint, read_card
+from air.predictor.network import PredictorNetwork, architecture_class, build
 from pipeline.errors import TrainingError
 from pipeline.predictors import local_checkpoint
-from pipeline.train_config import TrainConfig
+from pipeline.train_config import TrainConfig, TrainerConfig
 from pipeline.work import seed_of
+
+
+def check_start(config: TrainConfig, trainer: TrainerConfig) -> None:
+    """Refuses what cannot be trained before anything is written; reads the checkpoint's card alone.
+
+    Raises:
+        CheckpointError: There is no such checkpoint.
+        TrainingError: It does not fit the configuration.
+    """
+    architecture = config.architecture
+    if config.from_:
+        with local_checkpoint(config.from_) as path:
+            card = read_card(path)
+        _check_card(card, config)
+        architecture = card.architecture
+    if trainer.gradient_checkpointing and not _known(architecture).can_checkpoint:
+        raise TrainingError(f"the architecture {architecture} has no gradient_checkpointing: leave it off")
+
+
+def _check_card(card: Card, config: TrainConfig) -> None:
+    stages, patch_size = card.settings["num_stages"], card.settings["patch_size"]
+    if stages < config.stages:
+        raise TrainingError(f"{config.from_} has {stages} stages, the run {config.stages}: set stages to {stages}")
+    if config.phase == "patch" and patch_size == config.patch_size:
+        raise TrainingError(
+            f"{config.from_} has patch size {patch_size} already: use --phase refine, or set patch_size"
+        )
+    if config.phase != "patch" and patch_size != config.patch_size:
+        raise TrainingError(
+            f"{config.from_} has patch size {patch_size}, the run {config.patch_size}: "
+            f"set patch_size to {patch_size}, or change it with --phase patch"
+        )
+    if config.uses_targets and card.settings.get("pixel_stretch"):
+        raise TrainingError(
+            f"{config.from_} stretches centres (pixel_stretch), and stored targets count from plain anchors: "
+            "use another phase, or --targets online"
+        )
 
 
 def make_network(config: TrainConfig) -> tuple[PredictorNetwork, list[str]]:
     """The network that a run begins with, and the names of the parameters that a checkpoint gave it.
 
     Without a checkpoint, fresh weights that the seed determines. In phase `patch`, a network of the new patch size with
-    all those weights of the checkpoint whose shapes fit.
+    all those weights of the checkpoint whose shapes fit; in phase `quantize`, one with a quantiser.
+
+    Args:
+        config: One that `check_start` let pass.
 
     Raises:
         CheckpointError: The checkpoint cannot be read.
-        TrainingError: It does not fit the configuration, or the configuration no network.
+        TrainingError: The configuration describes no network.
     """
     torch.manual_seed(seed_of(config.seed, "weights"))
     if not config.from_:
@@ -30,27 +70,31 @@ def make_network(config: TrainConfig) -> tuple[PredictorNetwork, list[str]]:
         return _build(config.architecture, settings), []
     with local_checkpoint(config.from_) as path:
         network, card = load_checkpoint(path)
-    if network.num_stages < config.stages:
-        raise TrainingError(
-            f"{config.from_} has {network.num_stages} stages, the run {config.stages}: "
-            f"set stages to {network.num_stages}"
-        )
     if config.phase == "patch":
-        return _with_patch_size(network, card, config)
-    if network.patch_size != config.patch_size:
-        raise TrainingError(
-            f"{config.from_} has patch size {network.patch_size}, the run {config.patch_size}: "
-            f"set patch_size to {network.patch_size}, or change it with --phase patch"
-        )
-    return network, [name for name, _ in network.named_parameters()]
+        return _with(network, card, {"patch_size": config.patch_size})
+    taken = [name for name, _ in network.named_parameters()]
+    if config.phase == "quantize":
+        network, taken = _with_quantizer(network, card, config)
+    return network, taken
 
 
-def _with_patch_size(network: PredictorNetwork, card: Card, config: TrainConfig) -> tuple[PredictorNetwork, list[str]]:
-    if network.patch_size == config.patch_size:
-        raise TrainingError(
-            f"{config.from_} has patch size {config.patch_size} already: use --phase refine, or set patch_size"
-        )
-    other = _build(card.architecture, {**card.settings, "patch_size": config.patch_size})
+def _with_quantizer(network: PredictorNetwork, card: Card, config: TrainConfig) -> tuple[PredictorNetwork, list[str]]:
+    bits = list(config.quantizer_bits)
+    taken = [name for name, _ in network.named_parameters()]
+    if network.settings.get("quantizer_bits") != bits:
+        # Levels of other bits have other steps: a quantiser that is there begins anew, too.
+        network.quantizer = None
+        network, taken = _with(network, card, {"quantizer_bits": bits})
+    assert network.quantizer is not None
+    if config.quantizer_alone:
+        network.requires_grad_(False)
+        network.quantizer.requires_grad_(True)
+    return network, taken
+
+
+def _with(network: PredictorNetwork, card: Card, changes: dict[str, Any]) -> tuple[PredictorNetwork, list[str]]:
+    """The network with other settings, and the names of those weights that fit it and were taken over."""
+    other = _build(card.architecture, {**card.settings, **changes})
     fresh, learned = other.state_dict(), network.state_dict()
     fitting = {name: value for name, value in learned.items() if name in fresh and fresh[name].shape == value.shape}
     other.load_state_dict({**fresh, **fitting})
@@ -60,5 +104,12 @@ def _with_patch_size(network: PredictorNetwork, card: Card, config: TrainConfig)
 def _build(architecture: str, settings: dict[str, Any]) -> PredictorNetwork:
     try:
         return build(architecture, settings)
+    except ValueError as error:
+        raise TrainingError(f"no network can be built: {error}") from None
+
+
+def _known(architecture: str) -> type[PredictorNetwork]:
+    try:
+        return architecture_class(architecture)
     except ValueError as error:
         raise TrainingError(f"no network can be built: {error}") from None

@@ -25,7 +25,7 @@ from air.predictor.checkpoint import save_checkpoint
 from air.render.threads import Workers
 from pipeline.batches import Crops, Feed, LocalBatch
 from pipeline.feed import Block, Prefetcher
-from pipeline.losses import BatchLosses, finetune_losses, offline_pod_losses, online_pod_losses
+from pipeline.losses import BatchLosses, finetune_losses, offline_pod_losses, online_pod_losses, quantize_losses
 from pipeline.start import make_network
 from pipeline.storage import open_storage
 from pipeline.train_config import TrainConfig, TrainerConfig
@@ -141,6 +141,7 @@ class _Run:
         self._report = report
         self._output = open_storage(job.output)
         network, taken = make_network(job.config)
+        network.gradient_checkpointing = job.trainer.gradient_checkpointing
         self._state = TrainingState(network.to(group.device).train(), job.config, stages=0)
         parameters = dict(network.named_parameters())
         self._resting = [parameters[name] for name in taken if name in parameters and parameters[name].requires_grad]
@@ -239,7 +240,8 @@ class _Run:
         if config.phase == "pod":
             horizons = config.horizons(stages)
             return online_pod_losses(network, crops.images, horizons, config, self._workers, config.precision)
-        return finetune_losses(network, crops.images, stages, config, self._workers, config.precision)
+        through_renderer = quantize_losses if config.phase == "quantize" else finetune_losses
+        return through_renderer(network, crops.images, stages, config, self._workers, config.precision)
 
     def _reduce(self, sums: Tensor) -> float:
         """Sums gradients and figures over the workers, shortens the gradient; returns its length before."""
@@ -289,7 +291,10 @@ class _Run:
                 self._job.valid, config.valid_images, config.valid_side, group.rank, group.size
             )
         pictures = [picture.to(group.device) for picture in self._pictures]
-        score = validate(state.average, pictures, state.stages, config.control(), self._job.threads, shown=4)
+        quantised = config.phase == "quantize"
+        score = validate(
+            state.average, pictures, state.stages, config.control(), self._job.threads, shown=4, quantised=quantised
+        )
         sums = torch.tensor([score.images, score.psnr, *score.gaussians], dtype=torch.float64, device=group.device)
         group.sum([sums])
         count, total, *gaussians = sums.tolist()

@@ -79,10 +79,11 @@ class OptimizerConfig(Config):
 class TrainConfig(FeedConfig, AugmentConfig, LossConfig, OptimizerConfig):
     """What `air train` makes of samples: everything that the trained weights depend on."""
 
-    phase: Literal["pod", "finetune", "refine", "patch"] = Field(
+    phase: Literal["pod", "finetune", "refine", "patch", "quantize"] = Field(
         "finetune",
         description="pod: against optimised Gaussians; finetune: all stages jointly through the renderer; refine: "
-        "finetune a checkpoint on other data; patch: finetune a checkpoint at another patch size",
+        "finetune a checkpoint on other data; patch: finetune a checkpoint at another patch size; quantize: finetune "
+        "a checkpoint together with the quantiser that its Gaussians are stored with",
     )
     from_: str | None = Field(None, alias="from", description="checkpoint to begin with; default: fresh weights")
     targets: Literal["offline", "online"] = Field(
@@ -97,6 +98,11 @@ class TrainConfig(FeedConfig, AugmentConfig, LossConfig, OptimizerConfig):
     patch_warmup_steps: int = Field(
         500, ge=0, description="patch: steps in which only weights that another patch size replaces are trained"
     )
+    quantizer_bits: tuple[int, ...] = Field(
+        (8, 8, 7, 7, 7, 8, 4, 4),
+        description="quantize: bits of x, y, scale 1, scale 2, angle, luma, red and blue difference, 1 to 16 each",
+    )
+    quantizer_alone: bool = Field(False, description="quantize: leave the network as it is and train the quantiser")
     architecture: str = Field("compact", description="network, where it is fresh")
     settings: dict[str, Any] = Field({}, description="its settings beside patch_size and num_stages, a mapping or JSON")
     stages: int = Field(4, ge=1, le=16, description="stages, each adding Gaussians where the picture is still bad")
@@ -116,8 +122,10 @@ class TrainConfig(FeedConfig, AugmentConfig, LossConfig, OptimizerConfig):
     def _consistent(self) -> TrainConfig:
         if self.schedule == "time" and self.max_seconds is None:
             raise ValueError("schedule = 'time' needs max_seconds")
-        if self.phase in ("refine", "patch") and self.from_ is None:
+        if self.phase in ("refine", "patch", "quantize") and self.from_ is None:
             raise ValueError(f"phase = '{self.phase}' needs a checkpoint to begin with: set from")
+        if len(self.quantizer_bits) != 8 or not all(1 <= bits <= 16 for bits in self.quantizer_bits):
+            raise ValueError("quantizer_bits must be eight whole numbers from 1 to 16, one for each channel")
         if not self.horizon or not all(0 <= count <= 100_000 for count in self.horizon):
             raise ValueError("horizon must be one or more counts from 0 to 100000")
         if not self.stage_starts or not all(0 <= share <= 1 for share in self.stage_starts):
@@ -171,4 +179,8 @@ class TrainerConfig(Config):
     checkpoint_every: int = Field(250, ge=1, description="steps between checkpoints: the work that a crash can cost")
     keep: int = Field(2, ge=1, le=1000, description="checkpoints kept to go on from")
     cache_mb: int = Field(1024, ge=0, description="memory of a worker for decoded images, in MB")
+    gradient_checkpointing: bool = Field(
+        False,
+        description="compute activations again in the backward pass: less memory, more time; for dinov3 alone",
+    )
     prefetch: int = Field(4, ge=1, le=1024, description="batches of a worker made ahead")

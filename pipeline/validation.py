@@ -9,11 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from air.codec import Stage, gaussians_of, quantize_stages
+from air.gaussians import Gaussians, activate
 from air.metrics import psnr
 from air.optimize import OptimizeConfig
-from air.predictor import Predictor
+from air.predictor.network import PredictorNetwork
+from air.predictor.quantized import learned_table
 from air.render import render
-from air.stages import StageControl, all_gaussians, run_stages
+from air.stages import StageControl, StageResult, all_gaussians, run_stages
 from pipeline.errors import Rejected, TrainingError
 from pipeline.pictures import find_pictures
 
@@ -76,29 +79,31 @@ def _decode(uri: str, wanted: Sequence[int]) -> list[np.ndarray]:
 
 
 def validate(
-    predictor: Predictor,
+    network: PredictorNetwork,
     pictures: Sequence[Tensor],
     stages: int,
     control: StageControl,
     threads: int,
     shown: int,
+    quantised: bool = False,
 ) -> Score:
-    """What the predictor alone makes of the images.
+    """What the network alone makes of the images.
 
     Args:
-        predictor: What is judged.
+        network: What is judged.
         pictures: Images (3, H, W).
         stages: How many.
         control: Which patches get a Gaussian.
         threads: CPU threads.
         shown: How many pictures the score shows.
+        quantised: Judge what a file would hold that is written with the network's quantiser.
     """
     score = Score(len(pictures), 0.0, [0.0] * stages)
     for number, image in enumerate(pictures):
         results = list(
             run_stages(
                 image,
-                predictor,
+                network,
                 [OptimizeConfig(steps=0)] * stages,
                 control=control,
                 canvas="predicted",
@@ -106,7 +111,10 @@ def validate(
             )
         )
         _, height, width = image.shape
-        gaussians = all_gaussians(results, predictor.patch_size, "predicted").to(image.device)
+        if quantised:
+            gaussians = _as_stored(network, image, results, threads).to(image.device)
+        else:
+            gaussians = all_gaussians(results, network.patch_size, "predicted").to(image.device)
         drawn = render(gaussians, height, width, threads=threads)
         score.psnr += psnr(drawn, image)
         for result in results:
@@ -115,6 +123,18 @@ def validate(
             pair = torch.cat([image, drawn.clamp(0, 1)], dim=2).cpu()
             score.pictures.append(pair[:, :_GRID_SIDE].numpy())
     return score
+
+
+def _as_stored(network: PredictorNetwork, image: Tensor, results: Sequence[StageResult], threads: int) -> Gaussians:
+    """What a file holds that is written with the network's quantiser, on the CPU."""
+    _, height, width = image.shape
+    stages = [
+        Stage(result.patch.cpu().numpy(), activate(result.predicted, result.anchor, network.patch_size))
+        for result in results
+    ]
+    table = learned_table(network, image, stages, threads=threads)
+    header, quantized = quantize_stages(stages, height, width, network.patch_size, table)
+    return Gaussians.concatenate([gaussians_of(stage, header) for stage in quantized])
 
 
 def picture_grid(pictures: Sequence[np.ndarray]) -> np.ndarray:

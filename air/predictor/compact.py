@@ -15,6 +15,7 @@ All stages and passes share the trunk; each has its own embedding at the trunk's
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -73,6 +74,7 @@ class CompactPredictor(PredictorNetwork):
         passes: How often a stage looks at its proposal and corrects it.
         extra_passes: How often more, with the weights of the last pass, where nothing is trained.
         colour_iterations: Conjugate-gradient iterations on the colours of each stage, where nothing is trained.
+        quantizer_bits: As for `PredictorNetwork`.
 
     Raises:
         ValueError: A setting is out of its bounds.
@@ -91,6 +93,7 @@ class CompactPredictor(PredictorNetwork):
         passes: int = 2,
         extra_passes: int = 0,
         colour_iterations: int = 0,
+        quantizer_bits: Sequence[int] | None = None,
     ) -> None:
         settings: dict[str, Any] = {
             "patch_size": patch_size,
@@ -106,7 +109,7 @@ class CompactPredictor(PredictorNetwork):
             least = 0 if name in ("extra_passes", "colour_iterations") else 1
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} must be a whole number, at least {least}, got {value!r}")
-        super().__init__(**settings)
+        super().__init__(feature_size=2 * channels, quantizer_bits=quantizer_bits, **settings)
         self.passes = passes
         self.extra_passes = extra_passes
         self.colour_iterations = colour_iterations
@@ -158,6 +161,14 @@ class CompactPredictor(PredictorNetwork):
     def forward(self, image: Tensor, canvas: Tensor, active: Tensor, stage: int) -> Tensor:
         """As `PredictorNetwork`."""
         return self.proposals(image, canvas, active, stage)[-1]
+
+    def global_feature(self, image: Tensor, canvas: Tensor, stage: int) -> Tensor:
+        """As `PredictorNetwork`: of the stem's view of the image, its mean over the patches and how far they spread."""
+        _, _, height, width = image.shape
+        rows, columns = grid_shape(height, width, self.patch_size)
+        seen = self._see(image - 0.5, slice(0, 3), rows, columns).flatten(1, 2)
+        mean = seen.mean(dim=1)
+        return torch.cat([mean, (seen - mean[:, None]).abs().mean(dim=1)], dim=1)
 
     @torch.no_grad()
     def predict(self, image: Tensor, canvas: Tensor, active: Tensor, stage: int) -> Prediction:

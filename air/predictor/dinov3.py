@@ -93,6 +93,7 @@ class DinoPredictor(PredictorNetwork):
             and rope_rescale, another one in each block (method.md section 9.7; the authors: 2). None: they are not.
         pixel_stretch: Centres P are drawn at P · W / (W - 1), P · H / (H - 1), as the authors' weights expect
             (method.md section 9.2). Only for those.
+        quantizer_bits: As for `PredictorNetwork`.
 
     Raises:
         MissingExtraError: `transformers` is not installed.
@@ -100,6 +101,7 @@ class DinoPredictor(PredictorNetwork):
     """
 
     architecture = "dinov3"
+    can_checkpoint = True
 
     def __init__(
         self,
@@ -111,6 +113,7 @@ class DinoPredictor(PredictorNetwork):
         features: int = 64,
         rope_rescale: float | None = None,
         pixel_stretch: bool = False,
+        quantizer_bits: Sequence[int] | None = None,
     ) -> None:
         if min(patch_size, num_stages, features, *channels) < 1:
             raise ValueError("patch_size, num_stages, features and channels must be positive")
@@ -127,8 +130,9 @@ class DinoPredictor(PredictorNetwork):
             "rope_rescale": rope_rescale,
             "pixel_stretch": pixel_stretch,
         }
-        super().__init__(**settings)
-        self.backbone_size = _backbone_size(backbone)
+        size = _backbone_size(backbone)
+        super().__init__(feature_size=size.hidden_size, quantizer_bits=quantizer_bits, **settings)
+        self.backbone_size = size
         self.pixel_stretch = pixel_stretch
         self.heads = nn.ModuleList(
             _Head(patch_size, self.backbone_size, channels, features, rope_rescale) for _ in range(num_stages)
@@ -137,6 +141,12 @@ class DinoPredictor(PredictorNetwork):
     def forward(self, image: Tensor, canvas: Tensor, active: Tensor, stage: int) -> Tensor:
         """As `PredictorNetwork`; float32 under autocast, too."""
         return self.heads[stage](image - canvas, self.gradient_checkpointing and torch.is_grad_enabled())
+
+    def global_feature(self, image: Tensor, canvas: Tensor, stage: int) -> Tensor:
+        """As `PredictorNetwork`: the backbone's class token, after the last block and the final norm, of that stage."""
+        head = self.heads[stage]
+        assert isinstance(head, _Head)
+        return head.class_token(image - canvas, self.gradient_checkpointing and torch.is_grad_enabled())
 
     def start_stage(self, stage: int) -> None:
         """Copies the head of the stage before."""
@@ -180,9 +190,12 @@ class _Head(nn.Module):
     def forward(self, residual: Tensor, checkpointing: bool) -> Tensor:
         """Raw Gaussians (B, rows · columns, 8) for what is missing (B, 3, H, W)."""
         _, _, height, width = residual.shape
-        # An image smaller than a token still has one.
-        token_rows, token_columns = max(height // TOKEN_SIZE, 1), max(width // TOKEN_SIZE, 1)
-        encoded = self._encode(residual, token_rows, token_columns, checkpointing)
+        token_rows, token_columns = _token_grid(height, width)
+        maps = [
+            tokens[:, self.backbone.prefix :].transpose(1, 2).unflatten(2, (token_rows, token_columns))
+            for tokens in self._encode(residual, checkpointing)
+        ]
+        encoded = self.projections[0](maps[0]) + self.projections[1](maps[1])
         uv = [_view_plane(token_rows << level, token_columns << level, residual) for level in range(len(CHANNELS))]
         levels = [torch.cat([encoded, uv[0].expand(len(encoded), -1, -1, -1)], dim=1), *uv[1:]]
         dense = self.output(self.decoder(self.neck(levels, checkpointing), checkpointing)[-1])
@@ -194,13 +207,15 @@ class _Head(nn.Module):
         with torch.autocast(residual.device.type, enabled=False):
             return self.linear(self.norm(patches.to(self.linear.weight.dtype)))
 
-    def _encode(self, residual: Tensor, rows: int, columns: int, checkpointing: bool) -> Tensor:
-        """The backbone's features, shape (B, channels, rows, columns)."""
-        size = (rows * TOKEN_SIZE, columns * TOKEN_SIZE)
+    def class_token(self, residual: Tensor, checkpointing: bool) -> Tensor:
+        """What the backbone makes of all of what is missing, shape (B, hidden size), in float32."""
+        return self._encode(residual, checkpointing)[-1][:, 0].float()
+
+    def _encode(self, residual: Tensor, checkpointing: bool) -> list[Tensor]:
+        """The backbone's tokens (B, prefix + N, C) of the two blocks that are used."""
+        size = [TOKEN_SIZE * count for count in _token_grid(*residual.shape[2:])]
         resized = F.interpolate(residual, size, mode="bilinear", align_corners=False, antialias=True)
-        outputs = self.backbone((resized - self.image_mean) / self.image_std, checkpointing)
-        maps = [tokens.transpose(1, 2).unflatten(2, (rows, columns)) for tokens in outputs]
-        return self.projections[0](maps[0]) + self.projections[1](maps[1])
+        return self.backbone((resized - self.image_mean) / self.image_std, checkpointing)
 
 
 class _Backbone(nn.Module):
@@ -243,7 +258,10 @@ class _Backbone(nn.Module):
         self.norm: Any = model.norm
 
     def forward(self, image: Tensor, checkpointing: bool) -> list[Tensor]:
-        """Patch tokens (B, N, C), after the final norm, of the two blocks that are used, for (B, 3, 16 rows, ...)."""
+        """Tokens after the final norm of the two blocks that are used, for images (B, 3, 16 rows, 16 columns).
+
+        Each has shape (B, prefix + rows · columns, C): the class token, the registers, then the patches.
+        """
         tokens = self.embeddings(image)
         rope = self.rope(image)
         outputs = []
@@ -252,7 +270,7 @@ class _Backbone(nn.Module):
                 rope = self.rope(image)
             tokens = _run(block, checkpointing, tokens, position_embeddings=rope)
             if index in self.used_blocks:
-                outputs.append(self.norm(tokens)[:, self.prefix :])
+                outputs.append(self.norm(tokens))
         return outputs
 
 
@@ -300,6 +318,11 @@ class _ResidualBlock(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         return features + self.second(F.relu(self.first(F.relu(features))))
+
+
+def _token_grid(height: int, width: int) -> tuple[int, int]:
+    """Rows and columns of tokens; an image smaller than a token still has one."""
+    return max(height // TOKEN_SIZE, 1), max(width // TOKEN_SIZE, 1)
 
 
 def _upsampler(channels: int, out: int, learned: bool) -> nn.Sequential:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, ClassVar
 
@@ -11,30 +12,48 @@ from torch import Tensor, nn
 
 from air.gaussians import anchors
 from air.predictor import Prediction
+from air.quantize import ImageAdaptiveQuantizer
+
+_QUANTIZER_RATE = 10.0
+"""Steps and lows lie tenths from where they start, a trained network's weights thousandths from where they go."""
 
 _DECAYING = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
 
 
 class PredictorNetwork(nn.Module):
-    """Base of the networks. A subclass implements `forward` and `start_stage`; all its tensors are in its state dict.
+    """Base of the networks. A subclass implements `forward`, `global_feature` and `start_stage`.
+
+    All its tensors are in its state dict.
+
+    Args:
+        feature_size: Length of its global feature.
+        quantizer_bits: Per channel, of the quantiser that the network learns (`air.quantize`); None: it has none.
+        settings: The other keyword arguments of the subclass.
 
     Attributes:
         architecture: Its name in `ARCHITECTURES`.
+        can_checkpoint: Whether `gradient_checkpointing` does anything.
         patch_size: Pixels between anchors.
         num_stages: How many stages it can predict; a stage beyond them is an error.
         settings: The keyword arguments that build it again, plain JSON values.
         gradient_checkpointing: Whether training recomputes activations in the backward pass instead of keeping them,
             where the architecture can: less memory, more time, the same gradients. Off in a new network.
+        quantizer: What its Gaussians are stored with, if it has learned that.
     """
 
     architecture: ClassVar[str]
+    can_checkpoint: ClassVar[bool] = False
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, *, feature_size: int, quantizer_bits: Sequence[int] | None = None, **settings: Any) -> None:
         super().__init__()
-        self.settings = settings
+        # Absent where there is none, so that cards say the same as before there were quantisers.
+        self.settings = settings if quantizer_bits is None else {**settings, "quantizer_bits": list(quantizer_bits)}
         self.patch_size: int = settings["patch_size"]
         self.num_stages: int = settings["num_stages"]
         self.gradient_checkpointing = False
+        self.quantizer = (
+            None if quantizer_bits is None else ImageAdaptiveQuantizer(feature_size, self.patch_size, quantizer_bits)
+        )
 
     def forward(self, image: Tensor, canvas: Tensor, active: Tensor, stage: int) -> Tensor:
         """Raw Gaussians of one stage for a batch of images of one size, differentiable in the parameters.
@@ -57,6 +76,16 @@ class PredictorNetwork(nn.Module):
         """
         return [self(image, canvas, active, stage)]
 
+    def global_feature(self, image: Tensor, canvas: Tensor, stage: int) -> Tensor:
+        """What the quantiser adapts to, shape (B, feature_size), differentiable in the parameters.
+
+        Args:
+            image: As for `forward`.
+            canvas: What the last stage was given.
+            stage: The last stage that added Gaussians.
+        """
+        raise NotImplementedError
+
     def start_stage(self, stage: int) -> None:
         """Prepares a stage that was not trained yet: it starts as a copy of the one before it."""
         raise NotImplementedError
@@ -64,7 +93,8 @@ class PredictorNetwork(nn.Module):
     def parameter_groups(self, rate: float, weight_decay: float) -> list[dict[str, Any]]:
         """The parameters in groups for a torch optimiser.
 
-        Weights of linear and convolutional layers decay; biases, norms and embeddings do not.
+        Weights of linear and convolutional layers decay; biases, norms and embeddings do not. The quantiser learns ten
+        times as fast.
 
         Args:
             rate: Learning rate; parameters with another `rate_factor` get their multiple of it.
@@ -78,7 +108,8 @@ class PredictorNetwork(nn.Module):
             for name, parameter in module.named_parameters(prefix, recurse=False):
                 if parameter.requires_grad:
                     decays = isinstance(module, _DECAYING) and parameter.ndim > 1
-                    groups.setdefault((self.rate_factor(name), decays), []).append(parameter)
+                    factor = _QUANTIZER_RATE if name.startswith("quantizer.") else self.rate_factor(name)
+                    groups.setdefault((factor, decays), []).append(parameter)
         return [
             {"params": parameters, "lr": rate * factor, "weight_decay": weight_decay if decays else 0.0}
             for (factor, decays), parameters in groups.items()
@@ -112,6 +143,18 @@ ARCHITECTURES = {"compact": "air.predictor.compact:CompactPredictor", "dinov3": 
 """Where each architecture's class is; its module loads with the first use."""
 
 
+def architecture_class(architecture: str) -> type[PredictorNetwork]:
+    """The class of a network by a name in `ARCHITECTURES`.
+
+    Raises:
+        ValueError: The architecture is unknown.
+    """
+    if architecture not in ARCHITECTURES:
+        raise ValueError(f"unknown architecture {architecture!r}; known are {', '.join(ARCHITECTURES)}")
+    module, name = ARCHITECTURES[architecture].split(":")
+    return getattr(importlib.import_module(module), name)
+
+
 def build(architecture: str, settings: dict[str, Any], *, empty: bool = False) -> PredictorNetwork:
     """A network with fresh weights.
 
@@ -123,12 +166,10 @@ def build(architecture: str, settings: dict[str, Any], *, empty: bool = False) -
     Raises:
         ValueError: The architecture is unknown, or a setting is missing, unknown or out of its bounds.
     """
-    if architecture not in ARCHITECTURES:
-        raise ValueError(f"unknown architecture {architecture!r}; known are {', '.join(ARCHITECTURES)}")
-    module, name = ARCHITECTURES[architecture].split(":")
+    network_class = architecture_class(architecture)
     try:
         with torch.device("meta") if empty else nullcontext():
-            network = getattr(importlib.import_module(module), name)(**settings)
+            network = network_class(**settings)
     except TypeError as error:
         raise ValueError(f"settings of architecture {architecture!r}: {error}") from None
     return network.to_empty(device="cpu") if empty else network

@@ -36,3 +36,11 @@ def test_a_part_can_learn_slower_and_frozen_parameters_are_left_out():
     network.stem.requires_grad_(False)
     given = [each for group in network.parameter_groups(rate=1.0, weight_decay=0.0) for each in group["params"]]
     assert not any(each is network.stem.weight for each in given)
+
+
+def test_the_quantiser_learns_faster():
+    groups = grouped(CompactPredictor(patch_size=4, channels=8, depth=1, quantizer_bits=[8] * 8))
+    for name in ("quantizer.step_logit", "quantizer.low", "quantizer.adapt.bias"):
+        assert groups[name] == (5.0, 0.0)
+    assert groups["quantizer.adapt.weight"] == (5.0, 0.25)
+    assert groups["stem.weight"] == (0.5, 0.25)

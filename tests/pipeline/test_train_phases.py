@@ -10,8 +10,12 @@ import pyarrow.parquet as pq
 import pytest
 import safetensors.torch
 import torch
+from released_dinov3 import CHANNELS, FEATURES
+from released_dinov3 import TINY as BACKBONE
 
 from air.gaussians import Gaussians, activate, anchors
+from air.predictor.checkpoint import save_checkpoint
+from air.predictor.network import build
 from air.render import render
 from jobs.cli import main
 from jobs.distill import distill
@@ -60,10 +64,10 @@ def targets(shards: Path) -> Path:
     return folder
 
 
-def run(source: Path, out: Path, **changes: Any) -> list[dict[str, float]]:
+def run(source: Path, out: Path, trainer: dict[str, Any] | None = None, **changes: Any) -> list[dict[str, float]]:
     """A tiny run; returns its metrics."""
     config = TrainConfig.model_validate({**TINY, **changes})
-    train(str(source), str(out), config, TrainerConfig.model_validate(INLINE), valid=str(source))
+    train(str(source), str(out), config, TrainerConfig.model_validate({**INLINE, **(trainer or {})}), str(source))
     return read_metrics(open_storage(out))
 
 
@@ -161,6 +165,45 @@ def test_another_patch_size_trains_what_it_replaced_first(shards: Path, tmp_path
     assert not all(torch.equal(before[name], both[name]) for name in fitting)
     with pytest.raises(TrainingError, match="has patch size 8 already"):
         run(shards, tmp_path / "same", **{**other, "patch_size": 8})
+
+
+def test_gradient_checkpointing_reaches_the_network_and_changes_no_loss(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("transformers", reason="the backbone comes with transformers")
+    from air.predictor import dinov3
+
+    recomputed = []
+
+    def checkpoint(module: Any, *inputs: Any, **options: Any) -> Any:
+        recomputed.append(module)
+        return torch.utils.checkpoint.checkpoint(module, *inputs, **options)
+
+    monkeypatch.setattr(dinov3, "checkpoint", checkpoint)
+    network = {"architecture": "dinov3", "settings": {"backbone": BACKBONE, "channels": CHANNELS, "features": FEATURES}}
+    kept = losses(run(shards, tmp_path / "kept", **network, steps=2))
+    assert not recomputed
+    again = losses(run(shards, tmp_path / "again", {"gradient_checkpointing": True}, **network, steps=2))
+    assert recomputed
+    np.testing.assert_allclose(again, kept, rtol=1e-5)
+
+
+def test_gradient_checkpointing_is_refused_where_there_is_none(shards: Path, tmp_path: Path) -> None:
+    for network in ({}, {"from": "compact", "patch_size": 7}):
+        with pytest.raises(TrainingError, match="the architecture compact has no gradient_checkpointing: leave it off"):
+            run(shards, tmp_path / "run", {"gradient_checkpointing": True}, **network)
+    assert not (tmp_path / "run").exists()
+
+
+def test_stored_targets_are_refused_for_stretched_centres(targets: Path, tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="the backbone comes with transformers")
+    settings = {"backbone": BACKBONE, "channels": CHANNELS, "features": FEATURES, "pixel_stretch": True}
+    network = build("dinov3", {"patch_size": 8, "num_stages": 2, **settings})
+    save_checkpoint(tmp_path / "stretched.safetensors", network)
+    begun = {"from": str(tmp_path / "stretched.safetensors")}
+    with pytest.raises(TrainingError, match=r"stretches centres \(pixel_stretch\), .* or --targets online"):
+        run(targets, tmp_path / "run", phase="pod", **begun)
+    assert losses(run(targets, tmp_path / "run", phase="pod", targets="online", horizon=[2], steps=1, **begun))
 
 
 def test_refine_needs_a_checkpoint(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
