@@ -10,6 +10,8 @@ Gaussian alone is its integral of w², pi s1 s2. A few iterations are enough: ne
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -17,6 +19,7 @@ from torch import Tensor
 from air.gaussians import Gaussians, activate
 from air.grid import LARGEST
 from air.render import render
+from air.render.threads import Workers
 
 
 def solve_colours(
@@ -54,40 +57,61 @@ def solve_colours(
     shapes = activate(raw.detach(), anchor, patch_size)
     if not iterations or not len(shapes):
         return raw.detach().clone()
-    _, height, width = target.shape
+    wanted = target if canvas is None else target - canvas
+    with torch.no_grad(), _linear_map(shapes, wanted, backend, threads) as (place, draw, gather):
+        diagonal = math.pi * shapes.scale.prod(dim=1, keepdim=True)
+        colour = shapes.colour.clone()
+        missing = place(wanted).sub_(draw(colour))
+        step = torch.zeros_like(colour)
+        before = torch.ones(())
+        for _ in range(iterations):
+            residual = gather(missing)
+            towards = residual / diagonal
+            length = (residual * towards).sum()
+            if not length > 0:
+                break
+            step = towards + length / before * step
+            change = draw(step)
+            rate = length / torch.linalg.vector_norm(change).square()
+            colour += rate * step
+            missing.addcmul_(change, -rate)
+            before = length
+        solved = raw.detach().clone()
+        solved[:, 5:8] = torch.atanh(colour.clamp(-LARGEST, LARGEST))
+    return solved
+
+
+_Map = Callable[[Tensor], Tensor]
+
+
+@contextmanager
+def _linear_map(shapes: Gaussians, image: Tensor, backend: str, threads: int) -> Iterator[tuple[_Map, _Map, _Map]]:
+    """Three functions: a picture into the form that the others work in, colours (N, 3) drawn, and Aᵀ of a picture.
+
+    What is drawn is valid until the next is. The form is the compiled kernels' padded planes where they run, whose
+    margins stay zero; else a plain image.
+    """
+    _, height, width = image.shape
+    if backend in ("auto", "cpu") and image.device.type == "cpu" and image.dtype == torch.float32:
+        from air.colours_cpu import ColourMap
+
+        shapes.validate()
+        with Workers(threads) as workers:
+            compiled = ColourMap(shapes, height, width, workers)
+            yield compiled.place, compiled.draw, compiled.gather
+        return
 
     def draw(colour: Tensor) -> Tensor:
         table = Gaussians(shapes.xy, shapes.scale, shapes.angle, colour)
         return render(table, height, width, backend=backend, threads=threads)
 
-    def gather(image: Tensor) -> Tensor:
-        """Aᵀ of an image: as A is linear, the gradient of <A c, image> at any c."""
+    def gather(picture: Tensor) -> Tensor:
+        """As A is linear, the gradient of <A c, picture> at any c."""
         colour = torch.zeros_like(shapes.colour, requires_grad=True)
         with torch.enable_grad():
             drawn = draw(colour)
-        drawn.backward(image)
+        drawn.backward(picture)
         assert colour.grad is not None
         return colour.grad
 
-    with torch.no_grad():
-        diagonal = math.pi * shapes.scale.prod(dim=1, keepdim=True)
-        colour = shapes.colour.clone()
-        missing = target - draw(colour) if canvas is None else target - canvas - draw(colour)
-        residual = gather(missing)
-        towards = residual / diagonal
-        step = towards.clone()
-        length = (residual * towards).sum()
-        for _ in range(iterations):
-            if not length > 0:
-                break
-            change = draw(step)
-            rate = length / change.square().sum()
-            colour += rate * step
-            missing = missing - rate * change
-            residual = gather(missing)
-            towards = residual / diagonal
-            before, length = length, (residual * towards).sum()
-            step = towards + length / before * step
-        solved = raw.detach().clone()
-        solved[:, 5:8] = torch.atanh(colour.clamp(-LARGEST, LARGEST))
-    return solved
+    yield Tensor.clone, draw, gather

@@ -5,6 +5,8 @@ Everything else (a predictor's output, an optimised fit) is judged by what it ad
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -20,14 +22,21 @@ _RIDGE = 1e-3
 """Share of the mean diagonal added to the normal equations: they stay solvable when Gaussians nearly coincide."""
 
 
-def _solver(size: int, centres: Tensor, scale: float) -> Tensor:
-    """The matrix (centres, size) that turns values along an axis into the least-squares weights of its Gaussians."""
+@lru_cache(maxsize=16)
+def _solver(size: int, patch_size: int, scale: float) -> Tensor:
+    """The matrix (patches, size) that turns values along an axis into the least-squares weights of its Gaussians.
+
+    It depends on no pixel, so the next image of the same size need not solve again.
+    """
+    centres = anchors(1, size, patch_size, torch.float64)[:, 0]
     pixels = torch.arange(size, dtype=centres.dtype)
     basis = torch.exp(-0.5 * ((pixels[:, None] - centres[None, :]) / scale).square())
     basis = torch.where(basis >= SUPPORT_CUTOFF, basis, 0)
     normal = basis.T @ basis
     normal += _RIDGE * normal.diagonal().mean() * torch.eye(len(centres), dtype=centres.dtype)
-    return torch.linalg.solve(normal, basis.T)
+    weights = torch.linalg.solve(normal, basis.T)
+    # They die away exponentially, and products with subnormal numbers take ten times as long.
+    return torch.where(weights.abs() > 1e-12 * weights.abs().max(), weights, 0)
 
 
 def grid_initialization(residual: Tensor, patch_size: int, *, raw_scale: float = RAW_SCALE) -> Tensor:
@@ -48,10 +57,9 @@ def grid_initialization(residual: Tensor, patch_size: int, *, raw_scale: float =
     check_residual(residual, patch_size)
     _, height, width = residual.shape
     rows, columns = grid_shape(height, width, patch_size)
-    centres = anchors(height, width, patch_size, torch.float64).reshape(rows, columns, 2)
     scale = patch_size * torch.tensor(raw_scale, dtype=torch.float64).sigmoid().item() + MIN_RAW_SCALE
-    solve_x = _solver(width, centres[0, :, 0], scale).to(residual)
-    solve_y = _solver(height, centres[:, 0, 1], scale).to(residual)
+    solve_x = _solver(width, patch_size, scale).to(residual)
+    solve_y = _solver(height, patch_size, scale).to(residual)
     colour = solve_y @ residual @ solve_x.T
     raw = torch.zeros(rows * columns, RAW_CHANNELS, dtype=residual.dtype, device=residual.device)
     raw[:, 2:4] = raw_scale

@@ -7,10 +7,12 @@ which is what fills a GPU; each comes out as if it had gone alone.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,7 +20,7 @@ from torch import Tensor
 from air.errors import NonFiniteLossError
 from air.gaussians import Gaussians, activate, grid_shape
 from air.loss import SSIM_C1, SSIM_C2
-from air.optimize import OptimizeConfig, Problem, optimize_batch
+from air.optimize import OptimizeConfig, OptimizeResult, Problem, Trajectory, optimize_batch
 from air.predictor import Predictor
 from air.render import render
 
@@ -73,7 +75,15 @@ def worst_patches(canvas: Tensor, image: Tensor, patch_size: int, among: Tensor,
 
 
 def _patch_errors(canvas: Tensor, image: Tensor, patch_size: int) -> tuple[Tensor, Tensor]:
-    """Mean squared error and 1 - SSIM of every patch (method.md section 3), both (rows · columns,), float64."""
+    """Mean squared error and 1 - SSIM of every patch (method.md section 3), both (rows · columns,), float64.
+
+    On the CPU in float32 by a compiled kernel; elsewhere in torch, which is its definition.
+    """
+    if image.device.type == "cpu" and image.dtype == canvas.dtype == torch.float32:
+        from air.patch_kernels import patch_errors
+
+        mse, dssim = patch_errors(canvas.detach().contiguous().numpy(), image.detach().contiguous().numpy(), patch_size)
+        return torch.from_numpy(mse), torch.from_numpy(dssim)
     x = _patches(canvas.detach(), patch_size)
     y = _patches(image.detach(), patch_size)
     mse = (x - y).square().mean(dim=(0, 2))
@@ -138,6 +148,7 @@ def run_stages(
     control: StageControl | None = None,
     canvas: Literal["target", "predicted"] = "target",
     budget: int | None = None,
+    judge: bool = True,
     backend: str = "auto",
     threads: int = 1,
 ) -> Iterator[StageResult]:
@@ -152,6 +163,8 @@ def run_stages(
             `target` gives the best picture, and is right where no network is to be matched.
         budget: Most Gaussians of an image, all stages together: where they do not suffice for all bad patches, those
             with the largest squared error get them. No limit if not given.
+        judge: Whether stages without steps are held against the image. If not, their loss and PSNR are not numbers,
+            which saves a tenth of the time of predicting.
         backend: As for `air.optimize.optimize`.
         threads: CPU threads at most.
 
@@ -163,7 +176,7 @@ def run_stages(
         NonFiniteLossError: From the optimiser.
     """
     control = control or StageControl()
-    for added in _each_stage([image], predictor, optimization, control, canvas, budget, backend, threads):
+    for added in _each_stage([image], predictor, optimization, control, canvas, budget, judge, backend, threads):
         yield added[0]
 
 
@@ -175,6 +188,7 @@ def run_stages_batch(
     control: StageControl | None = None,
     canvas: Literal["target", "predicted"] = "target",
     budget: int | None = None,
+    judge: bool = True,
     backend: str = "auto",
     threads: int = 1,
 ) -> list[list[StageResult]]:
@@ -190,6 +204,7 @@ def run_stages_batch(
         control: Which patches get a Gaussian.
         canvas: What the next stage builds on.
         budget: Most Gaussians of each image.
+        judge: Whether stages without steps are held against their images.
         backend: As for `air.optimize.optimize`.
         threads: CPU threads at most.
 
@@ -203,7 +218,7 @@ def run_stages_batch(
     """
     results: list[list[StageResult]] = [[] for _ in images]
     control = control or StageControl()
-    for added in _each_stage(images, predictor, optimization, control, canvas, budget, backend, threads):
+    for added in _each_stage(images, predictor, optimization, control, canvas, budget, judge, backend, threads):
         for number, result in added.items():
             results[number].append(result)
     return results
@@ -216,6 +231,7 @@ def _each_stage(
     control: StageControl,
     canvas: Literal["target", "predicted"],
     budget: int | None,
+    judge: bool,
     backend: str,
     threads: int,
 ) -> Iterator[dict[int, StageResult]]:
@@ -245,11 +261,16 @@ def _each_stage(
         going = list(problems)
         if not going:
             return
-        try:
-            optimized = optimize_batch(list(problems.values()), patch_size, config, backend=backend, threads=threads)
-        except NonFiniteLossError as error:
-            error.image = going[error.image]
-            raise
+        if judge or config.steps:
+            try:
+                optimized = optimize_batch(
+                    list(problems.values()), patch_size, config, backend=backend, threads=threads
+                )
+            except NonFiniteLossError as error:
+                error.image = going[error.image]
+                raise
+        else:
+            optimized = [_unjudged(problem, patch_size) for problem in problems.values()]
         added = {}
         for (number, problem), result in zip(problems.items(), optimized, strict=True):
             trajectory = result.trajectory
@@ -270,6 +291,17 @@ def _each_stage(
                 _, height, width = images[number].shape
                 drawn = render(gaussians, height, width, backend=backend, threads=threads)
                 backgrounds[number] = backgrounds[number] + drawn
+
+
+def _unjudged(problem: Problem, patch_size: int) -> OptimizeResult:
+    """A prediction as it is.
+
+    Raises:
+        InvalidGaussiansError: It is not finite.
+    """
+    activate(problem.raw, problem.anchor, patch_size).validate()
+    unknown = np.array([math.nan])
+    return OptimizeResult(problem.raw, Trajectory(unknown, unknown))
 
 
 def all_gaussians(stages: Sequence[StageResult], patch_size: int, which: Literal["target", "predicted"]) -> Gaussians:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from workload import PATCH_SIZE, Size, workload
 
-from air import optimize_cpu
+from air import optimize_cpu, raw_cpu
 from air.gaussians import SUPPORT_CUTOFF, Gaussians, activate
 from air.loss import loss as torch_loss
 from air.optimize import OptimizeConfig
@@ -81,10 +81,10 @@ class FusedStep:
         with ExitStack() as stack:
             if clock is not None:
                 for owner, name, part in (
-                    (optimize_cpu, "activate_raw", "activate"),
-                    (state.raster, "draw", "draw"),
+                    (raw_cpu, "activate_raw", "activate"),
+                    (state.drawing.raster, "draw", "draw"),
                     (state.loss, "evaluate", "loss"),
-                    (state.raster, "gather_range", "gather"),
+                    (state.drawing.raster, "gather_range", "gather"),
                     (optimize_cpu, "adam_step", "Adam"),
                 ):
                     timed = clock.wrap(getattr(owner, name), part)

@@ -157,6 +157,7 @@ def _measure(key: str, image: Tensor, contestant: _Contestant, config: EvaluateC
             control=contestant.control,
             canvas="predicted",
             budget=contestant.budget,
+            judge=False,
             threads=config.threads,
         )
     )

@@ -25,12 +25,12 @@ from torch import Tensor, nn
 from air.colours import solve_colours
 from air.gaussians import RAW_CHANNELS, grid_shape
 from air.predictor import GridPredictor, Prediction
-from air.predictor.feedback import feedback
+from air.predictor.feedback import Feedback
 from air.predictor.network import PredictorNetwork
+from air.render.threads import Workers
 
 _PIXEL_CHANNELS = 9
-_FIXED_CHANNELS = 6
-"""The first of them, image and what earlier stages leave, are the same in all passes."""
+"""Of the image, of what earlier stages leave, and of what the proposal leaves."""
 
 _RESIDUAL_GAIN = 2.0
 """Residuals are small beside an image; the proposal's are smaller again."""
@@ -52,6 +52,20 @@ class _Block(nn.Module):
         """(B, rows, columns, C) to the same."""
         mixed = self.mix(features.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return features + self.narrow(F.gelu(self.widen(self.norm(mixed)), approximate="tanh"))
+
+
+def _patches(pixels: Tensor, size: int) -> Tensor:
+    """The pixels of every patch, (B, rows · columns, channels · size²), continued by the border to whole patches."""
+    if pixels.device.type == "cpu" and pixels.dtype == torch.float32 and not pixels.requires_grad:
+        from air.patch_kernels import patch_pixels
+
+        images = [torch.from_numpy(patch_pixels(image, size)) for image in pixels.numpy()]
+        return images[0][None] if len(images) == 1 else torch.stack(images)
+    _, _, height, width = pixels.shape
+    rows, columns = grid_shape(height, width, size)
+    padded = F.pad(pixels, (0, columns * size - width, 0, rows * size - height), mode="replicate")
+    tiles = padded.reshape(len(pixels), -1, rows, size, columns, size)
+    return tiles.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
 def _small_head(channels: int) -> nn.Linear:
@@ -123,39 +137,45 @@ class CompactPredictor(PredictorNetwork):
 
     def proposals(self, image: Tensor, canvas: Tensor, active: Tensor, stage: int) -> list[Tensor]:
         """As `PredictorNetwork`: the raw Gaussians after every pass."""
+        with Workers(torch.get_num_threads()) as workers:
+            return self._pass_by_pass(image, canvas, active, stage, workers)
+
+    def _pass_by_pass(
+        self, image: Tensor, canvas: Tensor, active: Tensor, stage: int, workers: Workers
+    ) -> list[Tensor]:
         _, _, height, width = image.shape
         rows, columns = grid_shape(height, width, self.patch_size)
         inputs = zip(image, canvas, active, strict=True)
         raw = torch.stack([self._grid.predict(*each, stage).raw for each in inputs])
-        missing = (image - canvas) * (_RESIDUAL_GAIN if stage else 1.0)
-        seen = self._see(torch.cat([image - 0.5, missing], dim=1), slice(0, _FIXED_CHANNELS), rows, columns)
+        look = Feedback(image, canvas, active, self.patch_size, workers)
+        assert self.stem.bias is not None
+        seen = self.stem.bias + self._see(image - 0.5, slice(0, 3), 1.0)
+        seen = seen + self._see(image - canvas, slice(3, 6), _RESIDUAL_GAIN if stage else 1.0)
         proposals = []
         for number in [*range(self.passes), *[self.passes - 1] * (0 if self.training else self.extra_passes)]:
             # Each pass answers for its own step: what it is given carries no gradient to the one before.
             given = raw.detach()
-            residual, steps = feedback(given, image, canvas, active, self.patch_size)
-            left = self._see(residual * _RESIDUAL_GAIN**2, slice(_FIXED_CHANNELS, None), rows, columns)
+            excess, steps = look(given)
+            left = self._see(excess, slice(6, 9), -(_RESIDUAL_GAIN**2))
             numbers = self.numbers(torch.cat([given, steps, active[..., None].to(steps)], dim=2))
-            numbers = (numbers + self.embedding[stage, number] + self.stem.bias).reshape(left.shape)
-            features = self.norm(self._run_trunk(seen + left + numbers))
+            features = seen + left + (numbers + self.embedding[stage, number])
+            features = self.norm(self._run_trunk(features.unflatten(1, (rows, columns)), workers))
             correction = self.heads[stage * self.passes + number](features).flatten(1, 2)
             raw = given + correction.float()
             proposals.append(raw)
         return proposals
 
-    def _see(self, pixels: Tensor, channels: slice, rows: int, columns: int) -> Tensor:
-        """The stem's convolution of some of its channels, without its bias, channels last: (B, rows, columns, C)."""
-        size = self.patch_size
-        padding = (0, columns * size - pixels.shape[3], 0, rows * size - pixels.shape[2])
-        tiles = F.pad(pixels, padding, mode="replicate").reshape(len(pixels), -1, rows, size, columns, size)
-        return F.linear(tiles.permute(0, 2, 4, 1, 3, 5).flatten(3), self.stem.weight[:, channels].flatten(1))
+    def _see(self, pixels: Tensor, channels: slice, gain: float) -> Tensor:
+        """The stem's convolution of three of its channels, times a gain, without its bias: (B, rows · columns, C)."""
+        weight = self.stem.weight[:, channels].flatten(1) * gain
+        return F.linear(_patches(pixels, self.patch_size), weight)
 
-    def _run_trunk(self, features: Tensor) -> Tensor:
+    def _run_trunk(self, features: Tensor, workers: Workers) -> Tensor:
         if features.device.type == "cpu" and not torch.is_grad_enabled():
             from air.predictor import compact_cpu
 
             if compact_cpu.fits(features):
-                return compact_cpu.run_trunk(features, self.trunk)  # pyright: ignore[reportArgumentType]
+                return compact_cpu.run_trunk(features, self.trunk, workers)  # pyright: ignore[reportArgumentType]
         return self.trunk(features)
 
     def forward(self, image: Tensor, canvas: Tensor, active: Tensor, stage: int) -> Tensor:

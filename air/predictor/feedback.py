@@ -1,4 +1,4 @@
-"""What drawing a proposal says about it: the residual it leaves, and where each raw number should go.
+"""What drawing a proposal says about it: what it draws too much or too little, and where each raw number should go.
 
 A network that sees its start drawn need not learn to render. For squared error, the gradient g of a raw number over
 its own Gauss-Newton curvature h is the step that would be best if nothing else moved (neighbours do: that is left to
@@ -14,6 +14,8 @@ each times the squared slope of the activation (method.md section 2).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,6 +24,9 @@ from air.batch import render_batch
 from air.gaussians import MIN_RAW_SCALE, activate, anchors
 from air.render.threads import Workers
 
+if TYPE_CHECKING:
+    from air.predictor.feedback_cpu import CompiledFeedback
+
 _RIDGE = 0.02
 """Curvature of a grey of this squared size, added so that faint Gaussians, which may move anywhere, do not."""
 
@@ -29,36 +34,82 @@ _GAIN = 3.0
 """Steps are passed through asinh, which keeps large ones apart without letting them rule; this sets where it bends."""
 
 
-def feedback(raw: Tensor, image: Tensor, canvas: Tensor, active: Tensor, patch_size: int) -> tuple[Tensor, Tensor]:
-    """The residual of a proposal, and its normalised steps.
+class Feedback:
+    """Looks at proposals for a batch of images, one after another.
+
+    On the CPU in float32 drawing and steps run in the compiled kernels; elsewhere in torch, which is their definition.
 
     Args:
-        raw: Raw Gaussians of every patch, shape (B, N, 8).
         image: Shape (B, 3, H, W).
         canvas: What is drawn already, shape (B, 3, H, W).
         active: Which of the Gaussians are drawn, boolean, shape (B, N).
         patch_size: Pixels.
-
-    Returns:
-        Image minus canvas minus proposal, shape (B, 3, H, W); and asinh(3 g / h), shape (B, N, 8), zero where a
-        Gaussian is not drawn. Neither carries a gradient.
+        workers: CPU threads.
     """
-    _, _, height, width = image.shape
-    index, patch = active.nonzero(as_tuple=True)
-    anchor = anchors(height, width, patch_size).to(raw.device)[patch]
-    drawn = raw.detach()[index, patch].float().requires_grad_()
-    with torch.enable_grad(), Workers(torch.get_num_threads()) as workers:
-        gaussians = activate(drawn, anchor, patch_size)
-        render = render_batch(gaussians, active.sum(dim=1).tolist(), height, width, workers)
-        residual = image - canvas - render.detach()
-        if len(drawn):
-            render.backward(-residual)
-    steps = torch.zeros_like(raw, dtype=torch.float32)
-    if drawn.grad is not None:
-        with torch.no_grad():
-            area, bend = curvature(drawn, patch_size)
-            steps[index, patch] = torch.asinh(_GAIN * -drawn.grad / (bend + _RIDGE * area))
-    return residual, steps
+
+    def __init__(self, image: Tensor, canvas: Tensor, active: Tensor, patch_size: int, workers: Workers) -> None:
+        self._missing = (image - canvas).detach()
+        self._active = active
+        self._patch_size = patch_size
+        self._workers = workers
+        _, _, height, width = image.shape
+        self._anchor = anchors(height, width, patch_size).to(image.device)
+        self._compiled: list[CompiledFeedback] | None = None
+        if image.device.type == "cpu" and image.dtype == torch.float32:
+            from air.predictor.feedback_cpu import CompiledFeedback
+
+            inner = workers if len(image) == 1 else Workers(1)
+            self._compiled = [
+                CompiledFeedback(missing.numpy(), chosen.numpy(), self._anchor.numpy(), patch_size, inner)
+                for missing, chosen in zip(self._missing, active, strict=True)
+            ]
+
+    @torch.no_grad()
+    def __call__(self, raw: Tensor) -> tuple[Tensor, Tensor]:
+        """What a proposal draws too much, and its normalised steps.
+
+        Args:
+            raw: Raw Gaussians of every patch, shape (B, N, 8).
+
+        Returns:
+            Canvas plus proposal minus image, shape (B, 3, H, W), valid until the next call; and asinh(3 g / h), shape
+            (B, N, 8), zero where a Gaussian is not drawn. Neither carries a gradient.
+        """
+        raw = raw.detach().float()
+        if self._compiled is None:
+            excess, steps = self._reference(raw)
+        else:
+            excess, steps = self._run_compiled(self._compiled, raw)
+        return excess, torch.asinh(_GAIN * steps)
+
+    def _run_compiled(self, images: Sequence[CompiledFeedback], raw: Tensor) -> tuple[Tensor, Tensor]:
+        """As `_reference`."""
+        steps = torch.zeros_like(raw)
+
+        def look(index: int) -> None:
+            images[index].look(raw[index].numpy(), _RIDGE, steps[index].numpy())
+
+        self._workers.run(look, [(index,) for index in range(len(images))])
+        excess = [torch.from_numpy(image.excess) for image in images]
+        return excess[0][None] if len(excess) == 1 else torch.stack(excess), steps
+
+    def _reference(self, raw: Tensor) -> tuple[Tensor, Tensor]:
+        """Canvas plus proposal minus image, and -g / (h + ridge · area)."""
+        _, _, height, width = self._missing.shape
+        index, patch = self._active.nonzero(as_tuple=True)
+        drawn = raw[index, patch].requires_grad_()
+        with torch.enable_grad():
+            gaussians = activate(drawn, self._anchor[patch], self._patch_size)
+            counts = self._active.sum(dim=1).tolist()
+            render = render_batch(gaussians, counts, height, width, self._workers)
+            excess = render.detach() - self._missing
+            if len(drawn):
+                render.backward(excess)
+        steps = torch.zeros_like(raw)
+        if drawn.grad is not None:
+            area, bend = curvature(drawn, self._patch_size)
+            steps[index, patch] = -drawn.grad / (bend + _RIDGE * area)
+        return excess, steps
 
 
 def curvature(raw: Tensor, patch_size: int) -> tuple[Tensor, Tensor]:

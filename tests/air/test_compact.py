@@ -10,9 +10,10 @@ from air.gaussians import activate, anchors
 from air.grid import grid_initialization
 from air.predictor import GridPredictor, compact_cpu
 from air.predictor.checkpoint import load_checkpoint, save_checkpoint
-from air.predictor.feedback import curvature, feedback
+from air.predictor.feedback import Feedback, curvature
 from air.predictor.network import build
 from air.render import render
+from air.render.threads import Workers
 
 SETTINGS = {"patch_size": 5, "num_stages": 2, "channels": 16, "depth": 1, "passes": 2}
 
@@ -56,7 +57,7 @@ def test_the_compiled_trunk_is_torchs(size: tuple[int, int]) -> None:
     expected = network.trunk(features)
     with torch.no_grad():
         assert compact_cpu.fits(features)
-        torch.testing.assert_close(network._run_trunk(features), expected.detach(), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(network._run_trunk(features, Workers(1)), expected.detach(), rtol=1e-4, atol=1e-4)
 
 
 def test_every_parameter_learns_and_each_pass_answers_for_itself(inputs) -> None:
@@ -75,19 +76,33 @@ def test_feedback_is_the_residual_and_a_step_that_helps(inputs) -> None:
     image, canvas, _ = inputs
     active = torch.ones(2, 35, dtype=torch.bool)
     raw = torch.stack([grid_initialization(each, 5) for each in image]) * 0.8
-    residual, steps = feedback(raw, image, canvas, active, 5)
+    excess, steps = Feedback(image, canvas, active, 5, Workers(1))(raw)
     anchor = anchors(23, 32, 5)
     drawn = torch.stack([render(activate(each, anchor, 5), 23, 32, backend="reference") for each in raw])
-    torch.testing.assert_close(residual, image - drawn, atol=1e-4, rtol=0)
+    torch.testing.assert_close(excess, drawn - image, atol=1e-4, rtol=0)
     moved = raw + 0.1 * steps / 3
     after = torch.stack([render(activate(each, anchor, 5), 23, 32) for each in moved])
-    assert (image - after).square().mean() < residual.square().mean()
+    assert (image - after).square().mean() < excess.square().mean()
+
+
+def test_compiled_feedback_is_torchs(inputs) -> None:
+    image, _, active = inputs
+    canvas = 0.3 * image.flip(0)
+    raw = torch.stack([grid_initialization(each, 5) for each in image])
+    raw = raw + 0.3 * torch.randn(raw.shape, generator=torch.Generator().manual_seed(8))
+    for chosen in (slice(0, 1), slice(0, 2)):
+        batch = (image[chosen], canvas[chosen], active[chosen])
+        excess, steps = Feedback(*batch, 5, Workers(2))(raw[chosen])
+        exact = Feedback(*(each.double() if each.is_floating_point() else each for each in batch), 5, Workers(1))
+        expected_excess, expected_steps = exact._reference(raw[chosen].double())
+        torch.testing.assert_close(excess, expected_excess.float(), atol=1e-5, rtol=0)
+        torch.testing.assert_close(steps, torch.asinh(3 * expected_steps).float(), atol=1e-3, rtol=1e-3)
 
 
 def test_feedback_of_no_active_patch_is_nothing(inputs) -> None:
     image, canvas, active = inputs
-    residual, steps = feedback(torch.zeros(2, 35, 8), image, canvas, torch.zeros_like(active), 5)
-    assert torch.equal(residual, image)
+    excess, steps = Feedback(image, canvas, torch.zeros_like(active), 5, Workers(1))(torch.zeros(2, 35, 8))
+    assert torch.equal(excess, -image)
     assert not steps.any()
 
 

@@ -74,9 +74,9 @@ def test_only_plain_adam_moves_against_the_gradient(opposed_share: float):
         state = FusedOptimizer(raw, anchor, target, PATCH, np.zeros_like(target), workers)
         for step in range(config.steps):
             state.evaluate()
-            gradient, before = state.raw_gradient().copy(), state.raw.copy()
+            gradient, before = state.raw_gradient().copy(), state.drawing.raw.copy()
             state.update(config.rates(step), config.beta1, config.beta2, config.eps, opposed_share)
-            opposed += ((state.raw - before) * gradient > 0).sum()
+            opposed += ((state.drawing.raw - before) * gradient > 0).sum()
     assert (opposed > 0) == (opposed_share > 0)
 
 

@@ -201,3 +201,17 @@ def test_stage_control_and_predictions_stay_on_the_images_device() -> None:
     for stage in range(2):
         raw, anchor = GridPredictor(7).predict(image, canvas, active, stage)
         assert activate(raw, anchor, 7).xy.device.type == "meta"
+
+
+def test_without_a_judge_a_prediction_is_the_same_but_not_measured() -> None:
+    image = torch.rand(3, 30, 41, generator=torch.Generator().manual_seed(2))
+    config = [OptimizeConfig(steps=0)] * 3
+    judged = list(run_stages(image, GridPredictor(7), config, canvas="predicted"))
+    plain = list(run_stages(image, GridPredictor(7), config, canvas="predicted", judge=False))
+    assert len(judged) == len(plain) == 3
+    for one, other in zip(judged, plain, strict=True):
+        assert torch.equal(one.patch, other.patch)
+        assert torch.equal(one.target, other.target)
+        assert np.isnan([*other.loss, *other.psnr]).all()
+    optimized = list(run_stages(image, GridPredictor(7), [OptimizeConfig(steps=2)], judge=False))
+    assert np.isfinite([*optimized[0].loss, *optimized[0].psnr]).all(), "what is optimised is always measured"
