@@ -184,9 +184,7 @@ class CompactPredictor(PredictorNetwork):
 
     def global_feature(self, image: Tensor, canvas: Tensor, stage: int) -> Tensor:
         """As `PredictorNetwork`: of the stem's view of the image, its mean over the patches and how far they spread."""
-        _, _, height, width = image.shape
-        rows, columns = grid_shape(height, width, self.patch_size)
-        seen = self._see(image - 0.5, slice(0, 3), rows, columns).flatten(1, 2)
+        seen = self._see(image - 0.5, slice(0, 3), 1.0)
         mean = seen.mean(dim=1)
         return torch.cat([mean, (seen - mean[:, None]).abs().mean(dim=1)], dim=1)
 
