@@ -1,16 +1,21 @@
 """Measures what a predictor makes of images, by itself and refined, beside plain grids: PSNR, MS-SSIM, counts, times.
+With --codec: .air files beside JPEG, WebP, JPEG 2000 and AVIF, for targets of bits per pixel.
 
 IMAGES are folders, globs, image files, tars and Parquet, or the output of `air shard` or `air distill`. Every image is
 taken whole. Each number of refinement steps starts from the prediction and moves all Gaussians together. Times are wall
 seconds an image with --threads threads. Images that cannot be used are named and passed over.
 
+The other codecs' files are the best that are no larger than the .air file; where even the worst is larger, it is that
+one. Encoding to .air is timed with the search for the target, the others' only with the setting that was found.
+
   air evaluate pictures/ --predictor run/best.safetensors --refine 0,10,50 --output figures.parquet
+  air evaluate pictures/ --codec --bpp 0.25,1 --output figures.parquet --plot figures.svg
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +30,7 @@ from jobs.report import print_table, rejections
 from pipeline import tables
 from pipeline.errors import ConfigError, JobFailedError
 from pipeline.evaluate_config import EvaluateConfig
-from pipeline.pictures import find_pictures
+from pipeline.pictures import Picture, find_pictures
 from pipeline.predictors import GRID, find_predictor
 from pipeline.storage import open_parent
 
@@ -34,29 +39,50 @@ if TYPE_CHECKING:
 
 
 def evaluate(inputs: Sequence[str], config: EvaluateConfig, output: str | None = None) -> Evaluation:
-    """Measures, and writes the table to `output`, a path or URI of a Parquet file, if it is given.
+    """Measures a predictor, and writes the table to `output`, a path or URI of a Parquet file, if it is given.
 
     Raises:
         ConfigError: The output's name is not that of a Parquet file, or an input holds no image.
         CheckpointError: There is no such predictor.
         JobFailedError: No image could be used.
     """
-    if output is not None and not output.endswith(".parquet"):
-        raise ConfigError(f"{output}: the table is one Parquet file; give it a name that ends in .parquet")
-    from air.optimize import COMPILE_SECONDS, kernels_are_compiled
+    _check_ending(output, ".parquet", "the table is one Parquet file")
     from air.predictor import COMPACT, has_compact
     from pipeline.evaluate import evaluate as measure
 
     reference = find_predictor(config.predictor or (COMPACT if has_compact() else GRID), config.patch_size)
-    pictures = find_pictures(inputs, config.max_pixels)
-    if not kernels_are_compiled():
-        print(f"compiling kernels, once on this machine: about {COMPILE_SECONDS} s", flush=True)
-    with _progress(min(len(pictures), config.limit or len(pictures))) as report:
-        evaluation = measure(pictures, reference, config, report)
-    if not evaluation.rows:
-        raise JobFailedError(f"no image could be used: {_skipped(evaluation)}")
+    evaluation = _measure(inputs, config, lambda pictures, report: measure(pictures, reference, config, report))
     if output is not None:
-        _write(evaluation.rows, output, {"air.model": reference.model, "air.config": config.model_dump_json()})
+        _write(evaluation.rows, output, tables.EVALUATION, config, {"air.model": reference.model})
+    return evaluation
+
+
+def evaluate_codec(
+    inputs: Sequence[str], config: EvaluateConfig, output: str | None = None, plot: str | None = None
+) -> Evaluation:
+    """Measures the codec, and writes the table to `output` and curves to `plot`, an SVG file, if they are given.
+
+    Raises:
+        ConfigError: A file's name has not the ending of its kind, or an input holds no image.
+        JobFailedError: No image could be used.
+    """
+    _check_ending(output, ".parquet", "the table is one Parquet file")
+    _check_ending(plot, ".svg", "the plot is an SVG file")
+    from pipeline import rivals
+    from pipeline.evaluate_codec import charts
+    from pipeline.evaluate_codec import evaluate_codec as measure
+    from pipeline.plot import svg
+
+    others = rivals.available()
+    missing = [rival.name for rival in rivals.RIVALS if rival not in others]
+    if missing:
+        print(f"not measured: {', '.join(missing)}; this Pillow is built without", flush=True)
+    evaluation = _measure(inputs, config, lambda pictures, report: measure(pictures, others, config, report))
+    if output is not None:
+        _write(evaluation.rows, output, tables.CODEC_EVALUATION, config, {"air.codecs": rivals.describe(others)})
+    if plot is not None:
+        storage, name = open_parent(plot)
+        storage.write(name, svg(charts(evaluation.rows)).encode())
     return evaluation
 
 
@@ -64,14 +90,64 @@ def main(arguments: Sequence[str]) -> int:
     """The command."""
     parser = make_parser("evaluate", __doc__, EvaluateConfig)
     parser.add_argument("images", nargs="+", metavar="IMAGES", help="what to measure on; local paths or URIs")
-    parser.add_argument("--output", metavar="OUT.parquet", help="write a row per image, predictor and refinement there")
+    parser.add_argument("--output", metavar="OUT.parquet", help="write a row for each thing measured there")
+    parser.add_argument("--plot", metavar="OUT.svg", help="with --codec: write PSNR and MS-SSIM over bits there")
     given = parser.parse_args(arguments)
     (config,) = configure(given, evaluate=EvaluateConfig)
-    evaluation = evaluate(given.images, config, given.output)
-    print_means(evaluation, given.images)
-    if given.output:
-        print(f"{len(evaluation.rows)} rows. Output: {given.output}")
+    if config.codec:
+        evaluation = evaluate_codec(given.images, config, given.output, given.plot)
+        print_codec_means(evaluation, given.images)
+    elif given.plot:
+        raise ConfigError("--plot: only with --codec, which is not asked for")
+    else:
+        evaluation = evaluate(given.images, config, given.output)
+        print_means(evaluation, given.images)
+    written = [name for name in (given.output, given.plot) if name]
+    if written:
+        print(f"{len(evaluation.rows)} rows. Output: {', '.join(written)}")
     return 0
+
+
+def _measure(
+    inputs: Sequence[str], config: EvaluateConfig, measure: Callable[[list[Picture], Any], Evaluation]
+) -> Evaluation:
+    """What `measure` makes of the inputs' pictures, with progress shown."""
+    from air.optimize import COMPILE_SECONDS, kernels_are_compiled
+
+    pictures = find_pictures(inputs, config.max_pixels)
+    if not kernels_are_compiled():
+        print(f"compiling kernels, once on this machine: about {COMPILE_SECONDS} s", flush=True)
+    with _progress(min(len(pictures), config.limit or len(pictures))) as report:
+        evaluation = measure(pictures, report)
+    if not evaluation.rows:
+        raise JobFailedError(f"no image could be used: {_skipped(evaluation)}")
+    return evaluation
+
+
+def _check_ending(name: str | None, ending: str, what: str) -> None:
+    if name is not None and not name.endswith(ending):
+        raise ConfigError(f"{name}: {what}; give it a name that ends in {ending}")
+
+
+def print_codec_means(evaluation: Evaluation, inputs: Sequence[str]) -> None:
+    """Prints the means over images, a line for each target and codec."""
+    from pipeline.evaluate_codec import means
+
+    columns = ("target, bpp", "codec", "bpp", "PSNR, dB", "MS-SSIM", "Gaussians", "encode, s", "decode, ms")
+    lines = [
+        (
+            f"{target:g}",
+            codec,
+            f"{mean['bpp']:.3f}",
+            mean["psnr"],
+            f"{mean['ms_ssim']:.4f}",
+            round(mean["num_gaussians"]) or None,
+            mean["encode_seconds"],
+            1e3 * mean["decode_seconds"],
+        )
+        for (target, codec), mean in means(evaluation.rows).items()
+    ]
+    _print_means(evaluation, inputs, columns, lines)
 
 
 def print_means(evaluation: Evaluation, inputs: Sequence[str]) -> None:
@@ -110,6 +186,12 @@ def print_means(evaluation: Evaluation, inputs: Sequence[str]) -> None:
                 _mean(rows, "refine_seconds"),
             )
         )
+    _print_means(evaluation, inputs, columns, lines)
+
+
+def _print_means(
+    evaluation: Evaluation, inputs: Sequence[str], columns: Sequence[str], lines: Sequence[Sequence[object]]
+) -> None:
     count = len({row["key"] for row in evaluation.rows})
     print(f"means over {count} images of {', '.join(inputs)}; {_skipped(evaluation)}")
     print_table("", columns, lines)
@@ -123,8 +205,11 @@ def _mean(rows: Sequence[Mapping[str, Any]], name: str) -> float:
     return sum(row[name] for row in rows) / len(rows)
 
 
-def _write(rows: list[dict[str, Any]], output: str, metadata: dict[str, str]) -> None:
-    schema = tables.stamped(tables.EVALUATION, {**metadata, "air.code_version": air.__version__})
+def _write(
+    rows: list[dict[str, Any]], output: str, schema: pa.Schema, config: EvaluateConfig, metadata: dict[str, str]
+) -> None:
+    stamps = {**metadata, "air.config": config.model_dump_json(), "air.code_version": air.__version__}
+    schema = tables.stamped(schema, stamps)
     storage, name = open_parent(output)
     with tempfile.TemporaryDirectory(prefix="air-") as folder:
         local = Path(folder) / "evaluation.parquet"

@@ -34,7 +34,7 @@ from pipeline.predictors import GRID, PredictorReference, load
 
 logger = logging.getLogger(__name__)
 
-_Rows = list[dict[str, Any]]
+Rows = list[dict[str, Any]]
 
 PLAIN_GRID = "plain grid"
 """What tables call one stage of the grid with as many Gaussians as were predicted."""
@@ -50,11 +50,11 @@ class Evaluation:
     """What was measured.
 
     Attributes:
-        rows: As `pipeline.tables.EVALUATION`, in order of images.
+        rows: Of one of the tables for evaluations in `pipeline.tables`, in order of images.
         rejected: How many images could not be used, by reason.
     """
 
-    rows: _Rows = field(default_factory=list)
+    rows: Rows = field(default_factory=list)
     rejected: Counter[str] = field(default_factory=Counter)
 
 
@@ -74,7 +74,7 @@ def evaluate(
     pictures: Sequence[Picture],
     reference: PredictorReference,
     config: EvaluateConfig,
-    report: Callable[[int, _Rows], None] = lambda number, rows: None,
+    report: Callable[[int, Rows], None] = lambda number, rows: None,
 ) -> Evaluation:
     """Measures a predictor, and the baselines, on pictures.
 
@@ -97,16 +97,35 @@ def evaluate(
     if config.baseline and reference.name != GRID:
         grid = GridPredictor(reference.patch_size)
         contestants.append(_Contestant(GRID, grid, *same, OptimizeConfig))
-    evaluation = Evaluation()
     warm = False
-    for number, picture in enumerate(pictures[: config.limit]):
+
+    def measure(key: str, rgb: np.ndarray) -> Rows:
+        nonlocal warm
+        image = torch.from_numpy(rgb.astype(np.float32) / 255).permute(2, 0, 1).contiguous()
+        if not warm:  # what the first call costs, such as loading kernels, is no picture's time
+            _measure_all("", image[:, :_WARM_UP_SIDE, :_WARM_UP_SIDE], contestants, config)
+            warm = True
+        return _measure_all(key, image, contestants, config)
+
+    return measure_pictures(pictures[: config.limit], measure, report)
+
+
+def measure_pictures(
+    pictures: Sequence[Picture],
+    measure: Callable[[str, np.ndarray], Rows],
+    report: Callable[[int, Rows], None],
+) -> Evaluation:
+    """Measures picture after picture; one that cannot be used is logged with its reason and counted.
+
+    Args:
+        pictures: On which.
+        measure: The rows of a picture, from its key and its pixels, shape (H, W, 3), uint8.
+        report: Called after every picture with the number of pictures done and its rows.
+    """
+    evaluation = Evaluation()
+    for number, picture in enumerate(pictures):
         try:
-            key, rgb = picture.read()
-            image = torch.from_numpy(rgb.astype(np.float32) / 255).permute(2, 0, 1).contiguous()
-            if not warm:  # what the first call costs, such as loading kernels, is no picture's time
-                _measure_all("", image[:, :_WARM_UP_SIDE, :_WARM_UP_SIDE], contestants, config)
-                warm = True
-            rows = _measure_all(key, image, contestants, config)
+            rows = measure(*picture.read())
         except Rejected as rejection:
             rows = _reject(evaluation, picture, rejection)
         except (InvalidGaussiansError, NonFiniteLossError) as error:
@@ -116,13 +135,13 @@ def evaluate(
     return evaluation
 
 
-def _reject(evaluation: Evaluation, picture: Picture, rejection: Rejected) -> _Rows:
+def _reject(evaluation: Evaluation, picture: Picture, rejection: Rejected) -> Rows:
     evaluation.rejected[rejection.reason] += 1
     logger.warning("skipped: %s: %s", picture.source, rejection)
     return []
 
 
-def _measure_all(key: str, image: Tensor, contestants: Sequence[_Contestant], config: EvaluateConfig) -> _Rows:
+def _measure_all(key: str, image: Tensor, contestants: Sequence[_Contestant], config: EvaluateConfig) -> Rows:
     """The rows of one image: of every contestant, and of the plain grid."""
     rows = [row for contestant in contestants for row in _measure(key, image, contestant, config)]
     if config.baseline:

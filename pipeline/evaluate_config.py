@@ -7,9 +7,23 @@ from pydantic import Field, model_validator
 from pipeline import images
 from pipeline.config import Config
 
+_ABOUT_PREDICTORS = (
+    "predictor",
+    "refine",
+    "rate",
+    "stages",
+    "patch_size",
+    "gaussians",
+    "baseline",
+    "max_patch_mse",
+    "max_patch_dssim",
+)
+_ABOUT_THE_CODEC = ("bpp", "steps", "stored_steps")
+_MOST_BPP = 24.0
+
 
 class EvaluateConfig(Config):
-    """What `air evaluate` measures."""
+    """What `air evaluate` measures: a predictor, or the codec."""
 
     predictor: str | None = Field(
         None,
@@ -38,6 +52,17 @@ class EvaluateConfig(Config):
     max_pixels: int = Field(images.MAX_PIXELS, ge=1, description="images with more pixels are refused before decoding")
     max_patch_mse: float = Field(10**-3.5, ge=0, le=10, description="a patch with a larger mean squared error is bad")
     max_patch_dssim: float = Field(0.05, ge=0, le=2, description="a patch with a larger 1 - SSIM is bad")
+    codec: bool = Field(
+        False,
+        description="measure .air files beside JPEG, WebP, JPEG 2000 and AVIF that are no larger, not a predictor",
+    )
+    bpp: tuple[float, ...] = Field(
+        (0.15, 0.25, 0.5, 1.0), description="with --codec: targets, the most bits per pixel of the .air files"
+    )
+    steps: int = Field(150, ge=0, le=1_000_000, description="with --codec: steps of each fit")
+    stored_steps: int = Field(
+        60, ge=0, le=1_000_000, description="with --codec: further steps on the Gaussians as they are stored"
+    )
 
     @model_validator(mode="after")
     def _bounded(self) -> EvaluateConfig:
@@ -45,4 +70,14 @@ class EvaluateConfig(Config):
             raise ValueError("refine must be one or more counts from 0 to 100000")
         if list(self.refine) != sorted(set(self.refine)):
             raise ValueError("refine must rise, without repetition")
+        if not self.bpp or not all(0 < bpp <= _MOST_BPP for bpp in self.bpp):
+            raise ValueError(f"bpp must be one or more numbers above 0, {_MOST_BPP:g} at most")
+        if list(self.bpp) != sorted(set(self.bpp)):
+            raise ValueError("bpp must rise, without repetition")
+        foreign = _ABOUT_PREDICTORS if self.codec else _ABOUT_THE_CODEC
+        wrong = [name for name in foreign if name in self.model_fields_set]
+        if wrong and self.codec:
+            raise ValueError(f"{', '.join(wrong)}: not with codec, which measures no predictor")
+        if wrong:
+            raise ValueError(f"{', '.join(wrong)}: only with codec, which is not asked for")
         return self

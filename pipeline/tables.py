@@ -118,6 +118,31 @@ EVALUATION = pa.schema(
 )
 """What predictors reach: one row per image, predictor and number of refinement steps."""
 
+CODEC_EVALUATION = pa.schema(
+    [
+        _field("key", pa.string(), "identifies the image"),
+        _field("codec", pa.string(), "AIR, JPEG, WebP, JPEG 2000 or AVIF"),
+        _field(
+            "target_bpp",
+            pa.float64(),
+            "most bits per pixel of the .air file; others are no larger than it where they can",
+        ),
+        _field("height", pa.int32(), "pixels"),
+        _field("width", pa.int32(), "pixels"),
+        _field("setting", pa.float64(), "step of AIR's quantiser; quality; for JPEG 2000 the compression ratio"),
+        _field("num_gaussians", pa.int32(), "Gaussians of the .air file, 0 for other codecs"),
+        _field("bytes", pa.int64(), "size of the file"),
+        _field("bpp", pa.float64(), "bits per pixel, the whole file counted"),
+        _field("psnr", pa.float64(), "dB, of the decoded picture, 8 bits a channel"),
+        _field("ms_ssim", pa.float64(), "MS-SSIM of the decoded picture, 1 if equal"),
+        _field(
+            "encode_seconds", pa.float64(), "wall time from pixels to the file; AIR's with the search for the target"
+        ),
+        _field("decode_seconds", pa.float64(), "wall time from the file to 8-bit pixels, least of three"),
+    ]
+)
+"""What codecs reach: one row per image, target and codec."""
+
 
 class RowWriter:
     """Writes rows to one Parquet file, a row group at a time, so that memory is bounded."""
@@ -170,7 +195,7 @@ def open_writer(path: str, schema: pa.Schema) -> pq.ParquetWriter:
             encodings[column] = "BYTE_STREAM_SPLIT"
         elif field.name == "anchor":
             encodings[column] = "DELTA_BINARY_PACKED"
-        elif field.name in ("shard", "stage", "reason", "predictor"):
+        elif field.name in ("shard", "stage", "reason", "predictor", "codec"):
             dictionaries.append(column)
     options: dict[str, Any] = {"use_dictionary": dictionaries or False, "column_encoding": encodings or None}
     return pq.ParquetWriter(path, schema, compression="zstd", **options)

@@ -14,8 +14,8 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "tables.md"
 
 @pytest.mark.parametrize(
     "schema",
-    [tables.TARGETS, tables.QUARANTINE, tables.EVALUATION, tables.ENCODED_WITH_FILES],
-    ids=["targets", "quarantine", "evaluation", "encoded"],
+    [tables.TARGETS, tables.QUARANTINE, tables.EVALUATION, tables.CODEC_EVALUATION, tables.ENCODED_WITH_FILES],
+    ids=["targets", "quarantine", "evaluation", "codec-evaluation", "encoded"],
 )
 def test_every_column_is_documented_with_its_type_and_unit(schema: pa.Schema) -> None:
     text = DOCUMENT.read_text()

@@ -1,0 +1,126 @@
+"""Line charts as SVG, for figures that commands and benchmarks write. Plain text: no plotting library is needed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from xml.sax.saxutils import escape
+
+COLOURS = ("#264653", "#d1495b", "#e9a23b", "#2a9d8f", "#6a4c93", "#7f7f7f")
+
+_LEFT, _RIGHT, _TOP, _BOTTOM = 56, 104, 44, 36  # pixels around the axes; names of curves are to the right
+_LINE_HEIGHT = 15
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Points (x, y) under a name; `joined` by lines, or by themselves."""
+
+    name: str
+    points: Sequence[tuple[float, float]]
+    joined: bool = True
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Curves over one pair of axes.
+
+    Attributes:
+        title: What is shown, with units.
+        curves: Of one point each, at least. One with the same place in another chart has the same colour.
+        log_x: x on a logarithmic axis; all x are positive.
+    """
+
+    title: str
+    curves: Sequence[Curve]
+    log_x: bool = False
+
+
+def svg(charts: Sequence[Chart], width: int = 560, height: int = 420) -> str:
+    """An SVG document with the charts side by side, each of `width` x `height` pixels."""
+    drawn = [
+        f'<g transform="translate({number * width} 0)">{"".join(_draw(chart, width, height))}</g>'
+        for number, chart in enumerate(charts)
+    ]
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width * len(charts)}" height="{height}" '
+        f'font-family="sans-serif" font-size="12"><rect width="100%" height="100%" fill="white"/>'
+        + "".join(drawn)
+        + "</svg>\n"
+    )
+
+
+def _draw(chart: Chart, width: int, height: int) -> Iterator[str]:
+    points = [point for curve in chart.curves for point in curve.points]
+    stretch: Callable[[float], float] = math.log10 if chart.log_x else float
+    left, right = _widened([stretch(x) for x, _ in points])
+    low, high = _widened([y for _, y in points])
+
+    def across(x: float) -> float:
+        return _LEFT + (stretch(x) - left) / (right - left) * (width - _LEFT - _RIGHT)
+
+    def down(y: float) -> float:
+        return height - _BOTTOM - (y - low) / (high - low) * (height - _TOP - _BOTTOM)
+
+    yield f'<text x="{_LEFT}" y="24" font-size="13">{escape(chart.title)}</text>'
+    for tick in round_numbers(low, high):
+        y = down(tick)
+        yield f'<line x1="{_LEFT}" y1="{y:.1f}" x2="{width - _RIGHT}" y2="{y:.1f}" stroke="#ddd"/>'
+        yield f'<text x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>'
+    for tick in _round_powers(left, right) if chart.log_x else round_numbers(left, right):
+        x = across(tick)
+        yield f'<line x1="{x:.1f}" y1="{_TOP}" x2="{x:.1f}" y2="{height - _BOTTOM}" stroke="#eee"/>'
+        yield f'<text x="{x:.1f}" y="{height - _BOTTOM + 18}" text-anchor="middle">{tick:g}</text>'
+    for number, curve in enumerate(chart.curves):
+        colour = COLOURS[number % len(COLOURS)]
+        places = [(across(x), down(y)) for x, y in curve.points]
+        if curve.joined:
+            path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+            yield f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>'
+        for x, y in places:
+            yield f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{colour}"/>'
+    ends = [(across(curve.points[-1][0]), down(curve.points[-1][1])) for curve in chart.curves]
+    for number, y in enumerate(_apart([y for _, y in ends], _LINE_HEIGHT)):
+        colour, name = COLOURS[number % len(COLOURS)], escape(chart.curves[number].name)
+        yield f'<text x="{ends[number][0] + 8:.1f}" y="{y + 4:.1f}" fill="{colour}">{name}</text>'
+
+
+def _widened(values: Sequence[float]) -> tuple[float, float]:
+    """The range of values, and a little around it: 4 %, or a half where they are all one."""
+    low, high = min(values), max(values)
+    around = 0.04 * (high - low) or 0.5
+    return low - around, high + around
+
+
+def round_numbers(low: float, high: float) -> list[float]:
+    """About six multiples of 1, 2 or 5 times a power of ten, within the range."""
+    step = (high - low) / 6
+    power = 10.0 ** math.floor(math.log10(step))
+    step = power * min((factor for factor in (1, 2, 5, 10) if factor * power >= step), default=10)
+    return [number * step for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def _round_powers(low: float, high: float) -> list[float]:
+    """The 1, 2 and 5 of all powers of ten whose logarithms are within the range."""
+    candidates = [factor * 10.0**power for power in range(math.floor(low), math.ceil(high) + 1) for factor in (1, 2, 5)]
+    return [tick for tick in candidates if low <= math.log10(tick) <= high]
+
+
+def _apart(values: Sequence[float], distance: float) -> list[float]:
+    """Values in the same order, moved so that no two are nearer than `distance`: clusters spread about their mean."""
+    clusters: list[list[int]] = []
+    centre: list[float] = []
+    for index in sorted(range(len(values)), key=values.__getitem__):
+        clusters.append([index])
+        centre.append(values[index])
+        while len(clusters) > 1 and centre[-1] - centre[-2] < distance * (len(clusters[-1]) + len(clusters[-2])) / 2:
+            upper = clusters.pop()
+            clusters[-1] += upper
+            centre.pop()
+            centre[-1] = sum(values[index] for index in clusters[-1]) / len(clusters[-1])
+    moved = list(values)
+    for members, middle in zip(clusters, centre, strict=True):
+        for place, index in enumerate(members):
+            moved[index] = middle + (place - (len(members) - 1) / 2) * distance
+    return moved
