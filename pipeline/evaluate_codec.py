@@ -14,14 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from air.bitstream import MOST_SIDE, read_header
 from air.codec import decode, read_info
 from air.compress import encode
 from air.errors import CodecError
 from air.metrics import ms_ssim, psnr
-from air.optimize import compile_kernels
+from air.optimize import compile_kernels, image_tensor
 from air.pillow import draw
 from air.sensitivity import SensitivityQuantizer
 from pipeline import rivals
@@ -72,7 +71,7 @@ def _measure(
 ) -> Iterator[dict[str, Any]]:
     """A row for every codec, ours first."""
     height, width, _ = rgb.shape
-    original = _as_tensor(rgb)
+    original = image_tensor(rgb)
 
     def row(
         codec: str,
@@ -91,8 +90,8 @@ def _measure(
             "num_gaussians": num_gaussians,
             "bytes": len(file.data),
             "bpp": 8 * len(file.data) / (height * width),
-            "psnr": psnr(_as_tensor(drawn), original),
-            "ms_ssim": ms_ssim(_as_tensor(drawn), original),
+            "psnr": psnr(image_tensor(drawn), original),
+            "ms_ssim": ms_ssim(image_tensor(drawn), original),
             "encode_seconds": file.seconds,
             "decode_seconds": decode_seconds,
         }
@@ -126,10 +125,6 @@ def _time_decoding(decode_file: Callable[[bytes], np.ndarray], data: bytes) -> t
         pixels = decode_file(data)
         seconds.append(time.perf_counter() - begin)
     return pixels, min(seconds)
-
-
-def _as_tensor(rgb: np.ndarray) -> Tensor:
-    return torch.from_numpy(rgb.astype(np.float32) / 255).permute(2, 0, 1).contiguous()
 
 
 def means(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[float, str], dict[str, float]]:
