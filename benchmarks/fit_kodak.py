@@ -20,6 +20,7 @@ from PIL import Image
 
 from air.growth import GrowthResult, grow
 from air.optimize import FitResult, compile_kernels, fit
+from pipeline.plot import Chart, Curve, svg
 
 
 def main() -> None:
@@ -47,7 +48,8 @@ def main() -> None:
         kinds[f"growing to {budget}"] = partial(_grow, budget=budget, threads=arguments.threads)
     curves = {name: [_measure(name, kind, images, steps) for steps in arguments.steps] for name, kind in kinds.items()}
     if arguments.plot:
-        arguments.plot.write_text(_svg(curves))
+        chart = Chart("mean PSNR in dB over seconds an image", [Curve(*curve) for curve in curves.items()], log_x=True)
+        arguments.plot.write_text(svg([chart], width=720, height=440))
 
 
 def _fit(image: NDArray[np.uint8], steps: int, patch_size: int, threads: int) -> FitResult:
@@ -75,43 +77,6 @@ def _measure(
         flush=True,
     )
     return float(seconds.mean()), float(quality.mean())
-
-
-def _svg(curves: dict[str, list[tuple[float, float]]], width: int = 720, height: int = 440) -> str:
-    """Lines of PSNR over seconds, seconds on a logarithmic axis."""
-    points = [point for curve in curves.values() for point in curve]
-    left, right = np.log10(min(x for x, _ in points)) - 0.05, np.log10(max(x for x, _ in points)) + 0.05
-    low, high = np.floor(min(y for _, y in points)) - 1, np.ceil(max(y for _, y in points)) + 1
-    margin = 50
-
-    def place(seconds: float, psnr: float) -> tuple[float, float]:
-        x = margin + (np.log10(seconds) - left) / (right - left) * (width - 4 * margin)
-        return float(x), float(height - margin - (psnr - low) / (high - low) * (height - 2 * margin))
-
-    shapes = []
-    for psnr in range(int(low), int(high) + 1, 2):
-        (x0, y), (x1, _) = place(10**left, psnr), place(10**right, psnr)
-        shapes.append(f'<line x1="{x0:.0f}" y1="{y:.0f}" x2="{x1:.0f}" y2="{y:.0f}" stroke="#ddd"/>')
-        shapes.append(f'<text x="{x0 - 8:.0f}" y="{y + 4:.0f}" text-anchor="end">{psnr}</text>')
-    for seconds in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50):
-        if left <= np.log10(seconds) <= right:
-            (x, y0), (_, y1) = place(seconds, low), place(seconds, high)
-            shapes.append(f'<line x1="{x:.0f}" y1="{y0:.0f}" x2="{x:.0f}" y2="{y1:.0f}" stroke="#eee"/>')
-            shapes.append(f'<text x="{x:.0f}" y="{y0 + 18:.0f}" text-anchor="middle">{seconds:g}</text>')
-    for colour, (name, curve) in zip(
-        ("#264653", "#2a9d8f", "#e9a23b", "#d1495b", "#6a4c93"), curves.items(), strict=False
-    ):
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in curve))
-        x, y = place(*curve[-1])
-        shapes.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        shapes.append(f'<text x="{x + 6:.0f}" y="{y + 4:.0f}" fill="{colour}">{name}</text>')
-    title = "mean PSNR in dB over seconds an image"
-    body = "".join(shapes)
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif" '
-        f'font-size="12"><rect width="100%" height="100%" fill="white"/><text x="{margin}" y="24">{title}</text>'
-        f"{body}</svg>\n"
-    )
 
 
 if __name__ == "__main__":
