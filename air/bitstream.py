@@ -5,8 +5,8 @@
 
 A file is read front to back, and a prefix that ends with a section is a coarser image. Checksums are chained: each
 starts from the one before, so that sections cannot change places. Nothing is allocated on the word of a file alone: a
-payload must have a byte for every 64 Gaussians of its section, and the first one for every 256 patches; writers pad
-with zeros, which the entropy coder reads beyond an end anyway. docs/format.md is the specification.
+payload must have a byte for every 64 Gaussians of its section, and the first one for every 256 patches; writers put
+zeros into its middle. docs/format.md is the specification.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ class Section:
     end: int
 
 
-def write_file(header: Header, sections: list[tuple[int, bytes]]) -> bytes:
-    """A file of a header and, per stage, the number of Gaussians and the payload.
+def write_file(header: Header, sections: list[tuple[int, bytes, bytes]]) -> bytes:
+    """A file of a header and, per stage, the number of Gaussians and what the payload starts and ends with.
 
     Raises:
         CodecError: A number of the header does not fit the format.
@@ -89,11 +89,11 @@ def write_file(header: Header, sections: list[tuple[int, bytes]]) -> bytes:
     checksum = zlib.crc32(parts[0])
     parts.append(_CHECKSUM.pack(checksum))
     rows, columns = header.grid
-    for stage, (count, payload) in enumerate(sections):
+    for stage, (count, start, end) in enumerate(sections):
         least = -(-count // GAUSSIANS_PER_BYTE)
         if stage == 0:
             least = max(least, -(-rows * columns // PATCHES_PER_BYTE))
-        payload = payload.ljust(least, b"\0")
+        payload = start.ljust(least - len(end), b"\0") + end
         body = _varint(count) + _varint(len(payload)) + payload
         checksum = zlib.crc32(body, checksum)
         parts += [body, _CHECKSUM.pack(checksum)]

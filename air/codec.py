@@ -26,7 +26,10 @@ from air.bitstream import MOST_PIXELS, MOST_STAGES, Header, read_header, read_se
 from air.errors import CodecError
 from air.gaussians import Gaussians, anchors, grid_shape
 from air.quantize import CHANNELS, UniformQuantizer, channel_values, gaussians_from_channels
-from air.sections import SectionCoder
+from air.render.cpu import draw_levels
+from air.render.cpu_kernels import derive_geometry, round_to_levels, sweep
+from air.render.simd import compiling, is_compiled
+from air.sections import SectionCoder, code_section
 from air.sensitivity import (
     ANGLE,
     CB,
@@ -109,17 +112,47 @@ def decode(blob: bytes, stages: int | None = None, *, max_pixels: int = MOST_PIX
         CodecError: The bytes are no such file, damaged, or cut off before the end of the stages asked for.
         ValueError: The file was not written with so many stages.
     """
-    return Gaussians.concatenate([stage.gaussians for stage in decode_stages(blob, stages, max_pixels=max_pixels)])
+    return _decode(blob, stages, max_pixels)[1]
 
 
 def decode_stages(blob: bytes, stages: int | None = None, *, max_pixels: int = MOST_PIXELS) -> list[Stage]:
     """As `decode`, with the patches of each stage."""
+    patches, gaussians = _decode(blob, stages, max_pixels)
+    ends = np.cumsum([len(patch) for patch in patches])
+    return [Stage(patch, gaussians[int(end) - len(patch) : int(end)]) for patch, end in zip(patches, ends, strict=True)]
+
+
+def _decode(blob: bytes, stages: int | None, max_pixels: int) -> tuple[list[NDArray[np.int64]], Gaussians]:
+    """The patches of each stage, and the Gaussians of all."""
     header, sections = read_sections(blob, stages, max_pixels=max_pixels)
     if not sections:
-        return []
+        return [], Gaussians.empty()
     coder = SectionCoder(*header.grid, _plan(header))
     decoded = [QuantizedStage(*coder.decode(section.num_gaussians, section.payload)) for section in sections]
-    return [Stage(stage.patch, gaussians_of(stage, header)) for stage in decoded]
+    patches = [stage.patch for stage in decoded]
+    symbols = np.concatenate([stage.symbols for stage in decoded])
+    return patches, gaussians_of(QuantizedStage(np.concatenate(patches), symbols), header)
+
+
+DECODER_COMPILE_SECONDS = 10
+"""About how long `compile_decoder` takes once per machine and version; from then on, under a second."""
+
+DECODER_KERNELS = (code_section, dequantize, derive_geometry, sweep, round_to_levels)
+"""Every kernel between a file and its picture."""
+
+
+def compile_decoder() -> None:
+    """Compiles what decodes and draws files, or loads it from numba's cache on disk, by using each kernel once."""
+    header = Header(1, 1, 1, 1, SensitivityQuantizer(1))
+    with compiling(DECODER_KERNELS):
+        nothing = QuantizedStage(np.zeros(0, np.int64), np.zeros((0, SYMBOLS), np.int32))
+        SectionCoder(1, 1, _plan(header)).encode(*nothing)  # the kernel that decodes, too
+        draw_levels(gaussians_of(nothing, header), 1, 1, 1)
+
+
+def decoder_is_compiled() -> bool:
+    """Whether the compiled kernels are in numba's cache on disk (or loaded), so that `compile_decoder` is quick."""
+    return all(map(is_compiled, DECODER_KERNELS))
 
 
 def encode_gaussians(
@@ -169,7 +202,7 @@ def write_stages(header: Header, stages: Sequence[QuantizedStage]) -> bytes:
     stages = stages[: used[-1] + 1 if used else 0]
     header = replace(header, num_stages=len(stages))
     coder = SectionCoder(*header.grid, _plan(header))
-    return write_file(header, [(len(stage.patch), coder.encode(*stage)) for stage in stages])
+    return write_file(header, [(len(stage.patch), *coder.encode(*stage)) for stage in stages])
 
 
 def lay_out(gaussians: Gaussians, height: int, width: int, patch_size: int) -> list[Stage]:
@@ -286,7 +319,7 @@ def _uniform_symbols(quantizer: UniformQuantizer, gaussians: Gaussians, anchor: 
 
 
 def gaussians_of(stage: QuantizedStage, header: Header) -> Gaussians:
-    """What the symbols of a stage stand for, float32; the same bits on every machine."""
+    """What the symbols of a stage, or of several, stand for, float32; the same bits on every machine."""
     if isinstance(header.quantizer, UniformQuantizer):
         levels = stage.symbols[:, _CHANNEL_COLUMNS] + _zero_levels(header.quantizer)
         if ((levels < 0) | (levels >> np.array(header.quantizer.bits) > 0)).any():

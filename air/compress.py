@@ -24,7 +24,9 @@ from air.codec import (
     QuantizedStage,
     Stage,
     canonical_parameters,
+    compile_decoder,
     corners,
+    decoder_is_compiled,
     lay_out,
     patch_size_for,
     quantize_stage,
@@ -34,11 +36,12 @@ from air.codec import (
 from air.errors import CodecError
 from air.gaussians import RAW_CHANNELS, activate
 from air.growth import grow
-from air.optimize import OptimizeConfig, check_counts, compile_kernels, image_tensor, optimize
+from air.optimize import OptimizeConfig, check_counts, compile_kernels, image_tensor, kernels_are_compiled, optimize
 from air.predictor import Predictor
 from air.refine import Refiner
+from air.render.simd import compiling, is_compiled
 from air.render.threads import Workers
-from air.sensitivity import SensitivityQuantizer
+from air.sensitivity import SYMBOLS, SensitivityQuantizer, quantize
 from air.stages import run_stages
 
 ROUNDING_SHARE = 0.25
@@ -54,6 +57,24 @@ _NEAR = 0.06  # a fit this near to its target is made to meet it by its fineness
 _NEAR_DECIBELS = 0.25
 _STEPS = (16, 1 << 23)  # finest and coarsest quantiser steps
 _BISECTIONS = 9
+
+
+ENCODER_COMPILE_SECONDS = 20
+"""About how long `compile_encoder` takes once per machine and version; from then on, under a second."""
+
+
+def compile_encoder() -> None:
+    """Compiles what fits, refines and stores Gaussians, or loads it from numba's cache on disk."""
+    compile_kernels()
+    compile_decoder()
+    none, nowhere = np.zeros((SYMBOLS, 0)), np.zeros((2, 0), np.int64)
+    with compiling([quantize]):
+        quantize(none, nowhere, 1, 1, SensitivityQuantizer(1).weights(), np.zeros((0, SYMBOLS), np.int32))
+
+
+def encoder_is_compiled() -> bool:
+    """Whether the compiled kernels are in numba's cache on disk (or loaded), so that `compile_encoder` is quick."""
+    return kernels_are_compiled() and decoder_is_compiled() and is_compiled(quantize)
 
 
 def encode(
@@ -149,7 +170,7 @@ def _meet(
             raise ValueError(f"{name} must be a positive number, got {target}")
     if gaussians is not None:
         check_counts(gaussians=(gaussians, 1))
-    compile_kernels()
+    compile_encoder()
     search = _Search(pixels, fit)
     if bpp is not None:
         return search.for_size(math.floor(bpp * pixels[0].size / 8))

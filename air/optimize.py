@@ -480,6 +480,10 @@ def kernels_are_compiled() -> bool:
 
 def compile_kernels() -> None:
     """Compiles the kernels of the cpu backend, or loads them from numba's cache on disk, by using each once."""
+    from air.optimize_cpu import ALL_KERNELS
+    from air.render.simd import compiling
+
     raw, anchor = torch.zeros(1, RAW_CHANNELS), torch.zeros(1, 2)
     target = torch.zeros(3, 1, 1)
-    _optimize_cpu(raw, anchor, target, 1, OptimizeConfig(steps=1), target, 1, _Recorder(None))
+    with compiling(ALL_KERNELS):
+        _optimize_cpu(raw, anchor, target, 1, OptimizeConfig(steps=1), target, 1, _Recorder(None))

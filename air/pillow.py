@@ -13,10 +13,8 @@ Images are RGB, of the size they were encoded at. `draw` gives other sizes. A li
 
 from __future__ import annotations
 
-import io
 from typing import IO, Any
 
-import numpy as np
 from PIL import Image, ImageFile
 
 from air.bitstream import MAGIC, MOST_SIDE
@@ -24,7 +22,7 @@ from air.codec import decode, read_header
 from air.compress import encode
 from air.errors import CodecError
 from air.gaussians import Gaussians
-from air.render import render
+from air.render.cpu import draw_levels
 
 FORMAT, ENDING, MIME = "AIR", ".air", "image/x-air"
 
@@ -48,8 +46,7 @@ def draw(gaussians: Gaussians, height: int, width: int, *, scale: float = 1.0, t
     if scale != 1:
         gaussians = gaussians.rescaled(scale)
         height, width = scaled_size(height, width, scale)
-    levels = render(gaussians, height, width, threads=threads).clamp_(0, 1).mul_(255).add_(0.5)
-    return Image.fromarray(np.ascontiguousarray(levels.permute(1, 2, 0).cpu().numpy().astype(np.uint8)))
+    return Image.fromarray(draw_levels(gaussians, height, width, threads))
 
 
 def scaled_size(height: int, width: int, scale: float) -> tuple[int, int]:
@@ -90,8 +87,7 @@ class AirImageFile(ImageFile.ImageFile):
                 raise OSError(str(error)) from error
             if getattr(self, "_exclusive_fp", False):
                 self.fp.close()
-            self.fp = io.BytesIO(draw(gaussians, self.height, self.width).tobytes())
-            self.tile = [ImageFile._Tile("raw", (0, 0, *self.size), 0, self.mode)]
+            self.im = draw(gaussians, self.height, self.width).im
             self._drawn = True
         return super().load()
 

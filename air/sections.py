@@ -10,20 +10,22 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from air.bits import bit_length, pointer_to
 from air.entropy import (
     CODED,
+    MARGIN,
+    SIGN_NODE,
     Models,
-    bit_length,
     code_flag,
     code_magnitude,
+    code_raw,
     code_tree,
-    coder_state,
     finish_encoding,
-    start_decoding,
-    start_registers,
+    start_coding,
+    where,
 )
 from air.errors import CodecError
-from air.render.simd import kernel
+from air.render.simd import inline, kernel
 from air.sensitivity import (
     ANGLE,
     CB,
@@ -53,157 +55,190 @@ _COUNT, _LAYER, _Y, _R, _B, _SCALE, _RATIO, _TURN, _X, _YPOS = range(10)
 _FEATURES = 10
 
 
-@kernel
+@inline
 def _sign(value):
-    return 1 if value > 0 else (-1 if value < 0 else 0)
+    return (value > 0) - (value < 0)
 
 
-@kernel
+@inline
 def _same(first, second):
     """0 for signs that differ, 2 for equal ones, 1 where there is none to compare."""
     return 1 + _sign(first) * _sign(second)
 
 
+@inline
+def _clipped(value):
+    return min(max(value, -32767), 32767)
+
+
 @kernel
-def _code_signed(decode, value, coded, contexts, negative_like, sign_contexts, state):
+def _code_signed(decode, value, negative_like, places, sign_places, coder, models):
     """A number of either sign; the decision about the sign is whether it differs from that of `negative_like`."""
-    magnitude = code_magnitude(decode, abs(value), coded, contexts, state)
+    magnitude, coder = code_magnitude(decode, abs(value), places, coder, models)
     if magnitude == 0:
-        return magnitude
+        return magnitude, coder
     expected = -1 if negative_like < 0 else 1
-    bit = 1 if _sign(value) != expected else 0
-    bit = code_flag(decode, bit, coded, 1023, sign_contexts, state)
-    return -expected * magnitude if bit else expected * magnitude
+    bit = np.int64(_sign(value) != expected)
+    bit, coder = code_flag(decode, bit, sign_places, SIGN_NODE, coder, models)
+    return -expected * magnitude if bit else expected * magnitude, coder
 
 
 @kernel
-def code_section(decode, layer, rows, columns, plan, mask, symbols, features, state):
-    """Codes one section: patch by patch in row-major order the mask, and the symbols of the patches that it has.
+def code_section(decode, layer, rows, columns, plan, patches, symbols, features, probabilities, mixing, data):
+    """Codes one section: patch by patch in row-major order whether it has a Gaussian, and the symbols of those.
 
     Args:
-        decode: False reads `mask` and `symbols` and writes `data`; True the reverse.
+        decode: False reads `patches` and `symbols` and writes `data`; True the reverse.
         layer: The section's number, from 0.
         rows: Of the patch grid.
         columns: Of the patch grid.
         plan: int64 numbers: the kind of quantiser (1 by sensitivity, 0 uniform); the span of positions; the three
             weights; the bits of the uniform quantiser's eight channels.
-        mask: uint8 (patches,).
+        patches: int64 (N,), ascending.
         symbols: int32 (N, 8); columns as in `air.sensitivity`.
-        features: int16 (patches + 1, _FEATURES), zero at the start of a file; the last row stays zero.
-        state: See `air.entropy.coder_state`; its data is room enough for what is written, or the section.
+        features: int16 (rows · columns + 1, _FEATURES), zero at the start of a file; the last row stays zero.
+        probabilities: The cells of `air.entropy.Models`.
+        mixing: Their weights.
+        data: uint8, room enough for what is written, or the section; see `air.entropy.MARGIN`.
 
     Returns:
-        How many Gaussians the mask has. Decoding stops as soon as there are more than `symbols` has rows.
+        How many Gaussians there are, and the coder. Decoding stops as soon as there are more than `symbols` has rows,
+        and returns -1 at a symbol that means nothing.
     """
     by_sensitivity = plan[0] == 1
     span = plan[1]
-    weights = plan[2:5]
+    weights = (plan[2], plan[3], plan[4])
+    models = (pointer_to(probabilities), pointer_to(mixing), pointer_to(data), data.shape[0])
     nothing = rows * columns
+    now = layer + 1
+    coder = start_coding(decode, models)
+    none = np.int64(0)
+    nested = none
+    if layer > 0:
+        if not decode:
+            nested = np.int64(1)
+            for patch in patches:
+                nested &= features[patch, _LAYER] == layer
+        nested, coder = code_raw(decode, nested, 1, coder, models)
     count = 0
     for patch in range(rows * columns):
+        own = np.uint64(patch)
+        before = np.int64(layer > 0 and features[own, _LAYER] == layer)
+        if nested and not before:
+            continue
         column = patch % columns
-        left = patch - 1 if column > 0 else nothing
-        up = patch - columns if patch >= columns else nothing
-        up_left = up - 1 if up != nothing and column > 0 else nothing
-        up_right = up + 1 if up != nothing and column + 1 < columns else nothing
-        right = patch + 1 if column + 1 < columns else nothing
-        down = patch + columns if patch + columns < rows * columns else nothing
-        own = features[patch]
-        a, b = features[left], features[up]
-        now = layer + 1
-        held = min(own[_COUNT], 3)
-        before = 1 if own[_LAYER] == layer and layer > 0 else 0
-        around = 2 * a[_COUNT] + 2 * b[_COUNT] + features[up_left][_COUNT] + features[up_right][_COUNT]
-        around += features[right][_COUNT] + features[down][_COUNT]
+        has_left, has_right = column > 0, column + 1 < columns
+        has_up, has_down = patch >= columns, patch + columns < nothing
+        a = np.uint64(patch - 1 if has_left else nothing)
+        b = np.uint64(patch - columns if has_up else nothing)
+        c = np.uint64(patch - columns - 1 if has_up and has_left else nothing)
+        d = np.uint64(patch - columns + 1 if has_up and has_right else nothing)
+        e = np.uint64(patch + 1 if has_right else nothing)
+        f = np.uint64(patch + columns if has_down else nothing)
+        a_count, b_count = np.int64(features[a, _COUNT]), np.int64(features[b, _COUNT])
+        own_count = np.int64(features[own, _COUNT])
+        held = min(own_count, 3)
+        around = 2 * a_count + 2 * b_count + features[c, _COUNT] + features[d, _COUNT]
+        around += features[e, _COUNT] + features[f, _COUNT]
         contexts = (
-            (a[_LAYER] == now) + 2 * (b[_LAYER] == now) + 4 * before + 8 * min(layer, 3),
-            (features[up_left][_LAYER] == now)
-            + 2 * (features[up_right][_LAYER] == now)
-            + 4 * (features[right][_LAYER] == layer)
+            (features[a, _LAYER] == now) + 2 * (features[b, _LAYER] == now) + 4 * before + 8 * min(layer, 3),
+            (features[c, _LAYER] == now)
+            + 2 * (features[d, _LAYER] == now)
+            + 4 * (features[e, _LAYER] == layer)
             + 8 * held,
             min(around, 15) + 16 * before,
         )
-        bit = 0 if decode else np.int64(mask[patch])
-        bit = code_flag(decode, bit, MASK, 0, contexts, state)
-        if decode:
-            mask[patch] = bit
+        bit = np.int64(not decode and count < patches.shape[0] and patches[count] == patch)
+        bit, coder = code_flag(decode, bit, where(MASK, contexts), 0, coder, models)
         if bit == 0:
             continue
         if count == symbols.shape[0]:
-            return count + 1
-        row = symbols[count]
+            return count + 1, coder
+        if decode:
+            patches[count] = patch
+        row = np.uint64(count)
         count += 1
-        own_y, own_r, own_b = bit_length(own[_Y]), bit_length(own[_R]), bit_length(own[_B])
 
         # Strength.
-        a_y, b_y = bit_length(a[_Y]), bit_length(b[_Y])
+        a_luma, b_luma = np.int64(features[a, _Y]), np.int64(features[b, _Y])
+        own_luma = np.int64(features[own, _Y])
+        a_y, b_y = bit_length(a_luma), bit_length(b_luma)
         contexts = (
-            min(own_y, 7) + 8 * held,
+            min(bit_length(own_luma), 7) + 8 * held,
             min((a_y + b_y + 1) >> 1, 15) + 16 * (layer > 0),
             min(a_y, 7) + 8 * min(layer, 3),
         )
-        signs = (_sign(a[_Y]) * 9 + _sign(b[_Y]) * 3 + _sign(own[_Y]) + 13, 27, min(layer, 3) + 28)
-        luma = np.int64(row[LUMA])
-        luma = _code_signed(decode, luma, LUMA, contexts, 1, signs, state)
+        signs = (_sign(a_luma) * 9 + _sign(b_luma) * 3 + _sign(own_luma) + 13, 27, min(layer, 3) + 28)
+        luma = np.int64(symbols[row, LUMA])
+        luma, coder = _code_signed(decode, luma, np.int64(1), where(LUMA, contexts), where(LUMA, signs), coder, models)
         strong_luma = bit_length(luma)
-        a_r, b_r = bit_length(a[_R]), bit_length(b[_R])
+        a_red, b_red = np.int64(features[a, _R]), np.int64(features[b, _R])
+        own_red = np.int64(features[own, _R])
+        mean = (bit_length(a_red) + bit_length(b_red) + 1) >> 1
         contexts = (
-            min(strong_luma, 7) + 8 * min((a_r + b_r + 1) >> 1, 3),
-            min((a_r + b_r + 1) >> 1, 7) + 8 * min(own_r, 3),
+            min(strong_luma, 7) + 8 * min(mean, 3),
+            min(mean, 7) + 8 * min(bit_length(own_red), 3),
             min(strong_luma, 15) + 16 * (layer > 0),
         )
-        signs = (_same(a[_Y], a[_R]) * 9 + _same(b[_Y], b[_R]) * 3 + _same(own[_Y], own[_R]), 27, 28)
-        cr = np.int64(row[CR])
-        cr = _code_signed(decode, cr, CR, contexts, luma, signs, state)
-        a_b, b_b = bit_length(a[_B]), bit_length(b[_B])
+        signs = (_same(a_luma, a_red) * 9 + _same(b_luma, b_red) * 3 + _same(own_luma, own_red), 27, 28)
+        cr = np.int64(symbols[row, CR])
+        cr, coder = _code_signed(decode, cr, luma, where(CR, contexts), where(CR, signs), coder, models)
+        a_blue, b_blue = np.int64(features[a, _B]), np.int64(features[b, _B])
+        own_blue = np.int64(features[own, _B])
+        mean = (bit_length(a_blue) + bit_length(b_blue) + 1) >> 1
         contexts = (
-            min(strong_luma, 7) + 8 * min((a_b + b_b + 1) >> 1, 3),
-            min((a_b + b_b + 1) >> 1, 7) + 8 * min(own_b, 3),
+            min(strong_luma, 7) + 8 * min(mean, 3),
+            min(mean, 7) + 8 * min(bit_length(own_blue), 3),
             min(bit_length(cr), 7) + 8 * min(strong_luma >> 1, 3),
         )
         signs = (
-            _same(a[_Y], a[_B]) * 9 + _same(b[_Y], b[_B]) * 3 + _same(own[_Y], own[_B]),
+            _same(a_luma, a_blue) * 9 + _same(b_luma, b_blue) * 3 + _same(own_luma, own_blue),
             _same(luma, cr) + 27,
             30,
         )
-        cb = np.int64(row[CB])
-        cb = _code_signed(decode, cb, CB, contexts, luma, signs, state)
+        cb = np.int64(symbols[row, CB])
+        cb, coder = _code_signed(decode, cb, luma, where(CB, contexts), where(CB, signs), coder, models)
         strong = energy(luma, cr, cb)
         strength = min(bit_length(strong) >> 1, 15)
 
-        # Shape.
-        seen_around = min(a[_COUNT], 1) + min(b[_COUNT], 1)
-        mean_scale = (a[_SCALE] + b[_SCALE]) // max(seen_around, 1)
-        mean_ratio = (a[_RATIO] + b[_RATIO]) // max(seen_around, 1)
+        # Shape. Sums of one or two neighbours, and their means.
+        seen_around = min(a_count, 1) + min(b_count, 1)
+        halving = np.int64(seen_around == 2)
+        a_ratio, b_ratio = np.int64(features[a, _RATIO]), np.int64(features[b, _RATIO])
+        mean_scale = (np.int64(features[a, _SCALE]) + features[b, _SCALE]) >> halving
+        mean_ratio = (a_ratio + b_ratio) >> halving
         bits = scale_bits(strong, weights) if by_sensitivity else np.int64(0)
         scale_tree = bits + OCTAVE_BITS if by_sensitivity else plan[5 + 2]
         unit = SUBDIVISIONS >> bits
         contexts = (
-            min(bits, 7) + 8 * min(layer, 3),
+            bits + 8 * min(layer, 3),
             min(mean_scale >> 5, 23) if seen_around else 24,
             strength + 16 * (held > 0),
         )
-        log_scale = code_tree(decode, np.int64(row[LOG_SCALE]), scale_tree, LOG_SCALE, contexts, state)
+        log_scale = np.int64(symbols[row, LOG_SCALE])
+        log_scale, coder = code_tree(decode, log_scale, scale_tree, none, where(LOG_SCALE, contexts), coder, models)
         scale = log_scale * unit if by_sensitivity else (log_scale * LOG_LEVELS) >> scale_tree
         octave = min(max((scale >> 6) - 2, 0), 3)
         contexts = (
-            min(bits, 7) + 8 * octave,
+            bits + 8 * octave,
             min(mean_ratio >> 4, 7) + 8 * min(strength >> 1, 3),
             min(scale >> 5, 23),
         )
         ratio_tree = scale_tree if by_sensitivity else plan[5 + 3]
-        log_ratio = code_tree(decode, np.int64(row[LOG_RATIO]), ratio_tree, LOG_RATIO, contexts, state)
+        known = scale_tree - bit_length(log_scale) if by_sensitivity else np.int64(0)
+        log_ratio = np.int64(symbols[row, LOG_RATIO])
+        log_ratio, coder = code_tree(decode, log_ratio, ratio_tree, known, where(LOG_RATIO, contexts), coder, models)
         ratio = log_ratio * unit if by_sensitivity else (log_ratio * LOG_LEVELS) >> ratio_tree
         if decode and by_sensitivity and (scale >= LOG_LEVELS or ratio > scale):
-            return -1
+            return -1, coder
         bits = angle_bits(strong, ratio, weights) if by_sensitivity else plan[5 + 4]
-        elongated = min(ratio >> 5, 3)
         contexts = (
             min(bits, 9) * 3 + min(ratio >> 5, 2),
-            (a[_TURN] >> 5) + 8 * min(a[_RATIO] >> 5, 3),
-            (b[_TURN] >> 5) + 8 * min(b[_RATIO] >> 5, 3),
+            (features[a, _TURN] >> 5) + 8 * min(a_ratio >> 5, 3),
+            (features[b, _TURN] >> 5) + 8 * min(b_ratio >> 5, 3),
         )
-        angle = code_tree(decode, np.int64(row[ANGLE]), bits, ANGLE, contexts, state)
+        angle = np.int64(symbols[row, ANGLE])
+        angle, coder = code_tree(decode, angle, bits, none, where(ANGLE, contexts), coder, models)
         turn = (angle << MOST_ANGLE_BITS) >> bits
 
         # Position.
@@ -212,38 +247,36 @@ def code_section(decode, layer, rows, columns, plan, mask, symbols, features, st
         )
         column_cells = cells(span, column_bits) if by_sensitivity else np.int64(1) << plan[5]
         row_cells = cells(span, row_bits) if by_sensitivity else np.int64(1) << plan[6]
+        elongated = 16 * (ratio >= SUBDIVISIONS)
         tree = bit_length(column_cells - 1)
         contexts = (
-            min(tree, 15) + 16 * (elongated > 1),
-            own[_X] + 8 * held,
-            a[_X] + 8 * min(a[_COUNT], 3),
+            min(tree, 15) + elongated,
+            features[own, _X] + 8 * held,
+            features[a, _X] + 8 * min(a_count, 3),
         )
-        x = code_tree(decode, np.int64(row[COLUMN]), tree, COLUMN, contexts, state)
-        eighth_x = (x << 3) // column_cells
+        x = np.int64(symbols[row, COLUMN])
+        x, coder = code_tree(decode, x, tree, none, where(COLUMN, contexts), coder, models)
+        eighth_x = (x << 3) >> tree
         tree = bit_length(row_cells - 1)
         contexts = (
-            min(tree, 15) + 16 * (elongated > 1),
-            own[_YPOS] + 8 * held,
-            eighth_x + 8 * min(b[_COUNT], 3),
+            min(tree, 15) + elongated,
+            features[own, _YPOS] + 8 * held,
+            eighth_x + 8 * min(b_count, 3),
         )
-        y = code_tree(decode, np.int64(row[ROW]), tree, ROW, contexts, state)
+        y = np.int64(symbols[row, ROW])
+        y, coder = code_tree(decode, y, tree, none, where(ROW, contexts), coder, models)
         if decode:
             if x >= column_cells or y >= row_cells:
-                return -1
-            row[LUMA], row[CR], row[CB] = luma, cr, cb
-            row[LOG_SCALE], row[LOG_RATIO], row[ANGLE] = log_scale, log_ratio, angle
-            row[COLUMN], row[ROW] = x, y
-        own[_COUNT] = min(own[_COUNT] + 1, 255)
-        own[_LAYER] = now
-        own[_Y], own[_R], own[_B] = _clipped(luma), _clipped(cr), _clipped(cb)
-        own[_SCALE], own[_RATIO], own[_TURN] = scale, ratio, turn
-        own[_X], own[_YPOS] = eighth_x, (y << 3) // row_cells
-    return count
-
-
-@kernel
-def _clipped(value):
-    return min(max(value, -32767), 32767)
+                return -1, coder
+            symbols[row, LUMA], symbols[row, CR], symbols[row, CB] = luma, cr, cb
+            symbols[row, LOG_SCALE], symbols[row, LOG_RATIO], symbols[row, ANGLE] = log_scale, log_ratio, angle
+            symbols[row, COLUMN], symbols[row, ROW] = x, y
+        features[own, _COUNT] = min(own_count + 1, 255)
+        features[own, _LAYER] = now
+        features[own, _Y], features[own, _R], features[own, _B] = _clipped(luma), _clipped(cr), _clipped(cb)
+        features[own, _SCALE], features[own, _RATIO], features[own, _TURN] = scale, ratio, turn
+        features[own, _X], features[own, _YPOS] = eighth_x, (y << 3) >> tree
+    return count, coder if decode else finish_encoding(coder, models)
 
 
 class SectionCoder:
@@ -261,16 +294,14 @@ class SectionCoder:
         self._features = np.zeros((rows * columns + 1, _FEATURES), np.int16)
         self._layer = 0
 
-    def encode(self, patch: NDArray[np.int64], symbols: SymbolTable) -> bytes:
-        """The next section: ascending patches and their symbols, (N, 8)."""
-        mask = np.zeros(self._rows * self._columns, np.uint8)
-        mask[patch] = 1
+    def encode(self, patches: NDArray[np.int64], symbols: SymbolTable) -> tuple[bytes, bytes]:
+        """The next section, ascending patches and their symbols (N, 8): what a payload starts and ends with."""
         # A decision writes four bytes at most, in the worst of cases; a Gaussian has fewer than 200.
-        data = np.zeros(4 * len(mask) + 800 * len(symbols) + 64, np.uint8)
-        registers = start_registers()
-        self._code(False, mask, np.ascontiguousarray(symbols, np.int32), registers, data)
-        finish_encoding(registers, data)
-        return data[: int(registers[3])].tobytes()
+        data = np.zeros(4 * self._rows * self._columns + 800 * len(symbols) + 64, np.uint8)
+        patches = np.ascontiguousarray(patches, np.int64)
+        _, coder = self._code(False, patches, np.ascontiguousarray(symbols, np.int32), data)
+        _, _, _, place, raw = coder
+        return data[MARGIN:place].tobytes(), data[len(data) - (raw + 7) // 8 :].tobytes()
 
     def decode(self, count: int, payload: bytes) -> tuple[NDArray[np.int64], SymbolTable]:
         """The patches and symbols of the next section, which says that it has `count` Gaussians.
@@ -278,36 +309,31 @@ class SectionCoder:
         Raises:
             CodecError: It has another number, or symbols that mean nothing.
         """
-        mask = np.zeros(self._rows * self._columns, np.uint8)
+        patches = np.zeros(count, np.int64)
         symbols = np.zeros((count, SYMBOLS), np.int32)
-        data = np.frombuffer(bytearray(payload), np.uint8)  # a copy that is writable, as when encoding
-        registers = start_registers()
-        start_decoding(registers, data)
-        found = self._code(True, mask, symbols, registers, data)
+        data = np.zeros(MARGIN + len(payload), np.uint8)
+        data[MARGIN:] = np.frombuffer(payload, np.uint8)
+        found, _ = self._code(True, patches, symbols, data)
         if found != count:
             what = "a symbol out of its range" if found < 0 else f"not the {count} Gaussians that it says"
             raise CodecError(f"stage {self._layer - 1} has {what}: the file is damaged")
-        return mask.nonzero()[0], symbols
+        return patches, symbols
 
     def _code(
-        self,
-        decode: bool,
-        mask: NDArray[np.uint8],
-        symbols: SymbolTable,
-        registers: NDArray[np.int64],
-        data: NDArray[np.uint8],
-    ) -> int:
-        state = coder_state(self._models, registers, data)
-        count = code_section(
+        self, decode: bool, patches: NDArray[np.int64], symbols: SymbolTable, data: NDArray[np.uint8]
+    ) -> tuple[int, tuple[int, ...]]:
+        found, coder = code_section(
             decode,
             self._layer,
             self._rows,
             self._columns,
             self._plan,
-            mask,
+            patches,
             symbols,
             self._features,
-            state,
+            self._models.cells,
+            self._models.weights,
+            data,
         )
         self._layer += 1
-        return int(count)
+        return found, coder

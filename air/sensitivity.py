@@ -23,7 +23,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from air.render.simd import kernel
+from air.bits import bit_length
+from air.render.simd import inline, kernel
 
 SymbolTable = NDArray[np.int32]
 """One row per Gaussian, columns as below."""
@@ -83,14 +84,19 @@ class SensitivityQuantizer:
         return np.array([self.scale_weight, self.angle_weight, self.position_weight], np.int64)
 
 
-@kernel
+@inline
 def _half_log2(value):
     """round(log2(value) / 2), 0 for 0: with it, 4^-bits is the error that `value` allows, to a factor of two."""
-    length = 0
-    while value > 0:
-        value >>= 1
-        length += 1
-    return length >> 1
+    return bit_length(value) >> 1
+
+
+@inline
+def _half_log2_of_quotient(dividend, divisor):
+    """`_half_log2(dividend // divisor)`, both positive or the dividend zero; a division would take longer."""
+    longer = bit_length(dividend) - bit_length(divisor)
+    if longer < 0:
+        return np.int64(0)
+    return (longer + ((dividend >> longer) >= divisor)) >> 1
 
 
 @kernel
@@ -119,16 +125,16 @@ def position_bits(energy, log_scale, log_ratio, angle, weights):
     across = max(SQUARED_SCALE[log_scale - log_ratio] * spread >> 8, 1)
     along = max((SQUARED_SCALE[log_scale] << 8) // spread, 1)
     need = (energy * weights[2]) << 12
-    column_bits = min(max(_half_log2(need // across) - 4, LEAST_POSITION_BITS), MOST_POSITION_BITS)
-    row_bits = min(max(_half_log2(need // along) - 4, LEAST_POSITION_BITS), MOST_POSITION_BITS)
+    column_bits = min(max(_half_log2_of_quotient(need, across) - 4, LEAST_POSITION_BITS), MOST_POSITION_BITS)
+    row_bits = min(max(_half_log2_of_quotient(need, along) - 4, LEAST_POSITION_BITS), MOST_POSITION_BITS)
     return column_bits, row_bits
 
 
 @kernel
 def cells(span, bits):
     """How many cells of 2^-bits pixels cover `span`, which is in 64ths of a pixel."""
-    width = 1 << (MOST_POSITION_BITS - bits)
-    return (span + width - 1) // width
+    shift = MOST_POSITION_BITS - bits
+    return (span + (1 << shift) - 1) >> shift
 
 
 @kernel
@@ -156,6 +162,7 @@ def quantize(parameters, corner, span, step, weights, symbols):
         symbols: int32, filled. A Gaussian whose three strengths are zero is to be dropped.
     """
     unit = 65536.0 / step
+    weights = (weights[0], weights[1], weights[2])
     for i in range(parameters.shape[1]):
         for k in range(3):
             level = math.floor(abs(parameters[5 + k, i]) * unit + 0.5)
@@ -197,6 +204,7 @@ def dequantize(symbols, corner, step, weights, parameters):
 
     Every operation is exact or rounded once, as docs/format.md states them, so that all machines agree.
     """
+    weights = (weights[0], weights[1], weights[2])
     for i in range(symbols.shape[0]):
         strong = energy(np.int64(symbols[i, LUMA]), np.int64(symbols[i, CR]), np.int64(symbols[i, CB]))
         width = SUBDIVISIONS >> scale_bits(strong, weights)

@@ -12,6 +12,7 @@ import os
 import posixpath
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 import pyarrow.parquet as pq
 
@@ -19,7 +20,7 @@ from jobs.command import configure, make_parser
 from jobs.display import show
 from jobs.report import print_outcome
 from pipeline.config import RunnerConfig
-from pipeline.decode import AIR_ENDING, DecodeConfig, DecodeJob, draw_file, plan_decode
+from pipeline.decode import AIR_ENDING, DecodeConfig, DecodeJob, draw_file, plan_decode, prepare_decoder
 from pipeline.errors import Rejected
 from pipeline.runner import Tally, run
 from pipeline.sources import check_outside
@@ -107,6 +108,7 @@ def find_files(given: str) -> tuple[Storage, list[str]] | None:
 
 def draw_all(source: Storage, names: Sequence[str], output: str, config: DecodeConfig) -> int:
     """Draws files and says how it went; returns the exit status."""
+    prepare_decoder(partial(print, flush=True))
     bad = decode_files(source, names, output, config)
     for line in bad:
         print(line, file=sys.stderr)

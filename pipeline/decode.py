@@ -71,6 +71,15 @@ def draw_file(blob: bytes, config: DecodeConfig, threads: int = 1) -> tuple[byte
     return file.getvalue(), images.ImageInfo(config.format.upper(), "RGB", width, height, 1)
 
 
+def prepare_decoder(say: Callable[[str], None]) -> None:
+    """Compiles what `draw_file` needs, and says so if that takes long."""
+    from air.codec import DECODER_COMPILE_SECONDS, compile_decoder, decoder_is_compiled
+
+    if not decoder_is_compiled():
+        say(f"compiling kernels, once on this machine: about {DECODER_COMPILE_SECONDS} s")
+    compile_decoder()
+
+
 def plan_decode(config: DecodeConfig, given: str) -> tuple[Plan, Callable[[Unit], Iterator[Sample]]]:
     """What is to be done, and how the files of a unit are read.
 
@@ -122,7 +131,8 @@ class DecodeJob:
         self._read = read
 
     def prepare(self, say: Callable[[str], None]) -> None:
-        """Nothing takes long: the few kernels that draw compile with the first file."""
+        """Compiles the kernels, once per machine and version."""
+        prepare_decoder(say)
 
     def samples(self, unit: Unit, scratch: Path) -> Iterator[Sample]:
         """The unit's files."""

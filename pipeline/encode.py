@@ -170,13 +170,13 @@ class EncodeJob:
         """
         import torch
 
-        from air.optimize import COMPILE_SECONDS, compile_kernels, kernels_are_compiled
+        from air.compress import ENCODER_COMPILE_SECONDS, compile_encoder, encoder_is_compiled
 
         if self._predictor is not None:
             load(self._predictor, torch.device("cpu"))
-        if not kernels_are_compiled():
-            say(f"compiling kernels, once on this machine: about {COMPILE_SECONDS} s")
-        compile_kernels()
+        if not encoder_is_compiled():
+            say(f"compiling kernels, once on this machine: about {ENCODER_COMPILE_SECONDS} s")
+        compile_encoder()
 
     def samples(self, unit: Unit, scratch: Path) -> Iterator[Sample]:
         """The unit's images."""

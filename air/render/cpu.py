@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from air.gaussians import Gaussians
@@ -42,6 +43,15 @@ class Raster:
         self._bands = bands(height, height)
         # Several ranges to a thread, since some regions have larger Gaussians than others.
         self.ranges = groups(self._padded, workers.count if workers.count == 1 else 4 * workers.count)
+
+    @staticmethod
+    def of(gaussians: Gaussians, height: int, width: int, workers: Workers) -> Raster:
+        """Ready to draw these float32 Gaussians."""
+        count = len(gaussians)
+        raster = Raster(count, height, width, workers)
+        columns = [gaussians.xy, gaussians.scale, half_turns(gaussians.angle)[:, None], gaussians.colour]
+        raster.parameters[:, :count] = torch.cat(columns, dim=1).T.numpy()
+        return raster
 
     def draw(self, planes: FloatArray, background: FloatArray | None = None) -> None:
         """Sets an image's planes to the Gaussians, added to a background if there is one."""
@@ -104,16 +114,13 @@ class _Render(torch.autograd.Function):
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, xy: Tensor, scale: Tensor, angle: Tensor, colour: Tensor, height: int, width: int, threads: int
     ) -> Tensor:
-        count = xy.shape[0]
         planes = image_planes(height, width)
         with Workers(threads) as workers:
-            raster = Raster(count, height, width, workers)
-            rows = torch.cat([xy, scale, half_turns(angle)[:, None], colour], dim=1)
-            raster.parameters[:, :count] = rows.T.numpy()
+            raster = Raster.of(Gaussians(xy, scale, angle, colour), height, width, workers)
             raster.draw(planes)
         ctx.raster = raster
         ctx.threads = threads
-        ctx.count = count
+        ctx.count = xy.shape[0]
         return torch.from_numpy(pixels(planes, height, width).copy())
 
     @staticmethod
@@ -134,3 +141,18 @@ def render_cpu(gaussians: Gaussians, height: int, width: int, threads: int) -> T
     image = _Render.apply(gaussians.xy, gaussians.scale, gaussians.angle, gaussians.colour, height, width, threads)
     assert isinstance(image, Tensor)
     return image
+
+
+def draw_levels(gaussians: Gaussians, height: int, width: int, threads: int) -> NDArray[np.uint8]:
+    """The picture in 8 bits a channel, each rounded to the nearest level, shape (height, width, 3).
+
+    Raises:
+        InvalidGaussiansError: A number is not finite or a scale is not positive.
+    """
+    gaussians.validate()
+    planes = image_planes(height, width)
+    levels = np.empty((height, width, 3), np.uint8)
+    with Workers(threads) as workers, torch.no_grad():
+        Raster.of(gaussians.to("cpu").to(torch.float32), height, width, workers).draw(planes)
+        workers.run(lambda first, end: kernels.round_to_levels(planes, levels, first, end), bands(height, threads))
+    return levels

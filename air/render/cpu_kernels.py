@@ -406,3 +406,14 @@ def chain_to_parameters(parameters, geometry, moments, gradient, first, end):
         store(gradient, RED * row + i, load(planar, 0))
         store(gradient, GREEN * row + i, load(planar, LANES))
         store(gradient, BLUE * row + i, load(planar, 2 * LANES))
+
+
+@kernel
+def round_to_levels(planes, levels, first_row, end_row):
+    """Fills rows of `levels` (height, width, 3), uint8, with the image: 0 to 1 are the levels 0 to 255."""
+    for row in range(first_row, end_row):
+        for column in range(levels.shape[1]):
+            for channel in range(3):
+                value = planes[channel, row + PAD_ROWS, column + PAD_COLUMNS]
+                value = min(max(value, np.float32(0)), np.float32(1)) * np.float32(255) + np.float32(0.5)
+                levels[row, column, channel] = np.uint8(value)

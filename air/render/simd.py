@@ -16,10 +16,12 @@ stores are not bounds-checked.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import operator
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +84,23 @@ def is_compiled(dispatcher: Any) -> bool:
     """Whether a kernel is loaded, or compiled code for it lies on disk."""
     cache_file = _cache_file(dispatcher)
     return bool(dispatcher.signatures) or (cache_file is not None and bool(cache_file._load_index()))
+
+
+@contextmanager
+def compiling(dispatchers: Iterable[Any]) -> Iterator[None]:
+    """While kernels are compiled by being used: the other processes of this machine that need them wait, and then load.
+
+    Without a cache on disk, or where it lies on a file system without locks, nobody waits.
+    """
+    missing = [dispatcher for dispatcher in dispatchers if not is_compiled(dispatcher)]
+    cache_file = _cache_file(missing[0]) if missing else None
+    if cache_file is None:
+        yield
+        return
+    with (Path(cache_file._cache_path) / "compiling.lock").open("w") as lock:
+        with suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def inline(function: Callable[..., Any]) -> Any:

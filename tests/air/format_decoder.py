@@ -56,6 +56,7 @@ class Reader:
         self.payload = payload
         self.place = 0
         self.low, self.high, self.code = 0, 2**32 - 1, 0
+        self.raw_bits = 0
         for _ in range(4):
             self.code = self.code * 256 + self.next_byte()
 
@@ -65,7 +66,8 @@ class Reader:
 
     def decision(self, kind: int, contexts: tuple[int, int, int], node: int, depth: int) -> int:
         assert all(0 <= context < 32 for context in contexts), (kind, contexts)
-        assert 0 <= node < 1024
+        assert 0 <= node < 64
+        assert 0 <= depth < 18
         cells = [self.tables.setdefault((kind, t, contexts[t], node), [2**21, 0]) for t in range(3)]
         weights = self.weights.setdefault((kind, depth), [26000] * 3)
         logits = [STRETCH[cell[0] >> 10] for cell in cells]
@@ -86,14 +88,24 @@ class Reader:
             cell[1] = min(cell[1] + 1, 255)
         return bit
 
-    def flag(self, kind: int, contexts: tuple[int, int, int], node: int) -> int:
-        return self.decision(kind, contexts, node, 23)
-
-    def tree(self, kind: int, contexts: tuple[int, int, int], size: int) -> int:
+    def raw(self, size: int) -> int:
         value = 0
         for i in range(size):
-            value = 2 * value + self.decision(kind, contexts, 2**i + value if i < 10 else 0, min(i, 23))
+            byte, bit = divmod(self.raw_bits, 8)
+            self.raw_bits += 1
+            if byte < len(self.payload):
+                value += (self.payload[-1 - byte] >> bit & 1) << i
         return value
+
+    def flag(self, kind: int, contexts: tuple[int, int, int], node: int) -> int:
+        return self.decision(kind, contexts, node, 17)
+
+    def tree(self, kind: int, contexts: tuple[int, int, int], size: int, zeros: int = 0) -> int:
+        value = 0
+        for i in range(zeros, min(size, 6)):
+            value = 2 * value + self.decision(kind, contexts, 2**i + value, i)
+        rest = size - max(zeros, min(size, 6))
+        return (value << rest) + self.raw(rest)
 
     def magnitude(self, kind: int, contexts: tuple[int, int, int]) -> int:
         length = 0
@@ -103,18 +115,17 @@ class Reader:
                 break
         if length == 0:
             return 0
-        value = 1
-        for i in range(length - 1):
-            node = 32 * (length + 1) + (value if i < 4 else 12 + i)
-            value = 2 * value + self.decision(kind, contexts, node, 16 + min(i, 5))
-        return value
+        if length == 1:
+            return 1
+        value = 2 + self.decision(kind, contexts, 20 + length, 16)
+        return (value << (length - 2)) + self.raw(length - 2)
 
     def signed(self, kind: int, contexts: tuple, given: int, sign_contexts: tuple) -> int:
         value = self.magnitude(kind, contexts)
         if value == 0:
             return 0
         expected = -1 if given < 0 else 1
-        return -expected * value if self.flag(kind, sign_contexts, 1023) else expected * value
+        return -expected * value if self.flag(kind, sign_contexts, 63) else expected * value
 
 
 class File:
@@ -163,16 +174,17 @@ class File:
         result = []
         for s, (count, payload) in enumerate(self.sections):
             reader.start(payload)
+            nested = bool(reader.raw(1)) if s else False
             stage = []
             for patch in range(self.rows * self.columns):
-                values = self.one(reader, memory, s, patch)
+                values = self.one(reader, memory, s, nested, patch)
                 if values is not None:
                     stage.append((patch, values))
             assert len(stage) == count
             result.append(stage)
         return result
 
-    def one(self, reader: Reader, memory: list[dict[str, int]], s: int, patch: int) -> list[float] | None:
+    def one(self, reader: Reader, memory: list[dict[str, int]], s: int, nested: bool, patch: int) -> list[float] | None:
         """Section 5: the mask of a patch, and its Gaussian if there is one."""
         row, column = divmod(patch, self.columns)
         nothing = dict.fromkeys(NAMES, 0)
@@ -184,6 +196,8 @@ class File:
         own, a, b, c, d, e, f = (at(*where) for where in ((0, 0), (0, -1), (-1, 0), (-1, -1), (-1, 1), (0, 1), (1, 0)))
         held = min(own["count"], 3)
         before = int(s > 0 and own["layer"] == s)
+        if nested and not before:
+            return None
         around = 2 * a["count"] + 2 * b["count"] + c["count"] + d["count"] + e["count"] + f["count"]
         now = s + 1
         mask = reader.flag(
@@ -251,6 +265,7 @@ class File:
                 min(scale >> 5, 23),
             ),
             rt,
+            st - bits(log_scale) if by_sensitivity else 0,
         )
         ratio = log_ratio * 2 ** (6 - sb) if by_sensitivity else 768 * log_ratio >> rt
         ab = min(half((energy * self.wa >> 8) * E[ratio] >> 8), 8) if by_sensitivity else self.channels[4][0]
@@ -281,7 +296,7 @@ class File:
             size,
         )
         size = bits(yc - 1)
-        x8 = 8 * x_symbol // xc
+        x8 = 8 * x_symbol >> bits(xc - 1)
         y_symbol = reader.tree(
             7, (min(size, 15) + 16 * (ratio >= 64), own["Y8"] + 8 * held, x8 + 8 * min(b["count"], 3)), size
         )
@@ -295,7 +310,7 @@ class File:
             ratio=ratio,
             turn=turn,
             X8=x8,
-            Y8=8 * y_symbol // yc,
+            Y8=8 * y_symbol >> bits(yc - 1),
         )
         if by_sensitivity:
             return self.by_sensitivity(row, column, (x_symbol, xb), (y_symbol, yb), scale, ratio, turn, (luma, cr, cb))
