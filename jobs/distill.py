@@ -3,7 +3,7 @@
 SHARDS is the output of `air shard`, or a folder of WebDataset tars. Images that cannot be used go to OUT/quarantine
 with a reason. Run again to go on after a stop; see how far it is with `air status OUT`.
 
-  air distill shards/ targets/ --patch-size 7 --steps 50
+  air distill shards/ targets/ --predictor grid --patch-size 5 --steps 50
   air distill shards/ targets-2/ --predictor run-1/best.safetensors
 """
 
@@ -15,7 +15,6 @@ from jobs.report import print_outcome
 from pipeline.config import RunnerConfig
 from pipeline.distill import DistillConfig, DistillJob
 from pipeline.errors import ConfigError
-from pipeline.predictors import find_predictor
 from pipeline.runner import Tally, run
 from pipeline.shards import list_shards
 from pipeline.storage import open_storage
@@ -32,7 +31,7 @@ def distill(source_uri: str, output_uri: str, config: DistillConfig, runner: Run
     if config.device == "cuda" and runner.executor == "ray" and not runner.num_gpus:
         raise ConfigError("device = cuda on Ray needs GPUs to be reserved: set num_gpus, such as num_gpus = 1")
     source, output = open_storage(source_uri), open_storage(output_uri)
-    predictor = find_predictor(config.predictor, config.patch_size)
+    predictor = config.find_predictor()
     plan = Plan.make("distill", config.settled(predictor), list_shards(source), [source.uri()])
     plan = settle_plan(output, predictor.hold(plan))
     with show("distill") as display:

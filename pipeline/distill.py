@@ -2,7 +2,7 @@
 
 `process` is pure: what it returns depends on the image's bytes and key and on the configuration alone (on a GPU, up to
 the last bits). On a GPU many views are optimised together. This module knows nothing of Ray; torch and the kernels load
-with the first image, so that a driver can plan without them.
+with the first image, so that a driver can plan without them (with the grid: a network's card is read with torch).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 
 from pipeline import images, tables
 from pipeline.errors import Rejected
-from pipeline.predictors import GRID, PredictorReference, find_predictor, load
+from pipeline.predictors import GRID, PredictorReference, default_predictor, find_predictor, load
 from pipeline.process import EncodedImage, Sample, batched
 from pipeline.shards import read_samples
 from pipeline.storage import Storage
@@ -45,8 +45,10 @@ class DistillConfig(ViewConfig):
     """What `air distill` makes of an image: its views, and how Gaussians are fitted to them."""
 
     seed: int = Field(0, ge=0, lt=2**63, description="seed of the views")
-    predictor: str = Field(
-        GRID, description="what predicts: grid, the closed form; compact, the shipped one; or NAME.safetensors"
+    predictor: str | None = Field(
+        None,
+        description="grid, the closed form; compact, the shipped network; or NAME.safetensors; default: compact where "
+        "it is shipped and has this patch_size and as many stages, else grid",
     )
     stages: int | None = Field(
         None,
@@ -83,6 +85,17 @@ class DistillConfig(ViewConfig):
             raise ValueError("background must be three numbers from 0 to 255")
         return self
 
+    def find_predictor(self) -> PredictorReference:
+        """The predictor that is asked for, or else the best that this installation has for it.
+
+        Raises:
+            CheckpointError: There is no such predictor.
+            ConfigError: It has another patch size.
+        """
+        if self.predictor is None:
+            return default_predictor(self.patch_size, self.stages)
+        return find_predictor(self.predictor, self.patch_size)
+
     def settled(self, reference: PredictorReference) -> DistillConfig:
         """With what depends on the predictor filled in.
 
@@ -109,7 +122,7 @@ class DistillJob:
     Args:
         config: What to make.
         source: Where the shards are.
-        predictor: Which predictor `config.predictor` is; looked up if not given.
+        predictor: From `config.find_predictor`; looked up if not given.
 
     Raises:
         CheckpointError: There is no such predictor.
@@ -119,7 +132,7 @@ class DistillJob:
     name: ClassVar[str] = "distill"
 
     def __init__(self, config: DistillConfig, source: Storage, predictor: PredictorReference | None = None) -> None:
-        self._predictor = predictor or find_predictor(config.predictor, config.patch_size)
+        self._predictor = predictor or config.find_predictor()
         self._config = config.settled(self._predictor)
         self._source = source
 

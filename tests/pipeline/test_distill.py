@@ -27,7 +27,7 @@ from pipeline.storage import open_storage
 from pipeline.work import read_manifests, read_plan
 
 INLINE = RunnerConfig(executor="inline")
-QUICK = DistillConfig(patch_size=7, stages=2, steps=(6, 3), views=2, min_crop=0.5)
+QUICK = DistillConfig(predictor="grid", patch_size=7, stages=2, steps=(6, 3), views=2, min_crop=0.5)
 
 
 def read_targets(folder: Path) -> pa.Table:

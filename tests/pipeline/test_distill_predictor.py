@@ -7,6 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from air import predictor as air_predictor
 from air.optimize import OptimizeConfig
 from air.predictor.checkpoint import load_checkpoint, save_checkpoint
 from air.predictor.network import build
@@ -97,8 +98,28 @@ def test_a_checkpoint_may_move(shards: Path, tmp_path: Path) -> None:
     assert distill(str(shards), str(tmp_path / "targets"), moved, INLINE).summary["views"] == 1
 
 
+def test_the_shipped_network_is_the_default_where_it_suits(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def settled(**settings) -> DistillConfig:
+        config = DistillConfig.model_validate(settings)
+        return config.settled(config.find_predictor())
+
+    assert (settled().predictor, settled().stages, settled().canvas) == ("compact", 4, "predicted")
+    assert settled(stages=2).predictor == "compact"
+    for unsuited in ({"patch_size": 8}, {"stages": 5}):
+        assert (settled(**unsuited).predictor, settled(**unsuited).canvas) == ("grid", "target")
+    distill(str(shards), str(tmp_path / "targets"), DistillConfig(steps=(1,), stages=1), INLINE)
+    assert (
+        checksum_of(air_predictor.checkpoint_path("compact"))
+        in read_plan(open_storage(tmp_path / "targets")).config["predictor"]
+    )
+    monkeypatch.setattr(air_predictor, "_SHIPPED", tmp_path / "none.safetensors")
+    assert (settled().predictor, settled().stages, settled().canvas) == ("grid", 4, "target")
+
+
 def test_the_grid_keeps_its_defaults(shards: Path, tmp_path: Path) -> None:
-    distill(str(shards), str(tmp_path / "targets"), DistillConfig(steps=(1,)), INLINE)
+    distill(str(shards), str(tmp_path / "targets"), DistillConfig(predictor="grid", steps=(1,)), INLINE)
     plan = read_plan(open_storage(tmp_path / "targets")).config
     assert (plan["predictor"], plan["stages"], plan["canvas"]) == ("grid", 4, "target")
 
