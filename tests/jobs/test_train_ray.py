@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import threading
@@ -73,7 +74,8 @@ def test_one_and_two_workers_give_the_same_curve(shards: Path, tmp_path: Path) -
     for name in ("loss", "psnr", "gradient", "valid_psnr"):
         one, two = (column(tmp_path / str(workers), name) for workers in (1, 2))
         assert len(one) == (2 if name == "valid_psnr" else 12)
-        print(f"{name}: relative difference {np.max(np.abs(np.divide(two, one) - 1)):.1e} at most")  # pytest -rA
+        # A warning, so that pytest -rA shows it.
+        logging.warning("%s: relative difference %.1e at most", name, np.max(np.abs(np.divide(two, one) - 1)))
         np.testing.assert_allclose(one, two, rtol=2e-4)
 
 
