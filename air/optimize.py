@@ -472,18 +472,30 @@ COMPILE_SECONDS = 15
 
 def kernels_are_compiled() -> bool:
     """Whether the compiled kernels are in numba's cache on disk (or loaded), so that `compile_kernels` is quick."""
-    from air.optimize_cpu import ALL_KERNELS
     from air.render.simd import is_compiled
 
-    return all(is_compiled(kernel) for kernel in ALL_KERNELS)
+    return all(map(is_compiled, _all_kernels()))
 
 
 def compile_kernels() -> None:
-    """Compiles the kernels of the cpu backend, or loads them from numba's cache on disk, by using each once."""
-    from air.optimize_cpu import ALL_KERNELS
+    """Compiles the kernels that optimise, run stages and predict, or loads them from numba's cache on disk.
+
+    Each is used once. Another process of this machine that wants the same waits meanwhile.
+    """
+    from air import patch_kernels
+    from air.predictor import compact_cpu
     from air.render.simd import compiling
 
     raw, anchor = torch.zeros(1, RAW_CHANNELS), torch.zeros(1, 2)
     target = torch.zeros(3, 1, 1)
-    with compiling(ALL_KERNELS):
+    with compiling(_all_kernels()):
         _optimize_cpu(raw, anchor, target, 1, OptimizeConfig(steps=1), target, 1, _Recorder(None))
+        patch_kernels.use_each()
+        compact_cpu.use_each()
+
+
+def _all_kernels() -> tuple[Any, ...]:
+    from air import optimize_cpu, patch_kernels
+    from air.predictor import compact_cpu
+
+    return (*optimize_cpu.ALL_KERNELS, *patch_kernels.ALL_KERNELS, *compact_cpu.ALL_KERNELS)

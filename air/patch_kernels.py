@@ -148,3 +148,15 @@ def filter_symmetrically(image: FloatArray, taps: Sequence[float]) -> FloatArray
     scratch = np.zeros(whole + 2 * (len(taps) - 1), np.float32)
     filter_rows_and_columns(padded, height, whole, np.array(taps, np.float32), scratch, out)
     return out if width == whole else np.ascontiguousarray(out[:, :, :width])
+
+
+ALL_KERNELS = (measure_patches, gather_pixels, filter_rows_and_columns)
+"""Every kernel of this module."""
+
+
+def use_each() -> None:
+    """Uses each kernel once, so that it is compiled or loaded."""
+    image = np.zeros((3, 1, 1), np.float32)
+    patch_errors(image, image, 1)
+    patch_pixels(image, 1)
+    filter_symmetrically(image, [1.0])

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from air.raw_cpu import gauss_newton
 from air.render.planes import FloatArray
 from air.render.simd import LANES, exp, fma, inline, kernel, lane_sum, load, splat, sqrt, store
 from air.render.threads import Workers
@@ -226,3 +227,17 @@ def _shares(size: int, parts: int) -> list[tuple[int, int]]:
     """0 .. size in equal parts."""
     ends = [size * part // parts for part in range(parts + 1)]
     return [(first, end) for first, end in pairwise(ends) if end > first]
+
+
+ALL_KERNELS = (mix_and_normalise, add_and_activate, add_to_stream, gauss_newton)
+"""Every kernel that the compact predictor calls and the optimiser does not."""
+
+
+def use_each() -> None:
+    """Uses each kernel once, so that it is compiled or loaded."""
+    from air.predictor.compact import CompactPredictor
+
+    with torch.random.fork_rng(devices=[]):  # its weights are drawn, which is no business of the caller's
+        network = CompactPredictor(patch_size=1, num_stages=1, channels=LANES, depth=1).eval()
+    image = torch.zeros(3, 1, 1)
+    network.predict(image, image, torch.ones(1, dtype=torch.bool), 0)
