@@ -57,11 +57,11 @@ class EvaluateConfig(Config):
         description="measure .air files beside JPEG, WebP, JPEG 2000 and AVIF that are no larger, not a predictor",
     )
     bpp: tuple[float, ...] = Field(
-        (0.15, 0.25, 0.5, 1.0), description="with --codec: targets, the most bits per pixel of the .air files"
+        (0.15, 0.25, 0.5, 1.0), description="of the codec: targets, the most bits per pixel of the .air files"
     )
-    steps: int = Field(150, ge=0, le=1_000_000, description="with --codec: steps of each fit")
+    steps: int = Field(150, ge=0, le=1_000_000, description="of the codec: steps of each fit")
     stored_steps: int = Field(
-        60, ge=0, le=1_000_000, description="with --codec: further steps on the Gaussians as they are stored"
+        60, ge=0, le=1_000_000, description="of the codec: further steps on the Gaussians as they are stored"
     )
 
     @model_validator(mode="after")
