@@ -94,8 +94,8 @@ def _widened(values: Sequence[float]) -> tuple[float, float]:
 
 
 def round_numbers(low: float, high: float) -> list[float]:
-    """About six multiples of 1, 2 or 5 times a power of ten, within the range."""
-    step = (high - low) / 6
+    """About seven multiples of 1, 2 or 5 times a power of ten, within the range."""
+    step = (high - low) / 8
     power = 10.0 ** math.floor(math.log10(step))
     step = power * min((factor for factor in (1, 2, 5, 10) if factor * power >= step), default=10)
     return [number * step for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
