@@ -16,7 +16,7 @@ COMMANDS = {
     "shard": "images in folders, globs, tars, Parquet -> WebDataset shards",
     "distill": "shards -> distillation targets in Parquet",
     "train": "targets or shards -> a predictor's checkpoint",
-    "evaluate": "what a predictor makes of images, alone and refined, beside grids",
+    "evaluate": "what a predictor makes of images, beside grids; or the codec, beside others",
     "encode": "images or shards -> .air files in tars, and a Parquet row about each",
     "decode": ".air files -> pictures, at any size",
     "render": "one .air file -> a picture",

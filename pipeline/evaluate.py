@@ -131,6 +131,7 @@ def measure_pictures(
         except (InvalidGaussiansError, NonFiniteLossError) as error:
             rows = _reject(evaluation, picture, Rejected("non_finite", str(error)))
         evaluation.rows += rows
+        logger.info("%d of %d pictures done: %s", number + 1, len(pictures), picture.source)
         report(number + 1, rows)
     return evaluation
 
