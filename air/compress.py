@@ -13,6 +13,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,7 +39,7 @@ from air.errors import CodecError
 from air.gaussians import RAW_CHANNELS, activate
 from air.growth import grow
 from air.optimize import OptimizeConfig, check_counts, compile_kernels, image_tensor, kernels_are_compiled, optimize
-from air.predictor import Predictor
+from air.predictor import COMPACT, GRID_STAGES, Predictor, has_compact, load_predictor
 from air.refine import Refiner
 from air.render.simd import compiling, is_compiled
 from air.render.threads import Workers
@@ -58,6 +60,12 @@ _NEAR_DECIBELS = 0.25
 _STEPS = (16, 1 << 23)  # finest and coarsest quantiser steps
 _BISECTIONS = 9
 
+
+GROW = "grow"
+"""The predictor that there is none: Gaussians are fitted from scratch."""
+
+GROWING_STEPS, STEPS_AFTER_PREDICTION = 150, 10
+"""Steps on all Gaussians together where nobody asks for others."""
 
 ENCODER_COMPILE_SECONDS = 20
 """About how long `compile_encoder` takes once per machine and version; from then on, under a second."""
@@ -80,79 +88,76 @@ def encoder_is_compiled() -> bool:
 def encode(
     image: Any,
     *,
+    predictor: Predictor | str | Path | None = None,
+    stages: int | None = None,
     bpp: float | None = None,
     psnr: float | None = None,
     gaussians: int | None = None,
-    steps: int = 150,
+    steps: int | None = None,
     refine_steps: int = 60,
     threads: int = 1,
 ) -> bytes:
-    """An .air file of an image, fitted by `air.grow` and refined as it is stored.
+    """An .air file of an image: Gaussians that a predictor or `air.grow` gives, refined as they are stored.
+
+    Without a target, the default is the shipped predictor, the quickest way to a good picture. With one, it is to grow
+    Gaussians, which gives more decibels for the same bits (docs/format.md has the measurement).
 
     Args:
         image: As for `air.optimize.fit`.
-        bpp: At most so many bits per pixel, the whole file counted.
-        psnr: At least so many decibels, of the decoded picture clamped to [0, 1].
-        gaussians: At most so many Gaussians. If no target is given, one for every 48 pixels.
-        steps: Of each fit; a target of bits or decibels takes two to five fits.
+        predictor: What to start from: "grow", to fit from scratch; "compact", "grid" or the path of a checkpoint (see
+            `air.predictor.load_predictor`); or a predictor, on the CPU.
+        stages: Of a predictor, at most; all that it has if not given.
+        bpp: Target: at most so many bits per pixel, the whole file counted. One target at most.
+        psnr: Target: at least so many decibels, of the decoded picture clamped to [0, 1].
+        gaussians: Target: at most so many Gaussians. Without any, growing takes one for every 48 pixels, and a
+            predictor as many as its stages ask for.
+        steps: On all Gaussians together, in each fit; a target of bits or decibels takes two to five fits. By default
+            150 to grow, and 10 after a prediction.
         refine_steps: Steps on the quantised Gaussians after each fit.
-        threads: CPU threads at most. The file does not depend on it.
+        threads: CPU threads at most. A file of grown Gaussians does not depend on it.
 
     Raises:
-        ValueError: More than one target, or one that means nothing.
+        ValueError: More than one target, or one that means nothing; or stages of no predictor.
         CodecError: The target cannot be met.
-    """
-    check_counts(steps=(steps, 0), refine_steps=(refine_steps, 0), threads=(threads, 1))
-    pixels = image_tensor(image).float().cpu().contiguous().numpy()
-    if gaussians is None:
-        gaussians = max(1, pixels[0].size // DEFAULT_PIXELS_PER_GAUSSIAN) if bpp is None and psnr is None else None
-    with Workers(threads) as workers:
-
-        def fit(count: int | None) -> _Fit:
-            assert count is not None
-            return _grown(pixels, count, steps, refine_steps, workers)
-
-        return _meet(pixels, fit, bpp, psnr, gaussians)
-
-
-def encode_predicted(
-    image: Any,
-    predictor: Predictor,
-    num_stages: int,
-    *,
-    bpp: float | None = None,
-    psnr: float | None = None,
-    gaussians: int | None = None,
-    steps: int = 10,
-    refine_steps: int = 60,
-    threads: int = 1,
-) -> bytes:
-    """An .air file of what a predictor makes of an image, its stages moved together and refined as they are stored.
-
-    Args:
-        image: As for `air.optimize.fit`.
-        predictor: As for `air.stages.run_stages`, on the CPU.
-        num_stages: How many stages it is asked for, at most.
-        bpp: As for `encode`: one target at most. Of bits or decibels, the number of Gaussians is searched.
-        psnr: Likewise.
-        gaussians: At most so many. If no target is given, as many as the stages ask for.
-        steps: Optimisation steps of all stages together, from the prediction.
-        refine_steps: Steps on the quantised Gaussians after them.
-        threads: CPU threads at most.
-
-    Raises:
-        ValueError: More than one target, or one that means nothing.
-        CodecError: The target cannot be met.
+        CheckpointError: There is no such predictor.
         InvalidGaussiansError: What was predicted is not finite.
     """
-    check_counts(num_stages=(num_stages, 1), steps=(steps, 0), refine_steps=(refine_steps, 0), threads=(threads, 1))
+    has_target = any(target is not None for target in (bpp, psnr, gaussians))
+    start = _find_start(predictor, has_target)
+    if start is None and stages is not None:
+        raise ValueError(f"stages = {stages} is about a predictor: name one, such as predictor='compact'")
+    if steps is None:
+        steps = GROWING_STEPS if start is None else STEPS_AFTER_PREDICTION
+    check_counts(steps=(steps, 0), refine_steps=(refine_steps, 0), threads=(threads, 1))
     pixels = image_tensor(image).float().cpu().contiguous().numpy()
+    if start is None and not has_target:
+        gaussians = max(1, pixels[0].size // DEFAULT_PIXELS_PER_GAUSSIAN)
+    if start is not None and stages is None:
+        stages = getattr(start, "num_stages", GRID_STAGES)  # networks say how many they were trained for
     with Workers(threads) as workers:
 
         def fit(count: int | None) -> _Fit:
-            return _predicted(pixels, predictor, num_stages, count, steps, refine_steps, workers)
+            if start is None:
+                assert count is not None
+                return _grown(pixels, count, steps, refine_steps, workers)
+            assert stages is not None
+            return _predicted(pixels, start, stages, count, steps, refine_steps, workers)
 
         return _meet(pixels, fit, bpp, psnr, gaussians)
+
+
+def _find_start(predictor: Predictor | str | Path | None, has_target: bool) -> Predictor | None:
+    """The predictor to start from; None to grow."""
+    if predictor is None:
+        predictor = GROW if has_target or not has_compact() else COMPACT
+    if predictor == GROW:
+        return None
+    return _load(predictor) if isinstance(predictor, (str, Path)) else predictor
+
+
+@lru_cache(maxsize=2)
+def _load(name_or_path: str | Path) -> Predictor:
+    return load_predictor(name_or_path)
 
 
 def _meet(

@@ -1,9 +1,12 @@
 """Encodes images as .air files, in tars, with a Parquet row about each: bytes, bits per pixel, PSNR, MS-SSIM.
 
 IMAGES are the output of `air shard`, or folders, globs, image files, tars and Parquet files with image bytes. Give at
-most one target: --gaussians, --pixels-per-gaussian, --bpp or --psnr. Images that cannot be used go to OUT/quarantine
-with a reason. Run again to go on after a stop: the files are the same, byte for byte.
+most one target: --gaussians, --pixels-per-gaussian, --bpp or --psnr. Without a target Gaussians start from the shipped
+predictor, which is quickest; with one they are grown, which gives more decibels for the same bits; --predictor decides
+otherwise. Images that cannot be used go to OUT/quarantine with a reason. Run again to go on after a stop: the files are
+the same, byte for byte.
 
+  air encode photos/ encoded/
   air encode photos/ encoded/ --bpp 0.5
   air encode shards/ encoded/ --predictor run/best.safetensors --refine 20
 """

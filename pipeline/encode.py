@@ -30,13 +30,14 @@ from pipeline.work import PLAN_PATH, Plan, Unit
 GROW = "grow"
 """The predictor that there is none: Gaussians are fitted by `air.grow`."""
 
+_GROWING_STEPS, _STEPS_AFTER_PREDICTION = 150, 10  # as in `air.compress`, which loads torch
 _TARGETS = ("gaussians", "pixels_per_gaussian", "bpp", "psnr")
 
 
 class EncodeConfig(Config):
     """What `air encode` makes of an image.
 
-    One target at most. Without any, a fit takes a Gaussian for every 48 pixels, a predictor as many as it asks for.
+    One target at most. Without any, growing takes a Gaussian for every 48 pixels, a predictor as many as it asks for.
     """
 
     gaussians: int | None = Field(None, ge=1, le=100_000_000, description="target: most Gaussians of an image")
@@ -45,8 +46,10 @@ class EncodeConfig(Config):
     )
     bpp: float | None = Field(None, gt=0, le=1000, description="target: most bits per pixel, the whole file counted")
     psnr: float | None = Field(None, gt=0, le=100, description="target: least dB of the decoded picture")
-    predictor: str = Field(
-        GROW, description="grow: fit from scratch; or start from what compact, grid or NAME.safetensors predicts"
+    predictor: str | None = Field(
+        None,
+        description="grow: fit from scratch; or start from what compact, grid or NAME.safetensors predicts; "
+        "default: grow with a target, compact without one",
     )
     stages: int | None = Field(None, ge=1, le=16, description="most stages of a predictor; default: all it has")
     steps: int | None = Field(
@@ -64,7 +67,7 @@ class EncodeConfig(Config):
         given = [name for name in _TARGETS if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} are targets: give one")
-        if self.stages is not None and self.predictor == GROW:
+        if self.stages is not None and (self.predictor == GROW or (self.predictor is None and given)):
             raise ValueError(f"stages = {self.stages} is about a predictor: name one, such as predictor = compact")
         if not all(0 <= value <= 255 for value in self.background):
             raise ValueError("background must be three numbers from 0 to 255")
@@ -76,11 +79,16 @@ class EncodeConfig(Config):
         Raises:
             ConfigError: More stages are asked for than the predictor has.
         """
-        fitted = 150 if reference is None else 10
-        steps = fitted if self.steps is None else self.steps
+        usual = _GROWING_STEPS if reference is None else _STEPS_AFTER_PREDICTION
+        steps = usual if self.steps is None else self.steps
         stages = None if reference is None else reference.stages(self.stages)
         name = GROW if reference is None else reference.name
         return self.model_copy(update={"predictor": name, "stages": stages, "steps": steps})
+
+    @property
+    def has_target(self) -> bool:
+        """Whether bits, decibels or Gaussians were asked for."""
+        return any(getattr(self, name) is not None for name in _TARGETS)
 
     def target(self, height: int, width: int) -> dict[str, Any]:
         """The target for an image of that size, as arguments of `air.encode`."""
@@ -90,13 +98,18 @@ class EncodeConfig(Config):
 
 
 def find_start(config: EncodeConfig) -> PredictorReference | None:
-    """The predictor of a configuration; None where Gaussians are fitted from scratch.
+    """The predictor of a configuration, by the same rule as `air.encode`; None where Gaussians are grown.
 
     Raises:
         CheckpointError: There is no such predictor.
         ConfigError: It has fewer stages than are asked for.
     """
-    return None if config.predictor == GROW else find_predictor(config.predictor)
+    name = config.predictor
+    if name is None:
+        from air.predictor import COMPACT, has_compact
+
+        name = GROW if config.has_target or not has_compact() else COMPACT
+    return None if name == GROW else find_predictor(name)
 
 
 def plan_encode(
@@ -207,16 +220,14 @@ class EncodeJob:
     def _encode(self, rgb: np.ndarray) -> bytes:
         import torch
 
-        from air.compress import encode, encode_predicted
+        from air.compress import encode
         from air.errors import CodecError, InvalidGaussiansError, NonFiniteLossError
 
         config = self._config
+        start = GROW if self._predictor is None else load(self._predictor, torch.device("cpu"))
         options = {"steps": config.steps, "refine_steps": config.refine, **config.target(*rgb.shape[:2])}
         try:
-            if self._predictor is None:
-                return encode(rgb, **options)
-            assert config.stages is not None
-            return encode_predicted(rgb, load(self._predictor, torch.device("cpu")), config.stages, **options)
+            return encode(rgb, predictor=start, stages=config.stages, **options)
         except CodecError as error:
             raise Rejected("target_missed", str(error)) from None
         except (InvalidGaussiansError, NonFiniteLossError) as error:

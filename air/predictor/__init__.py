@@ -25,8 +25,8 @@ GRID = "grid"
 COMPACT = "compact"
 """Name of the checkpoint that this package ships."""
 
-GRID_PATCH_SIZE = 7
-"""Pixels between the grid's anchors where nobody asks for others."""
+GRID_PATCH_SIZE, GRID_STAGES = 7, 4
+"""Pixels between the grid's anchors, and its stages, where nobody asks for others."""
 
 
 class Prediction(NamedTuple):

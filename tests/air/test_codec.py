@@ -33,6 +33,7 @@ from air.compress import compile_encoder, encode, encoder_is_compiled
 from air.errors import CodecError
 from air.gaussians import Gaussians, anchors
 from air.metrics import psnr
+from air.predictor import load_predictor
 from air.quantize import channel_values, fit_uniform_quantizer
 from air.render import render
 from air.sensitivity import SensitivityQuantizer
@@ -367,6 +368,17 @@ def test_refining_the_quantised_gaussians_pays(photograph: np.ndarray):
 
 def test_threads_do_not_change_the_file(photograph: np.ndarray):
     assert encode(photograph, gaussians=200, steps=5, threads=2) == encode(photograph, gaussians=200, steps=5)
+
+
+def test_the_shipped_predictor_starts_without_a_target_and_growing_with_one(photograph: np.ndarray):
+    quick = {"steps": 2, "refine_steps": 1}
+    assert encode(photograph, **quick) == encode(photograph, predictor=load_predictor("compact"), **quick)
+    grown = encode(photograph, gaussians=100, **quick)
+    assert grown == encode(photograph, predictor="grow", gaussians=100, **quick)
+    assert grown != encode(photograph, predictor="compact", gaussians=100, **quick)
+    assert read_info(encode(photograph, predictor="grid", stages=1, **quick)).header.num_stages == 1
+    with pytest.raises(ValueError, match="about a predictor"):
+        encode(photograph, gaussians=100, stages=1)
 
 
 def test_wrong_targets_are_refused(photograph: np.ndarray):

@@ -1,5 +1,6 @@
 """Bulk encoding end to end: files that decode, rows that are true of them, the same bytes whatever ran them."""
 
+import hashlib
 import io
 import math
 import shutil
@@ -11,10 +12,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from pydantic import ValidationError
 from toys import committed_bytes
 
 from air.codec import decode, read_info
 from air.metrics import ms_ssim
+from air.predictor.checkpoint import save_checkpoint
+from air.predictor.network import build
 from air.render import render
 from jobs.cli import main
 from jobs.encode import encode
@@ -26,6 +30,7 @@ from pipeline.encode import EncodeConfig
 from pipeline.errors import ConfigError, PlanMismatchError
 from pipeline.shards import ShardConfig
 from pipeline.storage import open_storage
+from pipeline.work import read_plan
 
 INLINE = RunnerConfig(executor="inline")
 QUICK = EncodeConfig(pixels_per_gaussian=40, steps=4, refine=2, max_count=2)
@@ -146,6 +151,57 @@ def test_a_predictor_gives_the_stages(photographs: Path, tmp_path: Path) -> None
     for row, better in zip(plain, rows["better"][1:], strict=True):
         assert 0 < sum(row["gaussians"]) <= row["height"] * row["width"] // 40
         assert better["psnr"] > row["psnr"] + 1
+
+
+def test_a_network_starts_and_a_resumed_run_leaves_the_same_bytes(photographs: Path, tmp_path: Path) -> None:
+    """End to end: encode, verify, take a commit back, encode again, decode."""
+    torch.manual_seed(0)
+    network = build("compact", {"patch_size": 5, "num_stages": 2, "channels": 4, "depth": 1, "passes": 1})
+    checkpoint = tmp_path / "net.safetensors"
+    save_checkpoint(checkpoint, network)
+    output = tmp_path / "encoded"
+    config = EncodeConfig(predictor=str(checkpoint), steps=2, refine=2, max_count=2)
+    tally = encode([str(photographs)], str(output), config, INLINE)
+    assert tally.summary["images"] == 4
+    assert not tally.rejected
+    assert not list(verify(open_storage(output)))
+    plan = read_plan(open_storage(output))
+    assert plan.config["stages"] == 2
+    assert plan.config["predictor"].startswith("compact:")
+    assert hashlib.sha256(checkpoint.read_bytes()).hexdigest() in plan.config["predictor"]
+    before = committed_bytes(output)
+    next((output / "manifest").iterdir()).unlink()
+    encode([str(photographs)], str(output), config, INLINE)
+    assert committed_bytes(output) == before
+    assert main(["decode", str(output), str(tmp_path / "pictures"), "--executor", "inline"]) == 0
+    save_checkpoint(checkpoint, build("compact", {**network.settings, "channels": 5}))
+    with pytest.raises(PlanMismatchError, match="predictor"):
+        encode([str(photographs)], str(output), config, INLINE)
+
+
+def test_the_shipped_predictor_starts_where_no_target_is_given(photographs: Path, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    shutil.copy(photographs / "china.jpg", tmp_path / "in")
+    config = EncodeConfig(steps=0, refine=0)
+    for name, predictor, given in (
+        ("default", "compact:", config),
+        ("named", "compact:", config.model_copy(update={"predictor": "compact"})),
+        ("grown", "grow", config.model_copy(update={"predictor": "grow"})),
+        ("target", "grow", config.model_copy(update={"gaussians": 50})),
+        ("both", "compact:", config.model_copy(update={"predictor": "compact", "gaussians": 50})),
+    ):
+        encode([str(tmp_path / "in")], str(tmp_path / name), given, INLINE)
+        assert read_plan(open_storage(tmp_path / name)).config["predictor"].startswith(predictor)
+    assert read_files(tmp_path / "default") == read_files(tmp_path / "named")
+    assert sum(read_rows(tmp_path / "both")[0]["gaussians"]) <= 50
+    # Nothing was optimised: it is the network that knows the picture.
+    assert read_rows(tmp_path / "default")[0]["psnr"] > read_rows(tmp_path / "grown")[0]["psnr"] + 3
+
+
+def test_stages_of_no_predictor_are_refused() -> None:
+    for given in ({"predictor": "grow"}, {"bpp": 1.0}):
+        with pytest.raises(ValidationError, match="stages = 2 is about a predictor"):
+            EncodeConfig.model_validate({"stages": 2, **given})
 
 
 def test_two_targets_are_refused(photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
