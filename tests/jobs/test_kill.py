@@ -147,20 +147,40 @@ def encoded(shards: Path) -> Path:
     return shards.parent / "encoded"
 
 
+def start_encoding(shards: Path, output: Path, executor: str) -> subprocess.Popen:
+    """`air encode` as ENCODE says."""
+    return start("encode", shards, output, executor, ["--pixels-per-gaussian", "60", "--steps", "40", "--refine", "10"])
+
+
 @pytest.mark.slow
-def test_kill_of_an_inline_encoding_driver(shards: Path, encoded: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("executor", ["inline", "ray"])
+def test_kill_of_an_encoding_driver(shards: Path, encoded: Path, tmp_path: Path, executor: str) -> None:
+    """The same files, byte for byte, and what was committed was not done again."""
     output = tmp_path / "encoded"
-    options = ["--pixels-per-gaussian", "60", "--steps", "40", "--refine", "10"]
-    process = start("encode", shards, output, "inline", options)
-    wait_for(lambda: len(committed_units(open_storage(output))) >= 2, process)
+    process = start_encoding(shards, output, executor)
+    wait_for(lambda: committed_units(open_storage(output)), process)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     before = {manifest.unit: manifest for manifest in read_manifests(open_storage(output))}
     assert 0 < len(before) < NUM_SHARDS
-    process = start("encode", shards, output, "inline", options)
+    process = start_encoding(shards, output, executor)
     text = process.communicate(timeout=240)[0].decode()
     assert process.returncode == 0, text
     after = {manifest.unit: manifest for manifest in read_manifests(open_storage(output))}
     assert {unit: after[unit] for unit in before} == before
+    assert committed_bytes(output) == committed_bytes(encoded)
+    assert not list(verify(open_storage(output)))
+
+
+@pytest.mark.slow
+def test_kill_of_an_encoding_worker(shards: Path, encoded: Path, tmp_path: Path) -> None:
+    output = tmp_path / "encoded"
+    process = start_encoding(shards, output, "ray")
+    wait_for(lambda: ray_workers(process) and committed_units(open_storage(output)), process)
+    victims = ray_workers(process)
+    assert victims, "no worker was at work"
+    victims[0].kill()
+    text = process.communicate(timeout=240)[0].decode()
+    assert process.returncode == 0, text
     assert committed_bytes(output) == committed_bytes(encoded)
     assert not list(verify(open_storage(output)))
