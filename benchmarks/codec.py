@@ -65,11 +65,14 @@ def main() -> None:
     print(f"{len(rows)} pictures, fits of {arguments.gaussians} Gaussians, {arguments.steps} steps; means\n")
     print_table(rows)
     if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+        rounded = [
+            {name: value if isinstance(value, str) else round(value, 3) for name, value in row.items()} for row in rows
+        ]
+        arguments.json.write_text("[\n" + ",\n".join(map(json.dumps, rounded)) + "\n]\n")
 
 
 def print_table(rows: list[dict[str, float]]) -> None:
-    """Means over pictures; the saving is of means, with the least and the most of any picture."""
+    """Means over pictures, and the least and the greatest difference of any picture."""
 
     def mean(name: str) -> float:
         return float(np.mean([row[name] for row in rows]))
