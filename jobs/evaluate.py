@@ -47,11 +47,15 @@ def evaluate(inputs: Sequence[str], config: EvaluateConfig, output: str | None =
         JobFailedError: No image could be used.
     """
     _check_ending(output, ".parquet", "the table is one Parquet file")
+    from air.optimize import COMPILE_SECONDS, kernels_are_compiled
     from air.predictor import COMPACT, has_compact
     from pipeline.evaluate import evaluate as measure
 
     reference = find_predictor(config.predictor or (COMPACT if has_compact() else GRID), config.patch_size)
-    evaluation = _measure(inputs, config, lambda pictures, report: measure(pictures, reference, config, report))
+    seconds = 0 if kernels_are_compiled() else COMPILE_SECONDS
+    evaluation = _measure(
+        inputs, config, seconds, lambda pictures, report: measure(pictures, reference, config, report)
+    )
     if output is not None:
         _write(evaluation.rows, output, tables.EVALUATION, config, {"air.model": reference.model})
     return evaluation
@@ -68,6 +72,7 @@ def evaluate_codec(
     """
     _check_ending(output, ".parquet", "the table is one Parquet file")
     _check_ending(plot, ".svg", "the plot is an SVG file")
+    from air.compress import ENCODER_COMPILE_SECONDS, encoder_is_compiled
     from pipeline import rivals
     from pipeline.evaluate_codec import charts
     from pipeline.evaluate_codec import evaluate_codec as measure
@@ -77,7 +82,8 @@ def evaluate_codec(
     missing = [rival.name for rival in rivals.RIVALS if rival not in others]
     if missing:
         print(f"not measured: {', '.join(missing)}; this Pillow is built without", flush=True)
-    evaluation = _measure(inputs, config, lambda pictures, report: measure(pictures, others, config, report))
+    seconds = 0 if encoder_is_compiled() else ENCODER_COMPILE_SECONDS
+    evaluation = _measure(inputs, config, seconds, lambda pictures, report: measure(pictures, others, config, report))
     if output is not None:
         _write(evaluation.rows, output, tables.CODEC_EVALUATION, config, {"air.codecs": rivals.describe(others)})
     if plot is not None:
@@ -109,14 +115,15 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _measure(
-    inputs: Sequence[str], config: EvaluateConfig, measure: Callable[[list[Picture], Any], Evaluation]
+    inputs: Sequence[str],
+    config: EvaluateConfig,
+    compile_seconds: int,
+    measure: Callable[[list[Picture], Any], Evaluation],
 ) -> Evaluation:
-    """What `measure` makes of the inputs' pictures, with progress shown."""
-    from air.optimize import COMPILE_SECONDS, kernels_are_compiled
-
+    """What `measure` makes of the inputs' pictures, with progress shown; it first compiles for so many seconds."""
     pictures = find_pictures(inputs, config.max_pixels)
-    if not kernels_are_compiled():
-        print(f"compiling kernels, once on this machine: about {COMPILE_SECONDS} s", flush=True)
+    if compile_seconds:
+        print(f"compiling kernels, once on this machine: about {compile_seconds} s", flush=True)
     with _progress(min(len(pictures), config.limit or len(pictures))) as report:
         evaluation = measure(pictures, report)
     if not evaluation.rows:
