@@ -88,21 +88,36 @@ def test_another_number_of_workers_takes_a_run_up(shards: Path, tmp_path: Path) 
     np.testing.assert_allclose(column(tmp_path / "run", "loss"), column(tmp_path / "whole", "loss"), rtol=1e-3)
 
 
+def training_workers() -> set[int]:
+    """The processes of this process's Ray that train."""
+    return {
+        process.pid
+        for process in psutil.Process().children(recursive=True)
+        if any("RayTrainWorker" in part for part in _command_of(process))
+    }
+
+
+def _command_of(process: Any) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:
+        return []
+
+
 @contextmanager
 def killing_after(out: Path, count: int) -> Iterator[None]:
-    """Sends SIGKILL to one training worker of this process's Ray once the run has so many checkpoints."""
+    """Sends SIGKILL to a training worker that starts from here on, as soon as the run has so many checkpoints."""
+    earlier = training_workers()  # of runs that have ended: their processes take a while to go
     killed: list[int] = []
 
     def kill() -> None:
+        # The worker is looked for before the checkpoint is there, since the run does not wait for that.
+        while not (started := training_workers() - earlier):
+            time.sleep(0.05)
         while len(checkpoints(open_storage(out))) < count:
             time.sleep(0.01)
-        workers = [
-            process
-            for process in psutil.Process().children(recursive=True)
-            if any("RayTrainWorker" in part for part in process.cmdline())
-        ]
-        os.kill(workers[-1].pid, signal.SIGKILL)
-        killed.append(workers[-1].pid)
+        os.kill(max(started), signal.SIGKILL)
+        killed.append(max(started))
 
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
