@@ -215,6 +215,7 @@ def _predicted(
             [OptimizeConfig(steps=0)] * num_stages,
             canvas="predicted",
             budget=count,
+            judge=False,
             backend="cpu",
             threads=workers.count,
         )

@@ -107,6 +107,7 @@ def validate(
                 [OptimizeConfig(steps=0)] * stages,
                 control=control,
                 canvas="predicted",
+                judge=False,
                 threads=threads,
             )
         )
