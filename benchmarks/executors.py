@@ -29,6 +29,8 @@ from pipeline.storage import open_storage
 from pipeline.work import read_manifests
 
 OPTIONS = [
+    "--predictor",
+    "grid",
     "--patch-size",
     "7",
     "--stages",

@@ -1,6 +1,6 @@
 """Peak memory of the driver and of each worker while many images go through `air shard` and `air distill`.
 
-    python benchmarks/memory.py [--images 2000] [--height 427] [--width 640] [--steps 2]
+    python benchmarks/memory.py [--images 2000] [--height 427] [--width 640] [--steps 2] [--predictor grid]
 
 Memory is the resident set of each process, sampled ten times a second: the driver is the command's own process, workers
 are the processes of its Ray that run tasks. Ray's own services (GCS, raylet, agents) are listed apart.
@@ -77,6 +77,7 @@ def main() -> None:
     parser.add_argument("--height", type=int, default=427)
     parser.add_argument("--width", type=int, default=640)
     parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--predictor", default="grid")
     given = parser.parse_args()
     air = [sys.executable, "-m", "jobs.cli"]
     with tempfile.TemporaryDirectory() as name:
@@ -84,10 +85,10 @@ def main() -> None:
         make_images(folder / "in", given.images, given.height, given.width)
         shard = [*air, "shard", str(folder / "in"), str(folder / "shards")]
         print(json.dumps({"job": "shard", "images": given.images, **peaks(shard)}), flush=True)
-        distill = [*air, "distill", str(folder / "shards"), str(folder / "targets"), "--steps", str(given.steps)]
-        print(
-            json.dumps({"job": "distill", "images": given.images, "steps": given.steps, **peaks(distill)}), flush=True
-        )
+        options = {"steps": given.steps, "predictor": given.predictor}
+        distill = [*air, "distill", str(folder / "shards"), str(folder / "targets")]
+        distill += [part for name, value in options.items() for part in (f"--{name}", str(value))]
+        print(json.dumps({"job": "distill", "images": given.images, **options, **peaks(distill)}), flush=True)
 
 
 if __name__ == "__main__":
