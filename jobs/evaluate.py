@@ -31,7 +31,7 @@ from pipeline import tables
 from pipeline.errors import ConfigError, JobFailedError
 from pipeline.evaluate_config import EvaluateConfig
 from pipeline.pictures import Picture, find_pictures
-from pipeline.predictors import GRID, find_predictor
+from pipeline.predictors import default_predictor, find_predictor
 from pipeline.storage import open_parent
 
 if TYPE_CHECKING:
@@ -48,10 +48,13 @@ def evaluate(inputs: Sequence[str], config: EvaluateConfig, output: str | None =
     """
     _check_ending(output, ".parquet", "the table is one Parquet file")
     from air.optimize import COMPILE_SECONDS, kernels_are_compiled
-    from air.predictor import COMPACT, has_compact
     from pipeline.evaluate import evaluate as measure
 
-    reference = find_predictor(config.predictor or (COMPACT if has_compact() else GRID), config.patch_size)
+    reference = (
+        default_predictor(config.patch_size, config.stages)
+        if config.predictor is None
+        else find_predictor(config.predictor, config.patch_size)
+    )
     seconds = 0 if kernels_are_compiled() else COMPILE_SECONDS
     evaluation = _measure(
         inputs, config, seconds, lambda pictures, report: measure(pictures, reference, config, report)

@@ -27,7 +27,8 @@ class EvaluateConfig(Config):
 
     predictor: str | None = Field(
         None,
-        description="grid, compact or a checkpoint NAME.safetensors; default: compact where it is shipped, else grid",
+        description="grid, compact or a checkpoint NAME.safetensors; default: compact where it is shipped and has the "
+        "patch size and stages asked for, else grid",
     )
     refine: tuple[int, ...] = Field((0, 10, 50), description="numbers of refinement steps, each from the prediction")
     rate: float = Field(

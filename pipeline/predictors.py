@@ -100,18 +100,18 @@ def find_predictor(name: str, patch_size: int | None = None) -> PredictorReferen
     return PredictorReference(uri, f"{card.architecture}:{checksum[:12]}", checksum, has, stages)
 
 
-def default_predictor(patch_size: int, stages: int | None) -> PredictorReference:
+def default_predictor(patch_size: int | None, stages: int | None) -> PredictorReference:
     """The network that this package ships, where it has that patch size and as many stages; else the grid.
 
     Args:
-        patch_size: Pixels between anchors.
+        patch_size: Pixels between anchors; None: any.
         stages: How many are wanted; None: as many as there are.
     """
     from air.predictor import COMPACT, has_compact
 
     if has_compact():
         shipped = find_predictor(COMPACT)
-        if shipped.patch_size == patch_size and (stages or 0) <= (shipped.num_stages or 0):
+        if patch_size in (None, shipped.patch_size) and (stages or 0) <= (shipped.num_stages or 0):
             return shipped
     return find_predictor(GRID, patch_size)
 

@@ -83,6 +83,14 @@ def test_a_network_stands_beside_the_grid_and_a_plain_grid_of_as_many(one_pictur
     assert 0.6 < plain["num_gaussians"] / network["num_gaussians"] < 1.6
 
 
+@pytest.mark.parametrize(
+    ("asked", "predictor"), [({}, "compact"), ({"patch_size": 6}, "grid"), ({"stages": 9}, "grid")]
+)
+def test_by_default_the_shipped_network_where_it_suits(one_picture: Path, asked: dict, predictor: str) -> None:
+    rows = evaluate([str(one_picture)], EvaluateConfig(refine=(0,), **asked)).rows
+    assert rows[0]["predictor"].partition(":")[0] == predictor
+
+
 def test_a_budget_bounds_the_gaussians_of_an_image(one_picture: Path) -> None:
     config = EvaluateConfig(predictor="grid", gaussians=300, refine=(0,), baseline=False)
     (row,) = evaluate([str(one_picture)], config).rows
