@@ -58,10 +58,10 @@ def solve_colours(
     if not iterations or not len(shapes):
         return raw.detach().clone()
     wanted = target if canvas is None else target - canvas
-    with torch.no_grad(), _linear_map(shapes, wanted, backend, threads) as (place, draw, gather):
+    with torch.no_grad(), _linear_map(shapes, wanted, backend, threads) as (miss, draw, gather):
         diagonal = math.pi * shapes.scale.prod(dim=1, keepdim=True)
         colour = shapes.colour.clone()
-        missing = place(wanted).sub_(draw(colour))
+        missing = miss(colour)
         step = torch.zeros_like(colour)
         before = torch.ones(())
         for _ in range(iterations):
@@ -86,10 +86,10 @@ _Map = Callable[[Tensor], Tensor]
 
 @contextmanager
 def _linear_map(shapes: Gaussians, image: Tensor, backend: str, threads: int) -> Iterator[tuple[_Map, _Map, _Map]]:
-    """Three functions: a picture into the form that the others work in, colours (N, 3) drawn, and Aᵀ of a picture.
+    """Three functions: what colours (N, 3) leave of the image, colours drawn, and Aᵀ of a picture.
 
-    What is drawn is valid until the next is. The form is the compiled kernels' padded planes where they run, whose
-    margins stay zero; else a plain image.
+    What is drawn is valid until the next is. Pictures are the compiled kernels' padded planes where they run, whose
+    margins stay zero; else plain images.
     """
     _, height, width = image.shape
     if backend in ("auto", "cpu") and image.device.type == "cpu" and image.dtype == torch.float32:
@@ -97,8 +97,8 @@ def _linear_map(shapes: Gaussians, image: Tensor, backend: str, threads: int) ->
 
         shapes.validate()
         with Workers(threads) as workers:
-            compiled = ColourMap(shapes, height, width, workers)
-            yield compiled.place, compiled.draw, compiled.gather
+            compiled = ColourMap(shapes, image, workers)
+            yield compiled.miss, compiled.draw, compiled.gather
         return
 
     def draw(colour: Tensor) -> Tensor:
@@ -114,4 +114,4 @@ def _linear_map(shapes: Gaussians, image: Tensor, backend: str, threads: int) ->
         assert colour.grad is not None
         return colour.grad
 
-    yield Tensor.clone, draw, gather
+    yield lambda colour: image - draw(colour), draw, gather

@@ -20,22 +20,26 @@ class ColourMap:
 
     Args:
         shapes: float32; their colours are not used.
-        height: Of the image, in pixels.
-        width: The same.
+        image: What they are to come near, (3, height, width).
         workers: CPU threads.
     """
 
-    def __init__(self, shapes: Gaussians, height: int, width: int, workers: Workers) -> None:
+    def __init__(self, shapes: Gaussians, image: Tensor, workers: Workers) -> None:
+        _, height, width = image.shape
         self._count = len(shapes)
         self._raster = Raster(self._count, height, width, workers)
         rows = torch.cat([shapes.xy, shapes.scale, half_turns(shapes.angle).float()[:, None]], dim=1)
+        self._image = image
+        self._size = (height, width)
         self._drawn = image_planes(height, width)
         self._raster.parameters[: HALF_TURNS + 1, : self._count] = rows.T.numpy()
 
-    def place(self, image: Tensor) -> Tensor:
-        """An image (3, height, width) as planes."""
-        planes = image_planes(self._raster.height, self._raster.width)
-        pixels(planes, self._raster.height, self._raster.width)[:] = image.numpy()
+    def miss(self, colour: Tensor) -> Tensor:
+        """The image without what colours (N, 3) draw."""
+        planes, wanted = image_planes(*self._size), image_planes(*self._size)
+        pixels(wanted, *self._size)[:] = self._image.numpy()
+        self._raster.parameters[RED : BLUE + 1, : self._count] = -colour.T.numpy()
+        self._raster.draw(planes, wanted)
         return torch.from_numpy(planes)
 
     def draw(self, colour: Tensor) -> Tensor:

@@ -50,7 +50,10 @@ def active_patches(canvas: Tensor, image: Tensor, patch_size: int, control: Stag
     Returns:
         Boolean, shape (rows · columns,), row-major. Both images are continued by their border to whole patches.
     """
-    mse, dssim = _patch_errors(canvas, image, patch_size)
+    return _bad_patches(*_patch_errors(canvas, image, patch_size), control)
+
+
+def _bad_patches(mse: Tensor, dssim: Tensor, control: StageControl) -> Tensor:
     return (mse > control.max_mse) | (dssim > control.max_dssim)
 
 
@@ -67,7 +70,11 @@ def worst_patches(canvas: Tensor, image: Tensor, patch_size: int, among: Tensor,
     Returns:
         Boolean, shape (rows · columns,). Of two with the same error, the first goes first.
     """
-    mse, _ = _patch_errors(canvas, image, patch_size)
+    return _largest(_patch_errors(canvas, image, patch_size)[0], among, count)
+
+
+def _largest(mse: Tensor, among: Tensor, count: int) -> Tensor:
+    """Those `count` of the patches `among` whose error is largest; of two with the same, the first goes first."""
     order = torch.where(among, mse, -1.0).argsort(descending=True, stable=True)
     kept = torch.zeros_like(among)
     kept[order[:count]] = True
@@ -247,10 +254,11 @@ def _each_stage(
         problems: dict[int, Problem] = {}
         for number in going:
             image, background = images[number], backgrounds[number]
-            active = active_patches(background, image, patch_size, control)
+            mse, dssim = _patch_errors(background, image, patch_size)
+            active = _bad_patches(mse, dssim, control)
             remaining = left[number]
             if remaining is not None:
-                active = worst_patches(background, image, patch_size, active, remaining)
+                active = _largest(mse, active, remaining)
                 left[number] = remaining - int(active.sum())
             patch = active.nonzero()[:, 0]
             if not len(patch):

@@ -15,7 +15,7 @@ All stages and passes share the trunk; each has its own embedding at the trunk's
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -151,15 +151,16 @@ class CompactPredictor(PredictorNetwork):
         assert self.stem.bias is not None
         seen = self.stem.bias + self._see(image - 0.5, slice(0, 3), 1.0)
         seen = seen + self._see(image - canvas, slice(3, 6), _RESIDUAL_GAIN if stage else 1.0)
+        run_trunk = self._trunk_for(seen.unflatten(1, (rows, columns)), workers)
         proposals = []
         for number in [*range(self.passes), *[self.passes - 1] * (0 if self.training else self.extra_passes)]:
             # Each pass answers for its own step: what it is given carries no gradient to the one before.
             given = raw.detach()
             excess, steps = look(given)
-            left = self._see(excess, slice(6, 9), -(_RESIDUAL_GAIN**2))
             numbers = self.numbers(torch.cat([given, steps, active[..., None].to(steps)], dim=2))
-            features = seen + left + (numbers + self.embedding[stage, number])
-            features = self.norm(self._run_trunk(features.unflatten(1, (rows, columns)), workers))
+            features = numbers + self.embedding[stage, number]
+            features.add_(seen).add_(self._see(excess, slice(6, 9), -(_RESIDUAL_GAIN**2)))
+            features = self.norm(run_trunk(features.unflatten(1, (rows, columns))))
             correction = self.heads[stage * self.passes + number](features).flatten(1, 2)
             raw = given + correction.float()
             proposals.append(raw)
@@ -170,13 +171,15 @@ class CompactPredictor(PredictorNetwork):
         weight = self.stem.weight[:, channels].flatten(1) * gain
         return F.linear(_patches(pixels, self.patch_size), weight)
 
-    def _run_trunk(self, features: Tensor, workers: Workers) -> Tensor:
+    def _trunk_for(self, features: Tensor, workers: Workers) -> Callable[[Tensor], Tensor]:
+        """The trunk, to be applied to features (B, rows, columns, C) such as these."""
         if features.device.type == "cpu" and not torch.is_grad_enabled():
             from air.predictor import compact_cpu
 
             if compact_cpu.fits(features):
-                return compact_cpu.run_trunk(features, self.trunk, workers)  # pyright: ignore[reportArgumentType]
-        return self.trunk(features)
+                _, rows, columns, _ = features.shape
+                return compact_cpu.Trunk(self.trunk, rows, columns, workers)  # pyright: ignore[reportArgumentType]
+        return self.trunk
 
     def forward(self, image: Tensor, canvas: Tensor, active: Tensor, stage: int) -> Tensor:
         """As `PredictorNetwork`."""

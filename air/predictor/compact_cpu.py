@@ -157,28 +157,50 @@ def fits(features: Tensor) -> bool:
     )
 
 
-def run_trunk(features: Tensor, trunk: Iterable[Block], workers: Workers) -> Tensor:
-    """What the blocks make of features (B, rows, columns, C), which `fits` has found to be suitable."""
-    return torch.stack([_run(image, trunk, workers) for image in features])
+class Trunk:
+    """The blocks of a trunk, with buffers for features of one size that are used again and again.
 
+    Args:
+        blocks: What it is made of.
+        rows: Of the patch grid.
+        columns: The same.
+        workers: CPU threads.
+    """
 
-def _run(features: Tensor, trunk: Iterable[Block], workers: Workers) -> Tensor:
-    """One image, some rows at a time: what a block makes of them stays in a core's cache from layer to layer."""
-    rows, columns, channels = features.shape
-    padded = torch.zeros(rows + 2 * _REACH, columns + _REACH + _MARGIN, channels)
-    padded[_REACH : _REACH + rows, _REACH : _REACH + columns] = features
-    # A block reads rows above and below those that it makes, so it does not write where it reads.
-    other = torch.zeros_like(padded)
-    together = min(rows, _ROWS_TOGETHER * workers.count)
-    mixed = torch.zeros(together, -(-columns // _TOGETHER) * _TOGETHER, channels)
-    added = torch.empty_like(mixed)
-    for block in trunk:
-        layers = _Layers(block, columns, workers)
-        for first in range(0, rows, together):
-            count = min(together, rows - first)
-            layers.run(padded.numpy()[first:], mixed[:count], added[:count], other.numpy()[first:])
-        padded, other = other, padded
-    return padded[_REACH : _REACH + rows, _REACH : _REACH + columns].contiguous()
+    def __init__(self, blocks: Iterable[Block], rows: int, columns: int, workers: Workers) -> None:
+        self._layers = [_Layers(block, columns, workers) for block in blocks]
+        self._rows, self._columns = rows, columns
+        channels, hidden = self._layers[0].widths
+        self._streams = [torch.zeros(rows + 2 * _REACH, columns + _REACH + _MARGIN, channels) for _ in range(2)]
+        self._together = min(rows, _ROWS_TOGETHER * workers.count)
+        whole = -(-columns // _TOGETHER) * _TOGETHER
+        self._mixed = torch.zeros(self._together, whole, channels)
+        self._hidden = torch.empty(self._together * whole, hidden)
+        self._added = torch.empty_like(self._mixed)
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """What the blocks make of features (B, rows, columns, C), which `fits` has found to be suitable."""
+        made = torch.empty_like(features)
+        for image, out in zip(features, made, strict=True):
+            out.copy_(self._run(image))
+        return made
+
+    def _run(self, features: Tensor) -> Tensor:
+        """One image; the result is overwritten by the next call.
+
+        Some rows at a time, so that what a block makes of them stays in a core's cache from layer to layer.
+        """
+        # A block reads rows above and below those that it makes, so it does not write where it reads.
+        given, made = self._streams
+        inside = (slice(_REACH, _REACH + self._rows), slice(_REACH, _REACH + self._columns))
+        given[inside] = features
+        for layers in self._layers:
+            for first in range(0, self._rows, self._together):
+                count = min(self._together, self._rows - first)
+                buffers = (self._mixed[:count], self._hidden[: count * self._mixed.shape[1]], self._added[:count])
+                layers.run(given.numpy()[first:], *buffers, made.numpy()[first:])
+            given, made = made, given
+        return given[inside]
 
 
 class _Layers:
@@ -186,37 +208,39 @@ class _Layers:
 
     def __init__(self, block: Block, columns: int, workers: Workers) -> None:
         assert block.mix.bias is not None
-        self._taps = block.mix.weight.reshape(-1, _TAPS * _TAPS).T.contiguous().numpy()
-        self._norm = [tensor.numpy() for tensor in (block.mix.bias, block.norm.weight, block.norm.bias)]
+        self._taps = block.mix.weight.detach().reshape(-1, _TAPS * _TAPS).T.contiguous().numpy()
+        self._norm = [tensor.detach().numpy() for tensor in (block.mix.bias, block.norm.weight, block.norm.bias)]
         self._eps = block.norm.eps
-        self._widen, self._narrow = block.widen.weight.T.contiguous(), block.narrow.weight.T.contiguous()
-        self._widen_bias, self._narrow_bias = block.widen.bias.numpy(), block.narrow.bias.numpy()
+        self._widen, self._narrow = (layer.weight.detach().T.contiguous() for layer in (block.widen, block.narrow))
+        self._widen_bias, self._narrow_bias = (layer.bias.detach().numpy() for layer in (block.widen, block.narrow))
         self._columns = columns
         self._workers = workers
 
-    def run(self, padded: FloatArray, mixed: Tensor, added: Tensor, out: FloatArray) -> None:
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Channels, and hidden channels."""
+        return self._widen.shape[0], self._widen.shape[1]
+
+    def run(self, padded: FloatArray, mixed: Tensor, hidden: Tensor, added: Tensor, out: FloatArray) -> None:
         """Sets the first rows of `out`, as many as `mixed` has, to what the block makes of those of `padded`.
 
-        `mixed` and `added`, (rows, columns rounded up to 4, C), are overwritten.
+        `mixed` and `added`, (rows, columns rounded up to 4, C), and `hidden` are overwritten.
         """
         rows = len(mixed)
 
         def mix(first: int, end: int) -> None:
             mix_and_normalise(padded, self._taps, *self._norm, self._eps, mixed.numpy(), first, end)
 
-        self._share(mix, rows)
-        hidden = torch.mm(mixed.flatten(0, 1), self._widen)
-        values = hidden.numpy()
-
         def activate(first: int, end: int) -> None:
-            add_and_activate(values, self._widen_bias, first, end)
-
-        self._share(activate, len(values))
-        torch.mm(hidden, self._narrow, out=added.view(-1, added.shape[2]))
+            add_and_activate(hidden.numpy(), self._widen_bias, first, end)
 
         def add(first: int, end: int) -> None:
             add_to_stream(padded, added.numpy(), self._narrow_bias, self._columns, out, first, end)
 
+        self._share(mix, rows)
+        torch.mm(mixed.flatten(0, 1), self._widen, out=hidden)
+        self._share(activate, len(hidden))
+        torch.mm(hidden, self._narrow, out=added.view(-1, added.shape[2]))
         self._share(add, rows)
 
     def _share(self, function: Callable[[int, int], None], size: int) -> None:
