@@ -26,7 +26,20 @@ from pipeline.work import read_manifests
 INLINE = RunnerConfig(executor="inline")
 TWO_EACH = ShardConfig(max_count=2)
 QUICK = DistillConfig(predictor="grid", patch_size=7, stages=2, steps=(6, 3), views=2, min_crop=0.5)
-QUICK_OPTIONS = ["--patch-size", "7", "--stages", "2", "--steps", "6,3", "--views", "2", "--min-crop", "0.5"]
+QUICK_OPTIONS = [
+    "--predictor",
+    "grid",
+    "--patch-size",
+    "7",
+    "--stages",
+    "2",
+    "--steps",
+    "6,3",
+    "--views",
+    "2",
+    "--min-crop",
+    "0.5",
+]
 SECONDS = 30
 """An error must be there by then, on a busy machine too."""
 
