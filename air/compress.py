@@ -114,7 +114,8 @@ def encode(
         steps: On all Gaussians together, in each fit; a target of bits or decibels takes two to five fits. By default
             150 to grow, and 10 after a prediction.
         refine_steps: Steps on the quantised Gaussians after each fit.
-        threads: CPU threads at most. A file of grown Gaussians does not depend on it.
+        threads: CPU threads at most; a predicting network takes those of torch (`torch.set_num_threads`). A file of
+            grown Gaussians does not depend on it.
 
     Raises:
         ValueError: More than one target, or one that means nothing; or stages of no predictor.
@@ -129,6 +130,8 @@ def encode(
     if steps is None:
         steps = GROWING_STEPS if start is None else STEPS_AFTER_PREDICTION
     check_counts(steps=(steps, 0), refine_steps=(refine_steps, 0), threads=(threads, 1))
+    if stages is not None:
+        check_counts(stages=(stages, 1))
     pixels = image_tensor(image).float().cpu().contiguous().numpy()
     if start is None and not has_target:
         gaussians = max(1, pixels[0].size // DEFAULT_PIXELS_PER_GAUSSIAN)
@@ -152,12 +155,14 @@ def _find_start(predictor: Predictor | str | Path | None, has_target: bool) -> P
         predictor = GROW if has_target or not has_compact() else COMPACT
     if predictor == GROW:
         return None
-    return _load(predictor) if isinstance(predictor, (str, Path)) else predictor
+    if predictor == COMPACT:
+        return _shipped()
+    return load_predictor(predictor) if isinstance(predictor, (str, Path)) else predictor
 
 
-@lru_cache(maxsize=2)
-def _load(name_or_path: str | Path) -> Predictor:
-    return load_predictor(name_or_path)
+@lru_cache(maxsize=1)
+def _shipped() -> Predictor:
+    return load_predictor(COMPACT)
 
 
 def _meet(

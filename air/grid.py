@@ -22,7 +22,8 @@ _RIDGE = 1e-3
 """Share of the mean diagonal added to the normal equations: they stay solvable when Gaussians nearly coincide."""
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=4)
+@torch.inference_mode(False)
 def _solver(size: int, patch_size: int, scale: float) -> Tensor:
     """The matrix (patches, size) that turns values along an axis into the least-squares weights of its Gaussians.
 

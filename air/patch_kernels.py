@@ -59,7 +59,13 @@ def measure_patches(drawn, image, patch_size, c1, c2, mse, dssim):
 
 
 def patch_errors(drawn: FloatArray, image: FloatArray, patch_size: int) -> tuple[NDArray[np.float64], ...]:
-    """Mean squared error and 1 - SSIM of every patch of two images of shape (3, height, width), row-major."""
+    """Mean squared error and 1 - SSIM of every patch of two images of shape (3, height, width), row-major.
+
+    Raises:
+        ValueError: The images are not of one size.
+    """
+    if drawn.shape != image.shape:
+        raise ValueError(f"images {drawn.shape} and {image.shape} are not of one size")
     _, height, width = image.shape
     mse = np.empty(-(-height // patch_size) * -(-width // patch_size))
     dssim = np.empty_like(mse)
@@ -97,8 +103,10 @@ def gather_pixels(image, row_stride, channel_stride, height, width, patch_size, 
 def patch_pixels(image: FloatArray, patch_size: int) -> FloatArray:
     """The pixels of every patch, shape (rows · columns, 3 · patch_size²), patches row-major.
 
-    `image` is (3, height, width); a view will do, as long as the pixels of a row lie together.
+    `image` is (3, height, width); a view whose pixels of a row lie together is read as it is.
     """
+    if image.strides[2] != image.itemsize:
+        image = np.ascontiguousarray(image)
     _, height, width = image.shape
     patches = -(-height // patch_size) * -(-width // patch_size)
     shape = (patches, 3 * patch_size * patch_size)

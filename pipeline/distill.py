@@ -63,7 +63,7 @@ class DistillConfig(ViewConfig):
     canvas: Literal["target", "predicted"] | None = Field(
         None,
         description="what the next stage builds on: this stage's optimised Gaussians, or the predicted ones; "
-        "default: target with the grid, predicted with a network",
+        "default: target, the best picture; predicted with a network that is named, what the next round trains on",
     )
     max_patch_mse: float = Field(10**-3.5, ge=0, le=10, description="a patch with a larger mean squared error is bad")
     max_patch_dssim: float = Field(0.05, ge=0, le=2, description="a patch with a larger 1 - SSIM is bad")
@@ -102,7 +102,8 @@ class DistillConfig(ViewConfig):
         Raises:
             ConfigError: More stages are asked for than the predictor has.
         """
-        canvas = self.canvas or ("target" if reference.name == GRID else "predicted")
+        named_network = self.predictor is not None and reference.name != GRID
+        canvas = self.canvas or ("predicted" if named_network else "target")
         return self.model_copy(
             update={"predictor": reference.name, "stages": reference.stages(self.stages), "canvas": canvas}
         )

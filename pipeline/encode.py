@@ -77,8 +77,10 @@ class EncodeConfig(Config):
         """With what depends on the predictor filled in.
 
         Raises:
-            ConfigError: More stages are asked for than the predictor has.
+            ConfigError: More stages are asked for than the predictor has, or stages of none.
         """
+        if reference is None and self.stages is not None:
+            raise ConfigError(f"stages = {self.stages} is about a predictor: name one, such as predictor = grid")
         usual = _GROWING_STEPS if reference is None else _STEPS_AFTER_PREDICTION
         steps = usual if self.steps is None else self.steps
         stages = None if reference is None else reference.stages(self.stages)

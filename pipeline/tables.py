@@ -60,8 +60,12 @@ TARGETS = pa.schema(
         *[_per_gaussian(f"target_{name}", pa.float32(), _UNITS[name]) for name in GAUSSIAN_QUANTITIES],
         _per_stage("gaussians", pa.int32(), "Gaussians that it added"),
         _per_stage("steps", pa.int32(), "optimisation steps"),
-        _per_stage("psnr_predicted", pa.float32(), "dB, all Gaussians so far, this stage's as predicted"),
-        _per_stage("psnr_target", pa.float32(), "dB, all Gaussians so far, this stage's as optimised"),
+        _per_stage(
+            "psnr_predicted", pa.float32(), "dB, this stage's Gaussians as predicted, on the earlier stages' canvas"
+        ),
+        _per_stage(
+            "psnr_target", pa.float32(), "dB, this stage's Gaussians as optimised, on the earlier stages' canvas"
+        ),
         _per_stage("loss_first", pa.float32(), "0.7 L1 + 0.3 (1 - SSIM) before the first step"),
         _per_stage("loss_last", pa.float32(), "0.7 L1 + 0.3 (1 - SSIM) after the last step"),
     ]

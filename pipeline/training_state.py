@@ -14,6 +14,7 @@ import copy
 import json
 import logging
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,6 +32,9 @@ logger = logging.getLogger(__name__)
 
 STATE_VERSION = 1
 FOLDER = "checkpoints"
+
+_IS_PART = re.compile(rf"({FOLDER}/step-\d+)/")
+"""Matches a file of a checkpoint; nothing else in the folder is ours to delete."""
 
 
 class TrainingState:
@@ -156,7 +160,8 @@ class TrainingState:
 
 def checkpoints(output: Storage) -> list[str]:
     """Folders of the whole checkpoints of a run, oldest first."""
-    return sorted(path.rpartition("/")[0] for path, _ in output.list(FOLDER) if path.endswith("/state.json"))
+    found = (_IS_PART.match(path) for path, _ in output.list(FOLDER) if path.endswith("/state.json"))
+    return sorted(part[1] for part in found if part)
 
 
 def remove_old_checkpoints(output: Storage, keep: int) -> None:
@@ -165,7 +170,8 @@ def remove_old_checkpoints(output: Storage, keep: int) -> None:
     The state goes first: what remains of a checkpoint is never taken for whole.
     """
     kept = checkpoints(output)[-keep:]
-    for folder in sorted({path.rpartition("/")[0] for path, _ in output.list(FOLDER)}):
+    found = {_IS_PART.match(path) for path, _ in output.list(FOLDER)}
+    for folder in sorted({part[1] for part in found if part}):
         if kept and folder < kept[-1] and folder not in kept:
             output.delete(f"{folder}/state.json")
             output.delete_folder(folder)

@@ -21,7 +21,7 @@ import hashlib
 import operator
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +97,9 @@ def compiling(dispatchers: Iterable[Any]) -> Iterator[None]:
     if cache_file is None:
         yield
         return
-    with (Path(cache_file._cache_path) / "compiling.lock").open("w") as lock:
+    with ExitStack() as stack:
         with suppress(OSError):
+            lock = stack.enter_context((Path(cache_file._cache_path) / "compiling.lock").open("w"))
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 

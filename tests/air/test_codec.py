@@ -379,6 +379,8 @@ def test_the_shipped_predictor_starts_without_a_target_and_growing_with_one(phot
     assert read_info(encode(photograph, predictor="grid", stages=1, **quick)).header.num_stages == 1
     with pytest.raises(ValueError, match="about a predictor"):
         encode(photograph, gaussians=100, stages=1)
+    with pytest.raises(ValueError, match="stages must be a whole number, at least 1, got 0"):
+        encode(photograph, stages=0)
 
 
 def test_wrong_targets_are_refused(photograph: np.ndarray):

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from air.patch_kernels import filter_symmetrically, patch_errors, patch_pixels
 from air.predictor.compact import _patches
+from air.predictor.network import build
 from air.render.planes import image_planes, pixels
 from air.residual import _symmetric_filter
 from air.stages import _patch_errors
@@ -50,3 +51,20 @@ def test_the_filter_is_the_convolution(size, radius) -> None:
     np.testing.assert_allclose(filter_symmetrically(image.numpy(), taps), expected.numpy(), rtol=1e-5)
     plain = _symmetric_filter(_symmetric_filter(image.double(), taps, 1), taps, 2)
     torch.testing.assert_close(plain, expected)
+
+
+def test_an_image_whose_channels_lie_together_is_seen_as_it_is() -> None:
+    image, _ = images(23, 37)
+    interleaved = image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    np.testing.assert_array_equal(patch_pixels(interleaved.numpy(), 7), patch_pixels(image.numpy(), 7))
+    network = build("compact", {"patch_size": 7, "num_stages": 1, "channels": 16, "depth": 1}).eval()
+    torch.nn.init.normal_(network.heads[0].weight)
+    active = torch.ones(4 * 6, dtype=torch.bool)
+    canvas = torch.zeros_like(image)
+    found = network.predict(interleaved, canvas, active, 0).raw
+    torch.testing.assert_close(found, network.predict(image, canvas, active, 0).raw)
+
+
+def test_images_of_two_sizes_are_refused() -> None:
+    with pytest.raises(ValueError, match="not of one size"):
+        patch_errors(np.zeros((3, 14, 14), np.float32), np.zeros((3, 70, 70), np.float32), 7)

@@ -105,7 +105,8 @@ def test_the_shipped_network_is_the_default_where_it_suits(
         config = DistillConfig.model_validate(settings)
         return config.settled(config.find_predictor())
 
-    assert (settled().predictor, settled().stages, settled().canvas) == ("compact", 4, "predicted")
+    assert (settled().predictor, settled().stages, settled().canvas) == ("compact", 4, "target")
+    assert settled(predictor="compact").canvas == "predicted"
     assert settled(stages=2).predictor == "compact"
     for unsuited in ({"patch_size": 8}, {"stages": 5}):
         assert (settled(**unsuited).predictor, settled(**unsuited).canvas) == ("grid", "target")

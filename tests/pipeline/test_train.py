@@ -124,8 +124,11 @@ def test_of_old_checkpoints_nothing_is_left_and_nothing_of_broken_ones(shards: P
     assert sorted(path.name for path in folder.iterdir()) == ["step-00000004", "step-00000005"]
     (folder / "step-00000003").mkdir()
     (folder / "step-00000003" / "model.safetensors").write_bytes(b"of a run that was stopped here")
+    (folder / "notes.txt").write_text("not ours to delete")
+    (folder / "kept by hand").mkdir()
+    (folder / "kept by hand" / "state.json").write_text("{}")
     remove_old_checkpoints(open_storage(tmp_path / "run"), keep=1)
-    assert [path.name for path in folder.iterdir()] == ["step-00000005"]
+    assert sorted(path.name for path in folder.iterdir()) == ["kept by hand", "notes.txt", "step-00000005"]
 
 
 def test_a_finished_run_is_left_alone(shards: Path, whole_run: Path) -> None:
