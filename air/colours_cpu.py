@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from air.gaussians import Gaussians
-from air.render.cpu import Raster, half_turns
-from air.render.cpu_kernels import BLUE, HALF_TURNS, RED
+from air.render.cpu import Raster
+from air.render.cpu_kernels import BLUE, RED
 from air.render.planes import image_planes, pixels
 from air.render.threads import Workers
 
@@ -27,19 +27,17 @@ class ColourMap:
     def __init__(self, shapes: Gaussians, image: Tensor, workers: Workers) -> None:
         _, height, width = image.shape
         self._count = len(shapes)
-        self._raster = Raster(self._count, height, width, workers)
-        rows = torch.cat([shapes.xy, shapes.scale, half_turns(shapes.angle).float()[:, None]], dim=1)
+        self._raster = Raster.of(shapes, height, width, workers)
         self._image = image
         self._size = (height, width)
         self._drawn = image_planes(height, width)
-        self._raster.parameters[: HALF_TURNS + 1, : self._count] = rows.T.numpy()
 
     def miss(self, colour: Tensor) -> Tensor:
         """The image without what colours (N, 3) draw."""
-        planes, wanted = image_planes(*self._size), image_planes(*self._size)
-        pixels(wanted, *self._size)[:] = self._image.numpy()
+        planes = image_planes(*self._size)
+        pixels(self._drawn, *self._size)[:] = self._image.numpy()
         self._raster.parameters[RED : BLUE + 1, : self._count] = -colour.T.numpy()
-        self._raster.draw(planes, wanted)
+        self._raster.draw(planes, self._drawn)
         return torch.from_numpy(planes)
 
     def draw(self, colour: Tensor) -> Tensor:
