@@ -235,7 +235,7 @@ def _predicted(
         OptimizeConfig.refinement(steps),
         backend="cpu",
         threads=workers.count,
-    )
+    ).unless_worse(raw)
     gaussians = activate(result.raw, anchor, predictor.patch_size)
     ends = np.cumsum([len(stage) for stage in found])
     stages = [

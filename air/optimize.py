@@ -56,6 +56,14 @@ class OptimizeResult:
     raw: Tensor
     trajectory: Trajectory
 
+    def unless_worse(self, start: Tensor) -> OptimizeResult:
+        """This, or where its loss ended above the first: the Gaussians it started from, (N, 8), with no way at all.
+
+        Adam's first steps are of full size however good the start is, so a few of them can spoil a good prediction.
+        """
+        loss, psnr = self.trajectory.loss, self.trajectory.psnr
+        return OptimizeResult(start, Trajectory(loss[:1], psnr[:1])) if loss[-1] > loss[0] else self
+
 
 class Problem(NamedTuple):
     """One image of a batch; see `optimize` for the fields."""

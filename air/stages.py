@@ -123,9 +123,9 @@ class StageResult:
         patch: Row-major patch indices of its Gaussians, shape (N,), int64, ascending.
         anchor: Their anchors in pixels, shape (N, 2).
         predicted: Raw Gaussians as predicted, shape (N, 8).
-        target: Raw Gaussians as optimised, shape (N, 8); the predicted ones where there were no steps.
+        target: Raw Gaussians as optimised, shape (N, 8); the predicted ones where the steps left the loss higher.
         steps: Optimisation steps taken.
-        loss: 0.7 L1 + 0.3 (1 - SSIM) of all Gaussians so far, with this stage's as predicted and as optimised.
+        loss: 0.7 L1 + 0.3 (1 - SSIM) of all Gaussians so far, with this stage's as predicted and with `target`.
         psnr: The same in dB.
     """
 
@@ -281,13 +281,14 @@ def _each_stage(
             optimized = [_unjudged(problem, patch_size) for problem in problems.values()]
         added = {}
         for (number, problem), result in zip(problems.items(), optimized, strict=True):
-            trajectory = result.trajectory
+            kept = result.unless_worse(problem.raw)
+            trajectory = kept.trajectory
             added[number] = StageResult(
                 stage=stage,
                 patch=patches[number],
                 anchor=problem.anchor,
                 predicted=problem.raw,
-                target=result.raw,
+                target=kept.raw,
                 steps=config.steps,
                 loss=(float(trajectory.loss[0]), float(trajectory.loss[-1])),
                 psnr=(float(trajectory.psnr[0]), float(trajectory.psnr[-1])),

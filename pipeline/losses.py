@@ -312,7 +312,8 @@ def _optimized(
 
         workers.run(run, [(index,) for index in range(len(problems))])
     goal = raw.clone()
-    goal[active] = torch.cat([result.raw for result in results])
+    kept = [result.unless_worse(problem.raw) for result, problem in zip(results, problems, strict=True)]
+    goal[active] = torch.cat([result.raw for result in kept])
     return goal
 
 

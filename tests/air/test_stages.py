@@ -6,7 +6,7 @@ import torch
 
 from air.errors import NonFiniteLossError
 from air.gaussians import activate, anchors
-from air.optimize import OptimizeConfig
+from air.optimize import OptimizeConfig, optimize
 from air.predictor import GridPredictor, Prediction
 from air.render import render
 from air.residual import residual_initialization
@@ -133,6 +133,19 @@ def test_without_steps_targets_are_the_predictions(photograph: torch.Tensor) -> 
     for stage in run_stages(photograph, GridPredictor(7), [OptimizeConfig(steps=0)] * 2):
         torch.testing.assert_close(stage.target, stage.predicted)
         assert stage.psnr[0] == stage.psnr[1]
+
+
+def test_a_target_is_never_worse_than_what_was_predicted(photograph: torch.Tensor) -> None:
+    """Beside an image that gains from a stride, one that such strides only harm, as they are far too long for it."""
+    flat = torch.full_like(photograph, 0.5)
+    config = [OptimizeConfig(steps=3)]
+    (gains,), (harmed,) = run_stages_batch([photograph, flat], GridPredictor(7), config)
+    assert optimize(harmed.predicted, harmed.anchor, flat, 7, config[0]).trajectory.loss[-1] > harmed.loss[0]
+    assert torch.equal(harmed.target, harmed.predicted)
+    assert harmed.loss[1] == harmed.loss[0]
+    assert harmed.psnr[1] == harmed.psnr[0]
+    assert not torch.equal(gains.target, gains.predicted)
+    assert gains.loss[1] < gains.loss[0]
 
 
 @pytest.mark.parametrize(("height", "width", "patch_size"), [(1, 1, 4), (5, 3, 7), (20, 31, 6), (14, 14, 7)])

@@ -196,11 +196,14 @@ def test_every_awkward_file_is_distilled_or_refused_for_its_reason(tmp_path: Pat
     assert refused == {"width1_1x400": "too_small", "height1_400x1": "too_small", "single_pixel_1x1": "too_small"}
     assert len(rows) == 16
     assert (rows["exif_rotated6"]["height"], rows["exif_rotated6"]["width"]) == (119, 77)  # upright, in whole patches
-    assert rows["constant_colour"]["psnr_target"][-1] > 33
+    assert rows["constant_colour"]["psnr_target"][-1] > 45
     # The transparent corner of this picture is white: over white, not over what hides under alpha 0.
     assert (images.decode_png(rows["rgba_soft_alpha"]["image"])[0, 0] > 250).all()
-    for name, row in rows.items():
-        assert row["loss_last"][-1] < row["loss_first"][0], name
+    # So few steps would only spoil the one colour that the network meets so well: it stays as predicted.
+    unchanged = {name for name, row in rows.items() if row["loss_last"] == row["loss_first"]}
+    assert unchanged <= {"constant_colour"}
+    for name in rows.keys() - unchanged:
+        assert rows[name]["loss_last"][-1] < rows[name]["loss_first"][0], name
 
 
 def test_a_picture_that_is_met_exactly_does_not_stop_its_shard(tmp_path: Path) -> None:
