@@ -35,11 +35,21 @@ from air.codec import (
     with_reach,
     write_stages,
 )
+from air.defaults import (
+    COMPACT,
+    GRID_STAGES,
+    GROW,
+    GROWING_STEPS,
+    PIXELS_PER_GAUSSIAN,
+    REFINE_STEPS,
+    STEPS_AFTER_PREDICTION,
+    start_of_encoding,
+)
 from air.errors import CodecError
 from air.gaussians import RAW_CHANNELS, activate
 from air.growth import grow
 from air.optimize import OptimizeConfig, check_counts, compile_kernels, image_tensor, kernels_are_compiled, optimize
-from air.predictor import COMPACT, GRID_STAGES, Predictor, has_compact, load_predictor
+from air.predictor import Predictor, load_predictor
 from air.refine import Refiner
 from air.render.simd import compiling, is_compiled
 from air.render.threads import Workers
@@ -49,7 +59,6 @@ from air.stages import run_stages
 ROUNDING_SHARE = 0.25
 """The squared error that rounding may add, as a share of the fit's."""
 
-DEFAULT_PIXELS_PER_GAUSSIAN = 48
 _LEAST_PIXELS_PER_GAUSSIAN = 3
 
 _BITS_PER_GAUSSIAN = 31  # a first guess
@@ -60,12 +69,6 @@ _NEAR_DECIBELS = 0.25
 _STEPS = (16, 1 << 23)  # finest and coarsest quantiser steps
 _BISECTIONS = 9
 
-
-GROW = "grow"
-"""The predictor that there is none: Gaussians are fitted from scratch."""
-
-GROWING_STEPS, STEPS_AFTER_PREDICTION = 150, 10
-"""Steps on all Gaussians together where nobody asks for others."""
 
 ENCODER_COMPILE_SECONDS = 20
 """About how long `compile_encoder` takes once per machine and version; from then on, under a second."""
@@ -94,7 +97,7 @@ def encode(
     psnr: float | None = None,
     gaussians: int | None = None,
     steps: int | None = None,
-    refine_steps: int = 60,
+    refine_steps: int = REFINE_STEPS,
     threads: int = 1,
 ) -> bytes:
     """An .air file of an image: Gaussians that a predictor or `air.grow` gives, refined as they are stored.
@@ -134,7 +137,7 @@ def encode(
         check_counts(stages=(stages, 1))
     pixels = image_tensor(image).float().cpu().contiguous().numpy()
     if start is None and not has_target:
-        gaussians = max(1, pixels[0].size // DEFAULT_PIXELS_PER_GAUSSIAN)
+        gaussians = max(1, pixels[0].size // PIXELS_PER_GAUSSIAN)
     if start is not None and stages is None:
         stages = getattr(start, "num_stages", GRID_STAGES)  # networks say how many they were trained for
     with Workers(threads) as workers:
@@ -152,7 +155,7 @@ def encode(
 def _find_start(predictor: Predictor | str | Path | None, has_target: bool) -> Predictor | None:
     """The predictor to start from; None to grow."""
     if predictor is None:
-        predictor = GROW if has_target or not has_compact() else COMPACT
+        predictor = start_of_encoding(has_target)
     if predictor == GROW:
         return None
     if predictor == COMPACT:
@@ -342,7 +345,7 @@ class _Search:
         Raises:
             CodecError: No fit reached it.
         """
-        count = min(max(1, self.pixels[0].size // (2 * DEFAULT_PIXELS_PER_GAUSSIAN)), self.most)
+        count = min(max(1, self.pixels[0].size // (2 * PIXELS_PER_GAUSSIAN)), self.most)
         tried: list[tuple[float, float]] = []  # (log2 of the number, decibels above the target)
         best: _Fit | None = None
         for _ in range(_MOST_FITS):

@@ -14,10 +14,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from air.defaults import GRID
 from jobs.command import configure, make_parser
 from pipeline.errors import ConfigError, TrainingError
 from pipeline.feed import find_blocks
-from pipeline.predictors import GRID, find_predictor
+from pipeline.predictors import find_predictor
 from pipeline.storage import Storage, normalise, open_storage
 from pipeline.train_config import TrainConfig, TrainerConfig
 from pipeline.work import Plan, read_plan, settle_plan

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
+from air.defaults import GRID
 from pipeline import images, tables
 from pipeline.errors import Rejected
-from pipeline.predictors import GRID, PredictorReference, default_predictor, find_predictor, load
+from pipeline.predictors import PredictorReference, default_predictor, find_predictor, load
 from pipeline.process import EncodedImage, Sample, batched
 from pipeline.shards import read_samples
 from pipeline.storage import Storage

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, ClassVar
 import numpy as np
 from pydantic import Field, model_validator
 
+from air.defaults import GROW, GROWING_STEPS, REFINE_STEPS, STEPS_AFTER_PREDICTION, start_of_encoding
 from pipeline import images, tables
 from pipeline.config import Config
 from pipeline.errors import ConfigError, Rejected
@@ -27,10 +28,6 @@ from pipeline.sources import ItemReader
 from pipeline.storage import Storage, open_storage
 from pipeline.work import PLAN_PATH, Plan, Unit
 
-GROW = "grow"
-"""The predictor that there is none: Gaussians are fitted by `air.grow`."""
-
-_GROWING_STEPS, _STEPS_AFTER_PREDICTION = 150, 10  # as in `air.compress`, which loads torch
 _TARGETS = ("gaussians", "pixels_per_gaussian", "bpp", "psnr")
 
 
@@ -55,7 +52,9 @@ class EncodeConfig(Config):
     steps: int | None = Field(
         None, ge=0, le=1_000_000, description="steps on all Gaussians together; default: 150, after a prediction 10"
     )
-    refine: int = Field(60, ge=0, le=1_000_000, description="further steps on the Gaussians as they are stored")
+    refine: int = Field(
+        REFINE_STEPS, ge=0, le=1_000_000, description="further steps on the Gaussians as they are stored"
+    )
     embed: bool = Field(False, description="put the files in the Parquet column air instead of a tar")
     max_count: int = Field(64, ge=1, le=1_000_000, description="images in a unit of work, where they are no shards")
     image_column: str | None = Field(None, description="Parquet column with image bytes; default: a known name")
@@ -81,7 +80,7 @@ class EncodeConfig(Config):
         """
         if reference is None and self.stages is not None:
             raise ConfigError(f"stages = {self.stages} is about a predictor: name one, such as predictor = grid")
-        usual = _GROWING_STEPS if reference is None else _STEPS_AFTER_PREDICTION
+        usual = GROWING_STEPS if reference is None else STEPS_AFTER_PREDICTION
         steps = usual if self.steps is None else self.steps
         stages = None if reference is None else reference.stages(self.stages)
         name = GROW if reference is None else reference.name
@@ -106,11 +105,7 @@ def find_start(config: EncodeConfig) -> PredictorReference | None:
         CheckpointError: There is no such predictor.
         ConfigError: It has fewer stages than are asked for.
     """
-    name = config.predictor
-    if name is None:
-        from air.predictor import COMPACT, has_compact
-
-        name = GROW if config.has_target or not has_compact() else COMPACT
+    name = start_of_encoding(config.has_target) if config.predictor is None else config.predictor
     return None if name == GROW else find_predictor(name)
 
 

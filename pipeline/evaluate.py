@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from air.defaults import GRID
 from air.errors import InvalidGaussiansError, NonFiniteLossError
 from air.gaussians import RAW_CHANNELS, activate, grid_shape
 from air.metrics import ms_ssim, psnr
@@ -30,7 +31,7 @@ from air.stages import StageControl, run_stages
 from pipeline.errors import Rejected
 from pipeline.evaluate_config import EvaluateConfig
 from pipeline.pictures import Picture
-from pipeline.predictors import GRID, PredictorReference, load
+from pipeline.predictors import PredictorReference, load
 
 logger = logging.getLogger(__name__)
 

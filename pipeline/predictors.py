@@ -15,6 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from air.defaults import COMPACT, GRID, GRID_PATCH_SIZE, GRID_STAGES, has_compact
 from pipeline.errors import ConfigError
 from pipeline.storage import normalise, open_parent
 from pipeline.work import Plan
@@ -23,12 +24,6 @@ if TYPE_CHECKING:
     import torch
 
     from air.predictor import Predictor
-
-GRID = "grid"
-"""Name of the built-in closed form."""
-
-GRID_PATCH_SIZE, GRID_STAGES = 7, 4
-"""Pixels between the grid's anchors, and its stages, where nobody asks for others."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +82,6 @@ def find_predictor(name: str, patch_size: int | None = None) -> PredictorReferen
     """
     if name == GRID:
         return PredictorReference(GRID, GRID, "", patch_size or GRID_PATCH_SIZE, None)
-    from air.predictor import COMPACT
     from air.predictor.checkpoint import read_card
 
     uri = name if name == COMPACT else normalise(name)
@@ -107,8 +101,6 @@ def default_predictor(patch_size: int | None, stages: int | None) -> PredictorRe
         patch_size: Pixels between anchors; None: any.
         stages: How many are wanted; None: as many as there are.
     """
-    from air.predictor import COMPACT, has_compact
-
     if has_compact():
         shipped = find_predictor(COMPACT)
         if patch_size in (None, shipped.patch_size) and (stages or 0) <= (shipped.num_stages or 0):
@@ -154,7 +146,7 @@ def local_checkpoint(name: str) -> Iterator[Path]:
         CheckpointError: It is neither.
         StorageError: It cannot be fetched.
     """
-    from air.predictor import COMPACT, checkpoint_path
+    from air.predictor import checkpoint_path
 
     if name == COMPACT:
         yield checkpoint_path(name)

@@ -67,7 +67,7 @@ TARGETS = pa.schema(
             "psnr_target", pa.float32(), "dB, this stage's Gaussians as optimised, on the earlier stages' canvas"
         ),
         _per_stage("loss_first", pa.float32(), "0.7 L1 + 0.3 (1 - SSIM) before the first step"),
-        _per_stage("loss_last", pa.float32(), "0.7 L1 + 0.3 (1 - SSIM) after the last step"),
+        _per_stage("loss_last", pa.float32(), "0.7 L1 + 0.3 (1 - SSIM) of the target"),
     ]
 )
 """Distillation targets: one row per view, sorted by shard, key and view."""

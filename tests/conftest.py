@@ -54,6 +54,18 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def shards(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The photographs in two shards, to be read only."""
+    from jobs.shard import shard
+    from pipeline.config import RunnerConfig
+    from pipeline.shards import ShardConfig
+
+    folder = tmp_path_factory.mktemp("photographs") / "shards"
+    shard([str(photographs)], str(folder), ShardConfig(max_count=2), RunnerConfig(executor="inline"))
+    return folder
+
+
+@pytest.fixture(scope="session")
 def local_ray() -> Iterator[None]:
     """A Ray of this machine with more slots than cores, shared by all tests: jobs find it initialised."""
     import ray

@@ -14,19 +14,12 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from air import defaults
+from air.defaults import COMPACT, GRID, GRID_PATCH_SIZE
 from air.errors import CheckpointError
 from air.gaussians import anchors
 from air.grid import grid_initialization
 from air.residual import residual_initialization
-
-GRID = "grid"
-"""Name of the built-in closed form."""
-
-COMPACT = "compact"
-"""Name of the checkpoint that this package ships."""
-
-GRID_PATCH_SIZE, GRID_STAGES = 7, 4
-"""Pixels between the grid's anchors, and its stages, where nobody asks for others."""
 
 
 class Prediction(NamedTuple):
@@ -108,20 +101,12 @@ def checkpoint_path(name_or_path: str | Path) -> Path:
         CheckpointError: It is neither "compact" nor the path of a checkpoint, or no "compact" is shipped.
     """
     if name_or_path == COMPACT:
-        if not has_compact():
+        if not defaults.has_compact():
             raise CheckpointError(
-                f"this installation ships no compact predictor ({_SHIPPED} is missing): train one with `air train` and "
-                "give its path, or use grid"
+                f"this installation ships no compact predictor ({defaults.COMPACT_PATH} is missing): "
+                "train one with `air train` and give its path, or use grid"
             )
-        return _SHIPPED
+        return defaults.COMPACT_PATH
     if not str(name_or_path).endswith(".safetensors"):
         raise CheckpointError(f"unknown predictor {str(name_or_path)!r}: give grid, compact or a file NAME.safetensors")
     return Path(name_or_path)
-
-
-def has_compact() -> bool:
-    """Whether this installation ships the predictor "compact"."""
-    return _SHIPPED.exists()
-
-
-_SHIPPED = Path(__file__).parent / "weights" / f"{COMPACT}.safetensors"

@@ -17,11 +17,8 @@ import pytest
 import safetensors.torch
 
 from air.errors import NonFiniteLossError
-from jobs.shard import shard
 from jobs.train import train
-from pipeline.config import RunnerConfig
 from pipeline.errors import JobFailedError
-from pipeline.shards import ShardConfig
 from pipeline.storage import open_storage
 from pipeline.train_config import TrainConfig, TrainerConfig
 from pipeline.training_log import read_metrics
@@ -44,14 +41,6 @@ TINY: dict[str, Any] = {
     "rate": 1e-3,
     "valid_images": 3,
 }
-
-
-@pytest.fixture(scope="module")
-def shards(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("train") / "shards"
-    runner = RunnerConfig.model_validate({"executor": "inline"})
-    shard([str(photographs)], str(folder), ShardConfig.model_validate({"max_count": 2}), runner)
-    return folder
 
 
 def run(

@@ -39,18 +39,11 @@ def read_targets(folder: Path) -> pa.Table:
 
 
 @pytest.fixture(scope="module")
-def shards(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The photographs in two shards."""
-    folder = tmp_path_factory.mktemp("distill") / "shards"
-    shard([str(photographs)], str(folder), ShardConfig(max_count=2), INLINE)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def targets(shards: Path) -> Path:
+def targets(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Their targets, made inline."""
-    distill(str(shards), str(shards.parent / "targets"), QUICK, INLINE)
-    return shards.parent / "targets"
+    folder = tmp_path_factory.mktemp("distill") / "targets"
+    distill(str(shards), str(folder), QUICK, INLINE)
+    return folder
 
 
 def test_there_is_one_row_per_view_with_the_declared_columns(targets: Path) -> None:

@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from air import predictor as air_predictor
+from air import defaults
 from air.optimize import OptimizeConfig
 from air.predictor.checkpoint import load_checkpoint, save_checkpoint
 from air.predictor.network import build
@@ -111,11 +111,8 @@ def test_the_shipped_network_is_the_default_where_it_suits(
     for unsuited in ({"patch_size": 8}, {"stages": 5}):
         assert (settled(**unsuited).predictor, settled(**unsuited).canvas) == ("grid", "target")
     distill(str(shards), str(tmp_path / "targets"), DistillConfig(steps=(1,), stages=1), INLINE)
-    assert (
-        checksum_of(air_predictor.checkpoint_path("compact"))
-        in read_plan(open_storage(tmp_path / "targets")).config["predictor"]
-    )
-    monkeypatch.setattr(air_predictor, "_SHIPPED", tmp_path / "none.safetensors")
+    assert checksum_of(defaults.COMPACT_PATH) in read_plan(open_storage(tmp_path / "targets")).config["predictor"]
+    monkeypatch.setattr(defaults, "COMPACT_PATH", tmp_path / "none.safetensors")
     assert (settled().predictor, settled().stages, settled().canvas) == ("grid", 4, "target")
 
 

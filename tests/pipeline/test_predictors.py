@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from air import predictor as air_predictor
+from air import defaults
 from air.errors import CheckpointError
 from air.predictor import GridPredictor, load_predictor
 from air.predictor.checkpoint import save_checkpoint
@@ -36,7 +36,7 @@ def test_a_predictor_is_loaded_by_name_or_path(checkpoint: Path) -> None:
 
 
 def test_the_shipped_predictor_goes_by_the_name_compact(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(air_predictor, "_SHIPPED", checkpoint)
+    monkeypatch.setattr(defaults, "COMPACT_PATH", checkpoint)
     assert load_predictor("compact").patch_size == 5
     reference = find_predictor("compact")
     assert (reference.name, reference.sha256) == ("compact", checksum_of(checkpoint))
@@ -44,7 +44,7 @@ def test_the_shipped_predictor_goes_by_the_name_compact(checkpoint: Path, monkey
 
 
 def test_where_none_is_shipped_the_message_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(air_predictor, "_SHIPPED", tmp_path / "none.safetensors")
+    monkeypatch.setattr(defaults, "COMPACT_PATH", tmp_path / "none.safetensors")
     with pytest.raises(CheckpointError, match=r"ships no compact predictor.*air train"):
         load_predictor("compact")
 

@@ -16,12 +16,9 @@ import torch
 from air.errors import NonFiniteLossError
 from air.predictor.checkpoint import load_checkpoint
 from jobs.cli import main
-from jobs.shard import shard
 from jobs.train import train
 from pipeline.batches import Feed
-from pipeline.config import RunnerConfig
 from pipeline.errors import PlanMismatchError, TrainingError
-from pipeline.shards import ShardConfig
 from pipeline.storage import open_storage
 from pipeline.train_config import TrainConfig, TrainerConfig
 from pipeline.training_log import read_metrics
@@ -41,14 +38,6 @@ TINY: dict[str, Any] = {
     "valid_images": 2,
 }
 INLINE: dict[str, Any] = {"executor": "inline", "threads": 1, "log_every": 1, "checkpoint_every": 2, "cache_mb": 10}
-
-
-@pytest.fixture(scope="module")
-def shards(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("train") / "shards"
-    runner = RunnerConfig.model_validate({"executor": "inline"})
-    shard([str(photographs)], str(folder), ShardConfig.model_validate({"max_count": 2}), runner)
-    return folder
 
 
 def run(shards: Path, out: Path, trainer: dict[str, Any] | None = None, **changes: Any) -> dict[str, float]:

@@ -19,14 +19,12 @@ from air.predictor.network import build
 from air.render import render
 from jobs.cli import main
 from jobs.distill import distill
-from jobs.shard import shard
 from jobs.train import train
 from pipeline import images, tables
 from pipeline.config import RunnerConfig
 from pipeline.distill import DistillConfig
 from pipeline.errors import ConfigError, TrainingError
 from pipeline.losses import distill_losses
-from pipeline.shards import ShardConfig
 from pipeline.storage import open_storage
 from pipeline.targets import cut_targets
 from pipeline.train_config import TrainConfig, TrainerConfig
@@ -50,15 +48,8 @@ RUNNER = RunnerConfig.model_validate({"executor": "inline"})
 
 
 @pytest.fixture(scope="module")
-def shards(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("phases") / "shards"
-    shard([str(photographs)], str(folder), ShardConfig(), RUNNER)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def targets(shards: Path) -> Path:
-    folder = shards.parent / "targets"
+def targets(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("phases") / "targets"
     settings = {"patch_size": 8, "stages": 2, "steps": 10, "min_view_pixels": 10**6, "max_view_pixels": 10**6}
     distill(str(shards), str(folder), DistillConfig.model_validate(settings), RUNNER)
     return folder

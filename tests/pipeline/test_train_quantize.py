@@ -22,12 +22,9 @@ from air.quantize import DEFAULT_BITS
 from air.render import render
 from air.stages import run_stages
 from jobs.cli import main
-from jobs.shard import shard
 from jobs.train import train
 from pipeline.batches import Feed
-from pipeline.config import RunnerConfig
 from pipeline.errors import TrainingError
-from pipeline.shards import ShardConfig
 from pipeline.start import make_network
 from pipeline.storage import open_storage
 from pipeline.train_config import TrainConfig, TrainerConfig
@@ -54,14 +51,6 @@ TINY: dict[str, Any] = {
 INLINE: dict[str, Any] = {"executor": "inline", "threads": 1, "log_every": 1, "checkpoint_every": 100, "cache_mb": 10}
 
 
-@pytest.fixture(scope="module")
-def shards(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("quantize") / "shards"
-    runner = RunnerConfig.model_validate({"executor": "inline"})
-    shard([str(photographs)], str(folder), ShardConfig(), runner)
-    return folder
-
-
 def configure(**changes: Any) -> TrainConfig:
     return TrainConfig.model_validate({**TINY, **changes})
 
@@ -78,14 +67,15 @@ def losses(rows: list[dict[str, float]]) -> list[tuple[float, float]]:
 
 
 @pytest.fixture(scope="module")
-def finetuned(shards: Path) -> str:
-    run(shards, shards.parent / "finetuned", steps=10)
-    return str(shards.parent / "finetuned" / "last.safetensors")
+def finetuned(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    out = tmp_path_factory.mktemp("finetuned") / "run"
+    run(shards, out, steps=10)
+    return str(out / "last.safetensors")
 
 
 @pytest.fixture(scope="module")
-def quantized(shards: Path, finetuned: str) -> Path:
-    out = shards.parent / "quantized"
+def quantized(shards: Path, finetuned: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("quantized") / "run"
     run(shards, out, phase="quantize", **{"from": finetuned})
     return out
 
