@@ -41,11 +41,11 @@ from air.defaults import (
     GROW,
     GROWING_STEPS,
     PIXELS_PER_GAUSSIAN,
-    REFINE_STEPS,
     STEPS_AFTER_PREDICTION,
+    STORED_STEPS,
     start_of_encoding,
 )
-from air.errors import CodecError
+from air.errors import TargetMissedError
 from air.gaussians import RAW_CHANNELS, activate
 from air.growth import grow
 from air.optimize import OptimizeConfig, check_counts, compile_kernels, image_tensor, kernels_are_compiled, optimize
@@ -97,7 +97,7 @@ def encode(
     psnr: float | None = None,
     gaussians: int | None = None,
     steps: int | None = None,
-    refine_steps: int = REFINE_STEPS,
+    stored_steps: int = STORED_STEPS,
     threads: int = 1,
 ) -> bytes:
     """An .air file of an image: Gaussians that a predictor or `air.grow` gives, refined as they are stored.
@@ -116,13 +116,14 @@ def encode(
             predictor as many as its stages ask for.
         steps: On all Gaussians together, in each fit; a target of bits or decibels takes two to five fits. By default
             150 to grow, and 10 after a prediction.
-        refine_steps: Steps on the quantised Gaussians after each fit.
+        stored_steps: Steps on the quantised Gaussians after each fit.
         threads: CPU threads at most; a predicting network takes those of torch (`torch.set_num_threads`). A file of
             grown Gaussians does not depend on it.
 
     Raises:
         ValueError: More than one target, or one that means nothing; or stages of no predictor.
-        CodecError: The target cannot be met.
+        TargetMissedError: The target cannot be met.
+        CodecError: The format cannot hold the image.
         CheckpointError: There is no such predictor.
         InvalidGaussiansError: What was predicted is not finite.
     """
@@ -132,7 +133,7 @@ def encode(
         raise ValueError(f"stages = {stages} is about a predictor: name one, such as predictor='compact'")
     if steps is None:
         steps = GROWING_STEPS if start is None else STEPS_AFTER_PREDICTION
-    check_counts(steps=(steps, 0), refine_steps=(refine_steps, 0), threads=(threads, 1))
+    check_counts(steps=(steps, 0), stored_steps=(stored_steps, 0), threads=(threads, 1))
     if stages is not None:
         check_counts(stages=(stages, 1))
     pixels = image_tensor(image).float().cpu().contiguous().numpy()
@@ -145,9 +146,9 @@ def encode(
         def fit(count: int | None) -> _Fit:
             if start is None:
                 assert count is not None
-                return _grown(pixels, count, steps, refine_steps, workers)
+                return _grown(pixels, count, steps, stored_steps, workers)
             assert stages is not None
-            return _predicted(pixels, start, stages, count, steps, refine_steps, workers)
+            return _predicted(pixels, start, stages, count, steps, stored_steps, workers)
 
         return _meet(pixels, fit, bpp, psnr, gaussians)
 
@@ -192,7 +193,7 @@ def _meet(
     return search.fit(gaussians).file()
 
 
-def _grown(pixels: NDArray[np.float32], count: int, steps: int, refine_steps: int, workers: Workers) -> _Fit:
+def _grown(pixels: NDArray[np.float32], count: int, steps: int, stored_steps: int, workers: Workers) -> _Fit:
     """Free Gaussians from `air.grow`, laid out in stages."""
     _, height, width = pixels.shape
     result = grow(torch.from_numpy(pixels), count, steps, backend="cpu", device="cpu", threads=workers.count)
@@ -202,7 +203,7 @@ def _grown(pixels: NDArray[np.float32], count: int, steps: int, refine_steps: in
         if len(stages) <= MOST_STAGES or patch_size == 1:
             break
         patch_size = patch_size // 2
-    return _Fit(stages[:MOST_STAGES], patch_size, float(result.trajectory.psnr[-1]), pixels, refine_steps, workers)
+    return _Fit(stages[:MOST_STAGES], patch_size, float(result.trajectory.psnr[-1]), pixels, stored_steps, workers)
 
 
 def _predicted(
@@ -211,7 +212,7 @@ def _predicted(
     num_stages: int,
     count: int | None,
     steps: int,
-    refine_steps: int,
+    stored_steps: int,
     workers: Workers,
 ) -> _Fit:
     """The stages that a predictor gives, moved together."""
@@ -245,7 +246,7 @@ def _predicted(
         Stage(stage.patch.numpy(), gaussians[int(end) - len(stage) : int(end)])
         for stage, end in zip(found, ends, strict=True)
     ]
-    return _Fit(stages, predictor.patch_size, float(result.trajectory.psnr[-1]), pixels, refine_steps, workers)
+    return _Fit(stages, predictor.patch_size, float(result.trajectory.psnr[-1]), pixels, stored_steps, workers)
 
 
 class _Fit:
@@ -256,7 +257,7 @@ class _Fit:
         patch_size: Pixels between the anchors.
         psnr: Of their picture, in dB; the quantiser follows from it.
         pixels: The image, shape (3, height, width).
-        refine_steps: Steps on the quantised Gaussians.
+        stored_steps: Steps on the quantised Gaussians.
         workers: The threads to use.
     """
 
@@ -266,7 +267,7 @@ class _Fit:
         patch_size: int,
         psnr: float,
         pixels: NDArray[np.float32],
-        refine_steps: int,
+        stored_steps: int,
         workers: Workers,
     ) -> None:
         _, height, width = pixels.shape
@@ -288,7 +289,7 @@ class _Fit:
             pixels,
             workers,
         )
-        self._refiner.run(SensitivityQuantizer(self.step), refine_steps)
+        self._refiner.run(SensitivityQuantizer(self.step), stored_steps)
 
     def file(self, step: int | None = None) -> bytes:
         """The file with the step it was refined for, or another."""
@@ -321,7 +322,7 @@ class _Search:
         """The best file of at most `size` bytes.
 
         Raises:
-            CodecError: There is none.
+            TargetMissedError: There is none.
         """
         count = min(max(1, size * 8 // _BITS_PER_GAUSSIAN), self.most)
         for _ in range(_MOST_FITS):
@@ -336,14 +337,14 @@ class _Search:
         step = _finest(fit.step, lambda step: len(fit.file(step)) <= size)
         if step is None:
             least = len(fit.file(_STEPS[1]))
-            raise CodecError(f"{size} bytes are too few for this image: the smallest file has {least}")
+            raise TargetMissedError(f"{size} bytes are too few for this image: the smallest file has {least}")
         return fit.file(step)
 
     def for_quality(self, squared_error: float) -> bytes:
         """A small file whose picture has at most this mean squared error.
 
         Raises:
-            CodecError: No fit reached it.
+            TargetMissedError: No fit reached it.
         """
         count = min(max(1, self.pixels[0].size // (2 * PIXELS_PER_GAUSSIAN)), self.most)
         tried: list[tuple[float, float]] = []  # (log2 of the number, decibels above the target)
@@ -364,7 +365,7 @@ class _Search:
         step = _coarsest(best.step, lambda step: best.squared_error(step) <= squared_error)
         if step is None:
             reached = -10 * math.log10(best.squared_error(_STEPS[0]))
-            raise CodecError(
+            raise TargetMissedError(
                 f"{-10 * math.log10(squared_error):.2f} dB were not reached: the best of {len(tried)} fits has "
                 f"{reached:.2f} dB; try more steps"
             )

@@ -25,7 +25,7 @@ GRID_PATCH_SIZE, GRID_STAGES = 7, 4
 GROWING_STEPS, STEPS_AFTER_PREDICTION = 150, 10
 """Of encoding: steps on all Gaussians together, before they are refined as they are stored."""
 
-REFINE_STEPS = 60
+STORED_STEPS = 60
 """Of encoding: steps on the Gaussians as they are stored."""
 
 PIXELS_PER_GAUSSIAN = 48

@@ -36,3 +36,7 @@ class MissingExtraError(AirError, ImportError):
 
 class CodecError(AirError, ValueError):
     """An .air file that is damaged, cut off or of another version, or an image that cannot be written as one."""
+
+
+class TargetMissedError(CodecError):
+    """A target of bits or of quality that no file of the image meets."""

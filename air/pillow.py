@@ -26,7 +26,7 @@ from air.render.cpu import draw_levels
 
 FORMAT, ENDING, MIME = "AIR", ".air", "image/x-air"
 
-ENCODE_OPTIONS = ("predictor", "stages", "bpp", "psnr", "gaussians", "steps", "refine_steps", "threads")
+ENCODE_OPTIONS = ("predictor", "stages", "bpp", "psnr", "gaussians", "steps", "stored_steps", "threads")
 """What `Image.save` passes on to `air.encode`."""
 
 _WRITABLE_MODES = ("RGB", "L", "1", "P", "CMYK", "YCbCr")

@@ -1,6 +1,6 @@
 """Throughput of `air encode`, what its time goes into, and what two Ray workers make of two cores.
 
-    python benchmarks/encode.py [IMAGES] [--shards 32] [--images 4] [--repeat 2] [--predictor grow] [--refine 60]
+    python benchmarks/encode.py [IMAGES] [--shards 32] [--images 4] [--repeat 2] [--predictor grow] [--stored-steps 60]
 
 Without IMAGES (a folder) the pictures are those of `air demo` at 480 x 320, several renditions of each, so that nothing
 is downloaded. First one inline process encodes some of the shards, with a clock around each part. Then two inline
@@ -119,10 +119,10 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=4, help="in a shard")
     parser.add_argument("--repeat", type=int, default=2)
     parser.add_argument("--predictor", default="grow", help="as for air encode")
-    parser.add_argument("--refine", type=int, default=60)
+    parser.add_argument("--stored-steps", type=int, default=60)
     given = parser.parse_args()
     os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
-    options = ["--predictor", given.predictor, "--refine", str(given.refine)]
+    options = ["--predictor", given.predictor, "--stored-steps", str(given.stored_steps)]
 
     def command(shards: Path, output: Path, *more: str) -> list[str]:
         return [sys.executable, "-m", "jobs.cli", "encode", str(shards), str(output), *options, *more]
@@ -139,7 +139,7 @@ def main() -> None:
         halves = [folder / "half0", folder / "half1"]
         deal_out(folder / "all", halves)
         deal_out(folder / "all", [folder / f"eighth{hand}" for hand in range(8)])
-        config = EncodeConfig(predictor=given.predictor, refine=given.refine)
+        config = EncodeConfig(predictor=given.predictor, stored_steps=given.stored_steps)
         report("inline, 1 process", parts_of_one_process(folder / "eighth0", folder / "one", config))
         ratios = []
         for turn in range(given.repeat):

@@ -14,8 +14,6 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 
-import pyarrow.parquet as pq
-
 from jobs.command import configure, make_parser
 from jobs.display import show
 from jobs.report import print_outcome
@@ -25,7 +23,7 @@ from pipeline.errors import Rejected
 from pipeline.runner import Tally, run
 from pipeline.sources import check_outside
 from pipeline.storage import Storage, normalise, open_parent, open_storage
-from pipeline.work import PLAN_PATH, read_manifests, settle_plan
+from pipeline.work import PLAN_PATH, read_quarantine, settle_plan
 
 _FORMATS = {".png": "png", ".webp": "webp", ".jpg": "jpeg", ".jpeg": "jpeg"}
 _MOST_NAMED = 20
@@ -118,12 +116,7 @@ def draw_all(source: Storage, names: Sequence[str], output: str, config: DecodeC
 
 def print_refused(output: Storage) -> None:
     """Names the files that a job could not draw."""
-    lines = []
-    for manifest in read_manifests(output):
-        if manifest.quarantine is not None:
-            with output.local_file(manifest.quarantine.path) as local:
-                rows = pq.read_table(local).to_pylist()
-            lines += [f"{row['message']} ({row['reason']})" for row in rows]
+    lines = [f"{row['message']} ({row['reason']})" for row in read_quarantine(output)]
     for line in lines[:_MOST_NAMED]:
         print(line, file=sys.stderr)
     if len(lines) > _MOST_NAMED:

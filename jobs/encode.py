@@ -8,7 +8,7 @@ the same, byte for byte.
 
   air encode photos/ encoded/
   air encode photos/ encoded/ --bpp 0.5
-  air encode shards/ encoded/ --predictor run/best.safetensors --refine 20
+  air encode shards/ encoded/ --predictor run/best.safetensors --stored-steps 20
 """
 
 from collections.abc import Sequence

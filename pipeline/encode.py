@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, ClassVar
 import numpy as np
 from pydantic import Field, model_validator
 
-from air.defaults import GROW, GROWING_STEPS, REFINE_STEPS, STEPS_AFTER_PREDICTION, start_of_encoding
+from air.defaults import GROW, GROWING_STEPS, STEPS_AFTER_PREDICTION, STORED_STEPS, start_of_encoding
 from pipeline import images, tables
 from pipeline.config import Config
 from pipeline.errors import ConfigError, Rejected
@@ -52,8 +52,8 @@ class EncodeConfig(Config):
     steps: int | None = Field(
         None, ge=0, le=1_000_000, description="steps on all Gaussians together; default: 150, after a prediction 10"
     )
-    refine: int = Field(
-        REFINE_STEPS, ge=0, le=1_000_000, description="further steps on the Gaussians as they are stored"
+    stored_steps: int = Field(
+        STORED_STEPS, ge=0, le=1_000_000, description="further steps on the Gaussians as they are stored"
     )
     embed: bool = Field(False, description="put the files in the Parquet column air instead of a tar")
     max_count: int = Field(64, ge=1, le=1_000_000, description="images in a unit of work, where they are no shards")
@@ -196,7 +196,8 @@ class EncodeJob:
         """The image's file and row.
 
         Raises:
-            Rejected: As `images.decode`; `target_missed`: no file meets the target; `non_finite`: the fit diverged.
+            Rejected: As `images.decode`; `target_missed`: no file meets the target; `unsupported`: the .air format
+                cannot hold the image; `non_finite`: the fit diverged.
         """
         import torch
 
@@ -218,15 +219,17 @@ class EncodeJob:
         import torch
 
         from air.compress import encode
-        from air.errors import CodecError, InvalidGaussiansError, NonFiniteLossError
+        from air.errors import CodecError, InvalidGaussiansError, NonFiniteLossError, TargetMissedError
 
         config = self._config
         start = GROW if self._predictor is None else load(self._predictor, torch.device("cpu"))
-        options = {"steps": config.steps, "refine_steps": config.refine, **config.target(*rgb.shape[:2])}
+        options = {"steps": config.steps, "stored_steps": config.stored_steps, **config.target(*rgb.shape[:2])}
         try:
             return encode(rgb, predictor=start, stages=config.stages, **options)
-        except CodecError as error:
+        except TargetMissedError as error:
             raise Rejected("target_missed", str(error)) from None
+        except CodecError as error:
+            raise Rejected(images.Reason.UNSUPPORTED, str(error)) from None
         except (InvalidGaussiansError, NonFiniteLossError) as error:
             raise Rejected("non_finite", str(error)) from None
 

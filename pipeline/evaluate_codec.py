@@ -18,12 +18,12 @@ import torch
 from air.bitstream import MOST_SIDE, read_header
 from air.codec import decode, read_info
 from air.compress import compile_encoder, encode
-from air.errors import CodecError
+from air.errors import CodecError, TargetMissedError
 from air.metrics import ms_ssim, psnr
 from air.optimize import image_tensor
 from air.pillow import draw
 from air.sensitivity import SensitivityQuantizer
-from pipeline import rivals
+from pipeline import images, rivals
 from pipeline.errors import Rejected
 from pipeline.evaluate import Evaluation, Rows, measure_pictures
 from pipeline.evaluate_config import EvaluateConfig
@@ -58,7 +58,7 @@ def evaluate_codec(
     compile_encoder()
     # What the first call costs, such as loading kernels, is no picture's time.
     noise = np.random.default_rng(0).integers(0, 256, (_WARM_UP_SIDE, _WARM_UP_SIDE, 3), np.uint8)
-    _draw_file(encode(noise, bpp=8.0, steps=2, refine_steps=2, threads=config.threads), config.threads)
+    _draw_file(encode(noise, bpp=8.0, steps=2, stored_steps=2, threads=config.threads), config.threads)
 
     def measure(key: str, rgb: np.ndarray) -> Rows:
         return [row for target in config.bpp for row in _measure(key, rgb, target, others, config)]
@@ -98,9 +98,11 @@ def _measure(
 
     begin = time.perf_counter()
     try:
-        blob = encode(rgb, bpp=target, steps=config.steps, refine_steps=config.stored_steps, threads=config.threads)
-    except CodecError as error:
+        blob = encode(rgb, bpp=target, steps=config.steps, stored_steps=config.stored_steps, threads=config.threads)
+    except TargetMissedError as error:
         raise Rejected("target_missed", str(error)) from None
+    except CodecError as error:
+        raise Rejected(images.Reason.UNSUPPORTED, str(error)) from None
     seconds = time.perf_counter() - begin
     info = read_info(blob, max_pixels=height * width)
     quantizer = info.header.quantizer

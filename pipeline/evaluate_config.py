@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field, model_validator
 
+from air.defaults import GROWING_STEPS, STORED_STEPS
 from pipeline import images
 from pipeline.config import Config
 
@@ -60,9 +61,9 @@ class EvaluateConfig(Config):
     bpp: tuple[float, ...] = Field(
         (0.15, 0.25, 0.5, 1.0), description="of the codec: targets, the most bits per pixel of the .air files"
     )
-    steps: int = Field(150, ge=0, le=1_000_000, description="of the codec: steps of each fit")
+    steps: int = Field(GROWING_STEPS, ge=0, le=1_000_000, description="of the codec: steps of each fit")
     stored_steps: int = Field(
-        60, ge=0, le=1_000_000, description="of the codec: further steps on the Gaussians as they are stored"
+        STORED_STEPS, ge=0, le=1_000_000, description="of the codec: further steps on the Gaussians as they are stored"
     )
 
     @model_validator(mode="after")

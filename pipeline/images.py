@@ -51,7 +51,7 @@ class Reason(StrEnum):
     NOT_AN_IMAGE = "not_an_image"
     """No known image signature at its start."""
     UNSUPPORTED = "unsupported"
-    """An image or document, but of a format or pixel type that is not read here."""
+    """An image or document, but of a format or pixel type that is not read here, or that cannot be written."""
     TRUNCATED = "truncated"
     """The file ends before its own structure does: fetch it again."""
     CORRUPT = "corrupt"

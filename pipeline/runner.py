@@ -12,6 +12,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Protocol
 
 from pipeline.audit import check_present, remove_garbage
@@ -20,7 +21,7 @@ from pipeline.errors import JobFailedError
 from pipeline.executors import Failure, Handle, Task, open_executor
 from pipeline.process import Job, Progress
 from pipeline.storage import Storage
-from pipeline.work import Manifest, Plan, Unit, read_manifests
+from pipeline.work import Manifest, Plan, Unit, read_manifests, read_quarantine
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,7 @@ FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 1.0, 60.0
 """A unit whose storage failed waits before it is tried again, twice as long each time."""
 
 _OLD_SECONDS = 24 * 3600.0  # a temporary file this old has no writer any more
+_MOST_SHOWN = 3  # bad images that the message names
 _MIN_DURATIONS = 5  # finished units before stragglers are looked for
 
 
@@ -131,20 +133,27 @@ def run(job: Job, plan: Plan, output: Storage, config: RunnerConfig, display: Di
                 f"{len(failures)} of {len(plan.units)} shards failed; the others are committed. "
                 f"Run the same command again to go on.{listed}"
             )
-    _judge(tally, config, final=True)
+    _judge(tally, config, output, final=True)
     remove_garbage(output)
     output.sweep_temporaries(older_than=_OLD_SECONDS)
     return tally
 
 
-def _judge(tally: Tally, config: RunnerConfig, final: bool = False) -> None:
+def _judge(tally: Tally, config: RunnerConfig, output: Storage, final: bool = False) -> None:
+    """Raises JobFailedError where too many images are bad; the message shows the first of them."""
     bad = tally.rejected.total()
     enough = final or tally.samples >= MIN_SAMPLES_TO_JUDGE
     if enough and tally.samples and bad > config.max_bad_share * tally.samples:
         reasons = ", ".join(f"{reason} {count}" for reason, count in tally.rejected.most_common())
+        shown = "".join(
+            f"\n  {row['key']}: {row['message']} ({row['reason']})"
+            for row in islice(read_quarantine(output), _MOST_SHOWN)
+        )
+        more = f"\n  and {bad - _MOST_SHOWN} more" if bad > _MOST_SHOWN else ""
         raise JobFailedError(
             f"{bad} of {tally.samples} images are bad ({reasons}), more than the share of {config.max_bad_share:g} "
-            "that max_bad_share allows. See the quarantine folder; raise max_bad_share if that is expected."
+            f"that max_bad_share allows:{shown}{more}\n"
+            f"All are listed in {output.uri('quarantine')}. Raise max_bad_share if that is expected."
         )
 
 
@@ -156,7 +165,7 @@ class _Drive:
     ) -> None:
         self._job = job
         self._plan_hash = plan.hash
-        self._output_uri = output.uri()
+        self._output = output
         self._config = config
         self._tally = tally
         self._display = display
@@ -215,13 +224,13 @@ class _Drive:
     def _submit(self, unit: Unit) -> None:
         self._attempts[unit.name] += 1
         isolate = self._crashes[unit.name] >= CRASHES_BEFORE_ISOLATION
-        task = Task(self._job, unit, self._plan_hash, self._output_uri, isolate)
+        task = Task(self._job, unit, self._plan_hash, self._output.uri(), isolate)
         self._at_work[self._executor.submit(task)] = unit
 
     def _finish(self, unit: Unit, manifest: Manifest) -> None:
         self._durations.append(manifest.seconds)
         self._tally.add(manifest)
-        _judge(self._tally, self._config)
+        _judge(self._tally, self._config, self._output)
         for handle in [handle for handle, other in self._at_work.items() if other == unit]:
             self._executor.cancel(handle)
             del self._at_work[handle]

@@ -20,6 +20,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
+
 import air
 from pipeline import tables
 from pipeline.config import Config, ConfigT, build
@@ -201,6 +203,15 @@ def _parse(model: type[ConfigT], output: Storage, path: str) -> ConfigT:
         return build(model, values, path)
     except (ValueError, ConfigError) as error:
         raise DamagedDataError(f"{output.uri(path)} is not a {model.__name__.lower()}: {error}") from None
+
+
+def read_quarantine(output: Storage) -> Iterator[dict[str, Any]]:
+    """The committed rows of quarantine (`pipeline.tables.QUARANTINE`), unit by unit."""
+    for manifest in read_manifests(output):
+        if manifest.quarantine is not None:
+            with output.local_file(manifest.quarantine.path) as local:
+                rows = pq.read_table(local).to_pylist()
+            yield from rows
 
 
 def committed_units(output: Storage) -> set[str]:

@@ -331,7 +331,7 @@ def test_images_of_any_size_and_content_are_encoded(shape: tuple[int, int], cont
     image = np.random.default_rng(1).integers(0, 256, (*shape, 3), dtype=np.uint8)
     if content != "noise":
         image[:] = 0 if content == "black" else (200, 90, 30)
-    blob = encode(image, gaussians=40, steps=10, refine_steps=5)
+    blob = encode(image, gaussians=40, steps=10, stored_steps=5)
     header = read_header(blob)
     assert (header.height, header.width) == shape
     decoded = decode(blob)
@@ -341,7 +341,7 @@ def test_images_of_any_size_and_content_are_encoded(shape: tuple[int, int], cont
 
 def test_bits_per_pixel_are_an_upper_bound_that_is_nearly_used(photograph: np.ndarray):
     for bpp in (0.3, 1.0):
-        blob = encode(photograph, bpp=bpp, steps=30, refine_steps=10)
+        blob = encode(photograph, bpp=bpp, steps=30, stored_steps=10)
         assert 0.9 * bpp <= len(blob) * 8 / photograph[..., 0].size <= bpp
     with pytest.raises(CodecError, match="too few"):
         encode(photograph, bpp=0.001, steps=2)
@@ -350,17 +350,17 @@ def test_bits_per_pixel_are_an_upper_bound_that_is_nearly_used(photograph: np.nd
 def test_decibels_are_a_lower_bound_that_is_nearly_met(photograph: np.ndarray):
     target = torch.from_numpy(photograph).permute(2, 0, 1) / 255
     for wanted in (24.0, 28.0):
-        blob = encode(photograph, psnr=wanted, steps=30, refine_steps=10)
+        blob = encode(photograph, psnr=wanted, steps=30, stored_steps=10)
         reached = psnr(render(decode(blob), 120, 150), target)
         assert wanted - 1e-3 <= reached < wanted + 0.5
     with pytest.raises(CodecError, match="not reached"):
-        encode(photograph, psnr=90, steps=1, refine_steps=0)
+        encode(photograph, psnr=90, steps=1, stored_steps=0)
 
 
 def test_refining_the_quantised_gaussians_pays(photograph: np.ndarray):
     target = torch.from_numpy(photograph).permute(2, 0, 1) / 255
-    plain = encode(photograph, gaussians=400, steps=60, refine_steps=0)
-    refined = encode(photograph, gaussians=400, steps=60, refine_steps=40)
+    plain = encode(photograph, gaussians=400, steps=60, stored_steps=0)
+    refined = encode(photograph, gaussians=400, steps=60, stored_steps=40)
     gain = psnr(render(decode(refined), 120, 150), target) - psnr(render(decode(plain), 120, 150), target)
     assert gain > 0.15
     assert len(refined) < 1.03 * len(plain)
@@ -371,7 +371,7 @@ def test_threads_do_not_change_the_file(photograph: np.ndarray):
 
 
 def test_the_shipped_predictor_starts_without_a_target_and_growing_with_one(photograph: np.ndarray):
-    quick = {"steps": 2, "refine_steps": 1}
+    quick = {"steps": 2, "stored_steps": 1}
     assert encode(photograph, **quick) == encode(photograph, predictor=load_predictor("compact"), **quick)
     grown = encode(photograph, gaussians=100, **quick)
     assert grown == encode(photograph, predictor="grow", gaussians=100, **quick)
@@ -393,7 +393,7 @@ def test_wrong_targets_are_refused(photograph: np.ndarray):
 
 
 def test_the_package_exports_both_ways(photograph: np.ndarray):
-    blob = air.encode(photograph[:20, :20], gaussians=5, steps=2, refine_steps=0)
+    blob = air.encode(photograph[:20, :20], gaussians=5, steps=2, stored_steps=0)
     assert isinstance(air.decode(blob), Gaussians)
 
 

@@ -73,7 +73,7 @@ def test_pillows_limit_on_pixels_holds(blob: bytes, monkeypatch: pytest.MonkeyPa
 
 def test_save_encodes_with_the_target_that_is_given(tmp_path: Path) -> None:
     ramp = np.linspace(0, 255, HEIGHT * WIDTH * 3).reshape(HEIGHT, WIDTH, 3).astype(np.uint8)
-    Image.fromarray(ramp).save(tmp_path / "ramp.air", bpp=2, steps=20, refine_steps=5)
+    Image.fromarray(ramp).save(tmp_path / "ramp.air", bpp=2, steps=20, stored_steps=5)
     assert (tmp_path / "ramp.air").stat().st_size * 8 <= 2 * HEIGHT * WIDTH
     error = np.asarray(Image.open(tmp_path / "ramp.air")).astype(float) - ramp
     assert np.sqrt(np.square(error).mean()) < 0.5 * ramp.std()  # nearer than a picture of one colour

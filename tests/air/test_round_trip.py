@@ -66,7 +66,7 @@ def test_images_of_any_size_and_content(check: Check, shape: tuple[int, int], co
         image[:] = (200, 90, 30)
     elif content == "one bright pixel":
         image[-1, -1] = 255
-    assert len(check(image, gaussians=40, steps=10, refine_steps=5)) <= 40
+    assert len(check(image, gaussians=40, steps=10, stored_steps=5)) <= 40
 
 
 @pytest.mark.parametrize("kind", ["sensitivity", "uniform"])
@@ -132,7 +132,7 @@ def demo_pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 @pytest.mark.parametrize("number", range(DEMO_PICTURES))
 def test_the_pictures_of_the_demo(check: Check, demo_pictures: list[Path], number: int) -> None:
     rgb = images.decode(demo_pictures[number].read_bytes())
-    assert len(check(rgb, steps=5, refine_steps=3)) > 100
+    assert len(check(rgb, steps=5, stored_steps=3)) > 100
 
 
 @pytest.mark.slow
@@ -143,4 +143,4 @@ def test_the_pictures_of_a_folder(check: Check) -> None:
     paths = [path for path in sorted(Path(folder).iterdir()) if path.suffix.lower() in (".png", ".jpg", ".webp")]
     assert paths, f"{folder} holds no pictures"
     for path in paths:
-        assert len(check(images.decode(path.read_bytes()), bpp=0.25, steps=20, refine_steps=10)) > 0
+        assert len(check(images.decode(path.read_bytes()), bpp=0.25, steps=20, stored_steps=10)) > 0

@@ -117,7 +117,7 @@ def test_bits_are_those_of_the_file_and_keep_the_target(rows: list[dict], origin
 def test_our_row_is_what_the_decoded_file_shows(rows: list[dict], originals: dict[str, np.ndarray]) -> None:
     for row in (row for row in rows if row["codec"] == "AIR"):
         rgb = original_of(row, originals)
-        blob = air.encode(rgb, bpp=row["target_bpp"], steps=STEPS, refine_steps=STORED_STEPS)
+        blob = air.encode(rgb, bpp=row["target_bpp"], steps=STEPS, stored_steps=STORED_STEPS)
         gaussians = air.decode(blob)
         assert (len(blob), len(gaussians)) == (row["bytes"], row["num_gaussians"])
         drawn = air.render(gaussians.to(torch.float64), *rgb.shape[:2], backend="reference").clamp(0, 1)
@@ -196,7 +196,7 @@ def test_images_that_cannot_be_used_or_miss_a_target_are_named_and_passed_over(
     options = ["--bpp", "1", "--steps", str(STEPS), "--stored-steps", "0"]
     assert main(["evaluate", str(tmp_path), "--codec", *options]) == 0
     printed = capsys.readouterr().out
-    assert "means over 1 images" in printed
+    assert "means over 1 image " in printed
     assert "2 skipped (" in printed
     assert "target_missed 1" in printed
     assert {name for name in ("broken.png", "dot.png", "face.png") if name in caplog.text} == {"broken.png", "dot.png"}

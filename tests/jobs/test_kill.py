@@ -29,7 +29,7 @@ from pipeline.work import committed_units, read_manifests
 
 INLINE = RunnerConfig(executor="inline")
 CONFIG = DistillConfig(patch_size=8, stages=2, steps=(25,), min_view_pixels=10_000, max_view_pixels=20_000)
-ENCODE = EncodeConfig(pixels_per_gaussian=60, steps=40, refine=10)
+ENCODE = EncodeConfig(pixels_per_gaussian=60, steps=40, stored_steps=10)
 NUM_SHARDS = 6
 
 
@@ -154,7 +154,9 @@ def encoded(shards: Path) -> Path:
 
 def start_encoding(shards: Path, output: Path, executor: str) -> subprocess.Popen:
     """`air encode` as ENCODE says."""
-    return start("encode", shards, output, executor, ["--pixels-per-gaussian", "60", "--steps", "40", "--refine", "10"])
+    return start(
+        "encode", shards, output, executor, ["--pixels-per-gaussian", "60", "--steps", "40", "--stored-steps", "10"]
+    )
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from toys import committed_bytes
 
 from air.codec import decode, read_info
+from air.errors import CodecError
 from air.metrics import ms_ssim
 from air.predictor.checkpoint import save_checkpoint
 from air.predictor.network import build
@@ -27,13 +28,13 @@ from pipeline import images, tables
 from pipeline.audit import verify
 from pipeline.config import RunnerConfig
 from pipeline.encode import EncodeConfig
-from pipeline.errors import ConfigError, PlanMismatchError
+from pipeline.errors import ConfigError, JobFailedError, PlanMismatchError
 from pipeline.shards import ShardConfig
 from pipeline.storage import open_storage
 from pipeline.work import read_plan
 
 INLINE = RunnerConfig(executor="inline")
-QUICK = EncodeConfig(pixels_per_gaussian=40, steps=4, refine=2, max_count=2)
+QUICK = EncodeConfig(pixels_per_gaussian=40, steps=4, stored_steps=2, max_count=2)
 
 
 def read_rows(folder: Path) -> list[dict]:
@@ -124,23 +125,36 @@ def test_a_target_of_bits_is_kept_and_an_impossible_one_is_quarantined(photograp
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "dot.png").write_bytes(images.encode_png(np.full((2, 2, 3), 90, np.uint8)))
     shutil.copy(photographs / "china.jpg", tmp_path / "in")
-    config = EncodeConfig(bpp=1.0, steps=4, refine=2)
+    config = EncodeConfig(bpp=1.0, steps=4, stored_steps=2)
     tally = encode([str(tmp_path / "in")], str(tmp_path / "encoded"), config, INLINE)
     assert tally.rejected == {"target_missed": 1}
     (row,) = read_rows(tmp_path / "encoded")
     assert 0.9 < row["bpp"] <= 1.0
 
 
+def test_an_image_that_the_format_cannot_hold_misses_no_target(
+    photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> bytes:
+        raise CodecError("this image cannot be written as .air: too many stages")
+
+    monkeypatch.setattr("air.compress.encode", refuse)
+    with pytest.raises(
+        JobFailedError, match=r"china-\w+: .*china\.jpg: this image cannot be written .*\(unsupported\)"
+    ):
+        encode([str(photographs / "china.jpg")], str(tmp_path / "encoded"), EncodeConfig(), INLINE)
+
+
 def test_a_predictor_gives_the_stages(photographs: Path, tmp_path: Path) -> None:
     """More steps, better pictures; a budget is kept; the same plan in another folder gives the same bytes."""
-    config = EncodeConfig(predictor="grid", stages=2, pixels_per_gaussian=40, steps=0, refine=0)
+    config = EncodeConfig(predictor="grid", stages=2, pixels_per_gaussian=40, steps=0, stored_steps=0)
     (tmp_path / "in").mkdir()
     for name in ("chelsea.jpg", "china.jpg"):
         shutil.copy(photographs / name, tmp_path / "in")
     (tmp_path / "in" / "black.png").write_bytes(images.encode_png(np.zeros((20, 30, 3), np.uint8)))
     rows = {}
     for name, steps in (("plain", 0), ("better", 20), ("again", 20)):
-        update = {"steps": steps, "refine": steps}
+        update = {"steps": steps, "stored_steps": steps}
         tally = encode([str(tmp_path / "in")], str(tmp_path / name), config.model_copy(update=update), INLINE)
         assert not tally.rejected
         rows[name] = read_rows(tmp_path / name)
@@ -160,7 +174,7 @@ def test_a_network_starts_and_a_resumed_run_leaves_the_same_bytes(photographs: P
     checkpoint = tmp_path / "net.safetensors"
     save_checkpoint(checkpoint, network)
     output = tmp_path / "encoded"
-    config = EncodeConfig(predictor=str(checkpoint), steps=2, refine=2, max_count=2)
+    config = EncodeConfig(predictor=str(checkpoint), steps=2, stored_steps=2, max_count=2)
     tally = encode([str(photographs)], str(output), config, INLINE)
     assert tally.summary["images"] == 4
     assert not tally.rejected
@@ -182,7 +196,7 @@ def test_a_network_starts_and_a_resumed_run_leaves_the_same_bytes(photographs: P
 def test_the_shipped_predictor_starts_where_no_target_is_given(photographs: Path, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     shutil.copy(photographs / "china.jpg", tmp_path / "in")
-    config = EncodeConfig(steps=0, refine=0)
+    config = EncodeConfig(steps=0, stored_steps=0)
     for name, predictor, given in (
         ("default", "compact:", config),
         ("named", "compact:", config.model_copy(update={"predictor": "compact"})),
