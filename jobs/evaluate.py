@@ -14,6 +14,7 @@ one. Encoding to .air is timed with the search for the target, the others' only 
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,27 +27,28 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import air
 from jobs.command import configure, make_parser
-from jobs.report import print_table, rejections
+from jobs.report import counted, print_table, rejections
 from pipeline import tables
-from pipeline.errors import ConfigError, JobFailedError
+from pipeline.errors import ConfigError, JobFailedError, StorageError
 from pipeline.evaluate_config import EvaluateConfig
 from pipeline.pictures import Picture, find_pictures
 from pipeline.predictors import default_predictor, find_predictor
-from pipeline.storage import open_parent
+from pipeline.storage import check_writable, open_parent
 
 if TYPE_CHECKING:
     from pipeline.evaluate import Evaluation
 
 
 def evaluate(inputs: Sequence[str], config: EvaluateConfig, output: str | None = None) -> Evaluation:
-    """Measures a predictor, and writes the table to `output`, a path or URI of a Parquet file, if it is given.
+    """Measures a predictor, prints the means, and writes the table to `output`, a path or URI, if it is given.
 
     Raises:
         ConfigError: The output's name is not that of a Parquet file, or an input holds no image.
         CheckpointError: There is no such predictor.
         JobFailedError: No image could be used.
+        StorageError: The output cannot be written: found out before anything is measured, if it can be.
     """
-    _check_ending(output, ".parquet", "the table is one Parquet file")
+    _check_output(output, ".parquet", "the table is one Parquet file")
     from air.optimize import COMPILE_SECONDS, kernels_are_compiled
     from pipeline.evaluate import evaluate as measure
 
@@ -59,22 +61,24 @@ def evaluate(inputs: Sequence[str], config: EvaluateConfig, output: str | None =
     evaluation = _measure(
         inputs, config, seconds, lambda pictures, report: measure(pictures, reference, config, report)
     )
+    print_means(evaluation, inputs)
     if output is not None:
-        _write(evaluation.rows, output, tables.EVALUATION, config, {"air.model": reference.model})
+        _write_table(evaluation.rows, output, tables.EVALUATION, config, {"air.model": reference.model})
     return evaluation
 
 
 def evaluate_codec(
     inputs: Sequence[str], config: EvaluateConfig, output: str | None = None, plot: str | None = None
 ) -> Evaluation:
-    """Measures the codec, and writes the table to `output` and curves to `plot`, an SVG file, if they are given.
+    """Measures the codec, prints the means, and writes the table to `output` and curves to `plot`, if they are given.
 
     Raises:
         ConfigError: A file's name has not the ending of its kind, or an input holds no image.
         JobFailedError: No image could be used.
+        StorageError: A file cannot be written: found out before anything is measured, if it can be.
     """
-    _check_ending(output, ".parquet", "the table is one Parquet file")
-    _check_ending(plot, ".svg", "the plot is an SVG file")
+    _check_output(output, ".parquet", "the table is one Parquet file")
+    _check_output(plot, ".svg", "the plot is an SVG file")
     from air.compress import ENCODER_COMPILE_SECONDS, encoder_is_compiled
     from pipeline import rivals
     from pipeline.evaluate_codec import charts
@@ -87,11 +91,11 @@ def evaluate_codec(
         print(f"not measured: {', '.join(missing)}; this Pillow is built without", flush=True)
     seconds = 0 if encoder_is_compiled() else ENCODER_COMPILE_SECONDS
     evaluation = _measure(inputs, config, seconds, lambda pictures, report: measure(pictures, others, config, report))
+    print_codec_means(evaluation, inputs)
     if output is not None:
-        _write(evaluation.rows, output, tables.CODEC_EVALUATION, config, {"air.codecs": rivals.describe(others)})
+        _write_table(evaluation.rows, output, tables.CODEC_EVALUATION, config, {"air.codecs": rivals.describe(others)})
     if plot is not None:
-        storage, name = open_parent(plot)
-        storage.write(name, svg(charts(evaluation.rows)).encode())
+        _deliver(lambda local: local.write_text(svg(charts(evaluation.rows)), encoding="utf-8"), plot)
     return evaluation
 
 
@@ -105,15 +109,13 @@ def main(arguments: Sequence[str]) -> int:
     (config,) = configure(given, evaluate=EvaluateConfig)
     if config.codec:
         evaluation = evaluate_codec(given.images, config, given.output, given.plot)
-        print_codec_means(evaluation, given.images)
     elif given.plot:
         raise ConfigError("--plot: only with --codec, which is not asked for")
     else:
         evaluation = evaluate(given.images, config, given.output)
-        print_means(evaluation, given.images)
     written = [name for name in (given.output, given.plot) if name]
     if written:
-        print(f"{len(evaluation.rows)} rows. Output: {', '.join(written)}")
+        print(f"{counted(len(evaluation.rows), 'row')}. Output: {', '.join(written)}")
     return 0
 
 
@@ -134,9 +136,13 @@ def _measure(
     return evaluation
 
 
-def _check_ending(name: str | None, ending: str, what: str) -> None:
-    if name is not None and not name.endswith(ending):
+def _check_output(name: str | None, ending: str, what: str) -> None:
+    """Refuses an output that could not be written after all the measuring."""
+    if name is None:
+        return
+    if not name.endswith(ending):
         raise ConfigError(f"{name}: {what}; give it a name that ends in {ending}")
+    check_writable(name)
 
 
 def print_codec_means(evaluation: Evaluation, inputs: Sequence[str]) -> None:
@@ -203,7 +209,7 @@ def _print_means(
     evaluation: Evaluation, inputs: Sequence[str], columns: Sequence[str], lines: Sequence[Sequence[object]]
 ) -> None:
     count = len({row["key"] for row in evaluation.rows})
-    print(f"means over {count} images of {', '.join(inputs)}; {_skipped(evaluation)}")
+    print(f"means over {counted(count, 'image')} of {', '.join(inputs)}; {_skipped(evaluation)}")
     print_table("", columns, lines)
 
 
@@ -215,17 +221,30 @@ def _mean(rows: Sequence[Mapping[str, Any]], name: str) -> float:
     return sum(row[name] for row in rows) / len(rows)
 
 
-def _write(
+def _write_table(
     rows: list[dict[str, Any]], output: str, schema: pa.Schema, config: EvaluateConfig, metadata: dict[str, str]
 ) -> None:
     stamps = {**metadata, "air.config": config.model_dump_json(), "air.code_version": air.__version__}
     schema = tables.stamped(schema, stamps)
-    storage, name = open_parent(output)
-    with tempfile.TemporaryDirectory(prefix="air-") as folder:
-        local = Path(folder) / "evaluation.parquet"
+
+    def write(local: Path) -> None:
         with tables.open_writer(str(local), schema) as parquet:
             parquet.write_table(pa.Table.from_pylist(rows, schema=schema))
+
+    _deliver(write, output)
+
+
+def _deliver(write: Callable[[Path], object], output: str) -> None:
+    """Writes a file here and copies it to `output`; what cannot be copied is kept, for it took long to measure."""
+    storage, name = open_parent(output)
+    folder = Path(tempfile.mkdtemp(prefix="air-"))
+    local = folder / name
+    write(local)
+    try:
         storage.upload(local, name)
+    except StorageError as error:
+        raise StorageError(f"{error}. The file is kept as {local}") from None
+    shutil.rmtree(folder)
 
 
 @contextmanager

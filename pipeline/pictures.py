@@ -9,10 +9,11 @@ from typing import NamedTuple
 import numpy as np
 
 from pipeline import images
+from pipeline.errors import ConfigError
 from pipeline.feed import BlockReader, find_blocks
 from pipeline.sources import Item, ItemReader, find_items
 from pipeline.storage import Storage, open_storage
-from pipeline.work import PLAN_PATH
+from pipeline.work import PLAN_PATH, read_plan
 
 
 class Picture(NamedTuple):
@@ -36,7 +37,7 @@ def find_pictures(inputs: Sequence[str], max_pixels: int = images.MAX_PIXELS) ->
         max_pixels: Larger files are rejected before decoding.
 
     Raises:
-        ConfigError: An input holds no image.
+        ConfigError: An input holds no image, or is the output of another job.
         StorageError: An input cannot be read.
     """
     folders = [given for given in inputs if open_storage(given).exists(PLAN_PATH)]
@@ -54,6 +55,12 @@ def _decode(reader: ItemReader, item: Item, max_pixels: int) -> tuple[str, np.nd
 
 def _committed(folder: Storage) -> list[Picture]:
     """Those of a job's output, shard by shard."""
+    job = read_plan(folder).job
+    if job not in ("shard", "distill"):
+        raise ConfigError(
+            f"{folder.uri()} is the output of `air {job}`, which holds no originals: give the images themselves, or "
+            "the output of `air shard` or `air distill`"
+        )
     kind, _, blocks = find_blocks(folder)
     reader = BlockReader(folder, blocks, window=1, cache_bytes=0)
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import os
 import re
+import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -119,6 +120,19 @@ def open_parent(uri: str | os.PathLike[str]) -> tuple[Storage, str]:
     if not name or folder.endswith("/"):
         raise StorageError(f"{whole}: names no file; add the file's path")
     return open_storage(folder or "/"), name
+
+
+def check_writable(uri: str | os.PathLike[str]) -> None:
+    """Raises StorageError if the file `uri` cannot be written, before work is done for it. Makes the file's folder."""
+    storage, name = open_parent(uri)
+    if os.path.isdir(storage.uri(name)):  # never so for a remote one
+        raise StorageError(f"cannot write {storage.uri(name)}: it is a folder; choose another name")
+    probe = f"air-probe-{uuid.uuid4().hex}"
+    try:
+        storage.write(probe, b"")
+        storage.delete(probe)
+    except StorageError as error:
+        raise StorageError(f"{storage.uri(name)} could not be written: {error}") from None
 
 
 class Storage(ABC):

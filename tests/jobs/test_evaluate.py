@@ -1,6 +1,9 @@
 """`air evaluate`: figures that follow from their definitions, baselines beside them, bad images passed over."""
 
 import json
+import re
+import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +21,19 @@ from air.predictor.network import build
 from air.render import render
 from air.stages import StageControl, active_patches
 from jobs.cli import main
+from jobs.encode import encode
 from jobs.evaluate import evaluate
 from jobs.shard import shard
 from pipeline import tables
 from pipeline.config import RunnerConfig
-from pipeline.errors import ConfigError, JobFailedError
+from pipeline.encode import EncodeConfig
+from pipeline.errors import ConfigError, JobFailedError, StorageError
 from pipeline.evaluate import nearest_patch_size
 from pipeline.evaluate_config import EvaluateConfig
 from pipeline.shards import ShardConfig
+from pipeline.storage_local import LocalStorage
+
+INLINE = RunnerConfig(executor="inline")
 
 
 @pytest.fixture
@@ -114,7 +122,7 @@ def test_bad_images_are_named_and_passed_over(
     options = ["--predictor", "grid", "--refine", "0,2", "--no-baseline", "--output", str(out)]
     assert main(["evaluate", str(folder), *options]) == 0
     printed = capsys.readouterr().out
-    assert "means over 1 images" in printed
+    assert "means over 1 image " in printed
     assert "2 skipped (" in printed
     assert "empty 1" in printed
     assert {name for name in ("broken.png", "empty.jpg") if name in caplog.text} == {"broken.png", "empty.jpg"}
@@ -143,6 +151,43 @@ def test_shards_are_evaluated_as_the_pictures_in_them(photographs: Path, tmp_pat
 def test_options_that_mean_nothing_are_refused(values: dict, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         EvaluateConfig(**values)
+
+
+def test_the_output_of_another_job_is_refused(photographs: Path, tmp_path: Path) -> None:
+    encode([str(photographs / "china.jpg")], str(tmp_path / "out"), EncodeConfig(steps=0, stored_steps=0), INLINE)
+    with pytest.raises(ConfigError, match=r"output of `air encode`, which holds no originals: give the images"):
+        evaluate([str(tmp_path / "out")], EvaluateConfig(predictor="grid"))
+
+
+@pytest.mark.parametrize("output", ["astronaut.png/x.parquet", "folder.parquet"])
+def test_an_output_that_cannot_be_written_is_found_before_measuring(
+    one_picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str
+) -> None:
+    shutil.copy(one_picture, tmp_path)
+    (tmp_path / "folder.parquet").mkdir()
+    monkeypatch.setattr("jobs.evaluate.find_pictures", lambda *_: pytest.fail("it measures"))
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(StorageError, match=output):
+        evaluate([str(one_picture)], EvaluateConfig(predictor="grid"), str(tmp_path / output))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_table_that_cannot_be_delivered_is_printed_and_kept(
+    one_picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(self: LocalStorage, local_file: Path, path: str) -> None:
+        raise StorageError(f"cannot copy {local_file} to {self.uri(path)}: No space left on device")
+
+    monkeypatch.setattr(LocalStorage, "upload", full)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    options = ["--predictor", "grid", "--refine", "0", "--no-baseline", "--output", str(tmp_path / "out" / "x.parquet")]
+    assert main(["evaluate", str(one_picture), *options]) == 1
+    said = capsys.readouterr()
+    assert "means over 1 image " in said.out
+    assert "No space left" in said.err
+    kept = re.search(r"The file is kept as (\S+)", said.err)
+    assert kept is not None
+    assert len(pq.read_table(kept[1])) == 1
 
 
 def test_the_output_is_a_parquet_file(one_picture: Path, tmp_path: Path) -> None:
