@@ -4,7 +4,7 @@ For --sql these views are there:
   views       of targets: one row per view of an image: the table's columns, and psnr (dB after the last stage)
   gaussians   of targets: one row per Gaussian: key, view, stage, anchor, predicted_x, target_x, ... target_blue
   images      of encoded images: one row each: the table's columns
-  shards      one row per commit: unit, samples, seconds, rejected, summary
+  shards      one row per commit: unit, samples, seconds, rejected, and the map summary, as in summary['pixels']
   quarantine  one row per image that was refused
 
   air stats targets/
@@ -26,7 +26,7 @@ from pipeline.storage import open_storage
 from pipeline.work import read_plan
 
 _OVERVIEW = """
-    select count(distinct key), count(*), sum(len(stage)), avg(height * width),
+    select count(distinct key), count(*), coalesce(sum(len(stage)), 0)::bigint, avg(height * width),
            avg(len(stage)), avg(psnr_predicted[1]), avg(psnr)
     from views
 """
@@ -41,13 +41,15 @@ _STAGES = """
     from per_stage group by number order by number
 """
 _ENCODED = """
-    select count(*), sum(height::bigint * width) / 1e6, sum(list_sum(gaussians))::bigint, sum(bytes) / 1e6,
-           8 * sum(bytes) / sum(height::bigint * width), avg(bpp), avg(psnr), avg(ms_ssim)
+    select count(*), coalesce(sum(height::bigint * width), 0) / 1e6, coalesce(sum(list_sum(gaussians)), 0)::bigint,
+           coalesce(sum(bytes), 0) / 1e6, 8 * sum(bytes) / sum(height::bigint * width), avg(bpp), avg(psnr),
+           avg(ms_ssim)
     from images
 """
 _ENCODED_COLUMNS = ("bpp", "psnr", "ms_ssim", "list_sum(gaussians)")
 _ENCODING_TIMES = """
-    select sum(summary.decode_seconds), sum(summary.encode_seconds), sum(summary.measure_seconds) from shards
+    select sum(summary['decode_seconds']), sum(summary['encode_seconds']), sum(summary['measure_seconds'])
+    from shards
 """
 _QUANTILES = (0.01, 0.1, 0.5, 0.9, 0.99)
 _SHAPES = f"""
@@ -67,7 +69,7 @@ _SHAPES = f"""
 """
 _TIMES = """
     select count(*), sum(samples)::bigint, sum(seconds), sum(seconds) / nullif(sum(samples), 0),
-           sum(summary.pixels) / 1e6 / nullif(sum(seconds), 0)
+           sum(summary['pixels']) / 1e6 / nullif(sum(seconds), 0)
     from shards
 """
 _QUARANTINE = (
@@ -114,7 +116,7 @@ def print_summary(connection: duckdb.DuckDBPyConnection, title: str) -> None:
     rows = [
         ("images", images),
         ("views", views),
-        ("Gaussians", int(gaussians or 0)),
+        ("Gaussians", gaussians),
         ("Gaussians per view", per_view),
         ("pixels per view", pixels),
         ("PSNR predicted by stage 0, dB", predicted),
@@ -122,14 +124,19 @@ def print_summary(connection: duckdb.DuckDBPyConnection, title: str) -> None:
     ]
     rows += _times(connection)
     print_table(f"targets in {title}", ("", "value"), rows)
+    if gaussians:
+        _print_stages_and_shapes(connection)
+    _print_quarantine(connection)
+
+
+def _print_stages_and_shapes(connection: duckdb.DuckDBPyConnection) -> None:
     columns = ("stage", "views", "Gaussians", "per view", "steps", "dB before", "dB after", "loss before", "loss after")
     print_table(
         "stages (PSNR and loss are means over views, of all Gaussians so far)", columns, _all(connection, _STAGES)
     )
     names = ("larger scale, px", "smaller scale, px", "anisotropy", "amplitude")
-    shapes = [(name, *values) for name, values in zip(names, _one(connection, _SHAPES), strict=True) if values]
+    shapes = [(name, *values) for name, values in zip(names, _one(connection, _SHAPES), strict=True)]
     print_table("optimised Gaussians, approximate quantiles", ("", *(f"{q:.0%}" for q in _QUANTILES)), shapes)
-    _print_quarantine(connection)
 
 
 def print_encoded(connection: duckdb.DuckDBPyConnection, title: str) -> None:
@@ -146,19 +153,23 @@ def print_encoded(connection: duckdb.DuckDBPyConnection, title: str) -> None:
         ("PSNR, dB", psnr),
         ("MS-SSIM", None if similarity is None else f"{similarity:.4f}"),
         *_times(connection),
-        ("of them decoding images", decoding),
-        ("of them encoding", encoding),
-        ("of them measuring", measuring),
+        ("worker seconds decoding images", decoding),
+        ("worker seconds encoding", encoding),
+        ("worker seconds measuring", measuring),
     ]
     print_table(f"encoded images in {title}", ("", "value"), rows)
+    if images:
+        _print_spread(connection)
+    _print_quarantine(connection)
+
+
+def _print_spread(connection: duckdb.DuckDBPyConnection) -> None:
     names = ("bits per pixel", "PSNR, dB", "MS-SSIM", "Gaussians")
     spread = [
         (name, *_one(connection, f"select quantile_cont({column}, {list(_QUANTILES)}) from images")[0])
         for name, column in zip(names, _ENCODED_COLUMNS, strict=True)
-        if images
     ]
     print_table("quantiles over images", ("", *(f"{q:.0%}" for q in _QUANTILES)), spread)
-    _print_quarantine(connection)
 
 
 def _times(connection: duckdb.DuckDBPyConnection) -> list[tuple[str, object]]:

@@ -13,6 +13,17 @@ from pipeline.errors import StorageError
 from pipeline.storage import Storage
 from pipeline.work import Manifest, read_manifests, read_plan
 
+_COMMITS = pa.schema(
+    [
+        ("unit", pa.string()),
+        ("attempt", pa.string()),
+        ("samples", pa.int64()),
+        ("seconds", pa.float64()),
+        ("rejected", pa.int64()),
+        ("summary", pa.map_(pa.string(), pa.float64())),  # of a shard without usable images it is empty
+    ]
+)
+
 
 @contextmanager
 def connect(output: Storage) -> Iterator[duckdb.DuckDBPyConnection]:
@@ -71,8 +82,9 @@ def _commits(manifests: Sequence[Manifest]) -> pa.Table:
                 "samples": manifest.samples,
                 "seconds": manifest.seconds,
                 "rejected": sum(manifest.rejected.values()),
-                "summary": manifest.summary,
+                "summary": list(manifest.summary.items()),
             }
             for manifest in manifests
-        ]
+        ],
+        schema=_COMMITS,
     )

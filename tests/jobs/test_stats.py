@@ -74,6 +74,26 @@ def test_the_summary_states_what_the_table_holds(targets: Path, capsys: pytest.C
     assert "anisotropy" in text
 
 
+@pytest.mark.parametrize("job", ["distill", "encode"])
+def test_without_a_usable_image_there_are_zeros(targets: Path, tmp_path: Path, capsys, job: str) -> None:
+    """The summaries of such shards are empty."""
+    command = [job, str(targets.parent / "more"), str(tmp_path / "out"), "--executor", "inline"]
+    if job == "distill":
+        shard([str(targets.parent / "more")], str(tmp_path / "shards"), ShardConfig(), INLINE)
+        command[1] = str(tmp_path / "shards")
+    else:
+        command += ["--bpp", "0.01", "--steps", "1"]
+    assert main(command) == 1
+    capsys.readouterr()
+    assert main(["stats", str(tmp_path / "out")]) == 0
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert " images 0 " in text
+    assert " Gaussians 0 " in text
+    assert " images seen 1 " in text
+    assert {"distill": "too_small 1", "encode": "target_missed 1"}[job] in text
+    assert query(tmp_path / "out", "select summary['pixels'] is null from shards", capsys) == ["True"]
+
+
 def test_a_wrong_query_is_explained(targets: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["stats", str(targets), "--sql", "select nonsense from views"]) == 2
     assert "nonsense" in capsys.readouterr().err
