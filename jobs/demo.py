@@ -87,14 +87,14 @@ def run_demo(
 ) -> None:
     """All the steps, each with the command that does it alone; `file` is the configuration, for those commands."""
     from jobs import distill, shard, stats, verify
-    from jobs.report import print_outcome
+    from jobs.report import counted, print_outcome
     from pipeline.sheet import save_sheet
 
     begin = time.monotonic()
     option = f" --config {file}" if file else ""
     pictures, shards, targets = (str(out / name) for name in ("pictures", "shards", "targets"))
     count = collect_pictures(out / "pictures", demo.pictures)
-    print(f"{count} photographs that scikit-image and scikit-learn ship are in {pictures}/.")
+    print(f"{pictures}/ holds {counted(count, 'photograph')} that scikit-image and scikit-learn ship.")
 
     _announce(f"air shard {pictures} {shards}{option}", "Pack them, untouched, into WebDataset shards.")
     tally = shard.shard([pictures], shards, shard_config, runner)

@@ -30,7 +30,7 @@ class LiveDisplay:
             description=f"shards {tally.units_done}/{tally.units_total}",
             total=tally.samples_total,
             completed=tally.samples_so_far,
-            detail=_detail(tally, time.monotonic() - self._begin),
+            detail=", ".join(_details(tally, time.monotonic() - self._begin)),
         )
 
 
@@ -52,18 +52,19 @@ class LogDisplay:
         if now - self._last >= _LOG_EVERY_SECONDS:
             self._last = now
             total = f"/{tally.samples_total}" if tally.samples_total else ""
-            shards = f"shards {tally.units_done}/{tally.units_total}"
-            detail = _detail(tally, now - self._begin)
-            self._console.print(
-                f"{self._job}: {shards}, images {tally.samples_so_far}{total}, {detail}", highlight=False
-            )
+            parts = [
+                f"shards {tally.units_done}/{tally.units_total}",
+                f"images {tally.samples_so_far}{total}",
+                *_details(tally, now - self._begin),
+            ]
+            self._console.print(f"{self._job}: {', '.join(parts)}", highlight=False)
 
 
 def _notes(tally: Tally) -> set[str]:
     return {progress.note for progress in tally.running.values() if progress.note}
 
 
-def _detail(tally: Tally, elapsed: float) -> str:
+def _details(tally: Tally, elapsed: float) -> list[str]:
     parts = sorted(_notes(tally))
     fresh = tally.samples_so_far - tally.samples_before
     if fresh and elapsed > 0:
@@ -73,7 +74,7 @@ def _detail(tally: Tally, elapsed: float) -> str:
         parts.append(f"{psnr:.2f} dB")
     if tally.rejected_so_far:
         parts.append(f"{tally.rejected_so_far} quarantined")
-    return ", ".join(parts)
+    return parts
 
 
 @contextmanager

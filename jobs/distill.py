@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from jobs.command import configure, make_parser
 from jobs.display import show
-from jobs.report import print_outcome
+from jobs.report import counted, print_outcome
 from pipeline.config import RunnerConfig
 from pipeline.distill import DistillConfig, DistillJob
 from pipeline.errors import ConfigError
@@ -53,7 +53,8 @@ def main(arguments: Sequence[str]) -> int:
 def describe(tally: Tally) -> str:
     """What a distill job made, in one phrase."""
     done = tally.summary
-    text = f"{int(done['views'])} views of {int(done['images'])} images, {int(done['gaussians']):,} Gaussians"
+    views, images, gaussians = (int(done[name]) for name in ("views", "images", "gaussians"))
+    text = f"{counted(views, 'view')} of {counted(images, 'image')}, {counted(gaussians, 'Gaussian')}"
     if done["psnr_views"]:
         predicted, target = (done[f"psnr_{name}_sum"] / done["psnr_views"] for name in ("predicted", "target"))
         text += f", mean PSNR {predicted:.2f} dB as predicted by stage 0, {target:.2f} dB after the last stage"

@@ -9,6 +9,7 @@ in the folder: attempts that have not committed yet would lose their files.
 from collections.abc import Sequence
 
 from jobs.command import make_parser
+from jobs.report import counted
 from pipeline.audit import remove_garbage
 from pipeline.storage import open_storage
 from pipeline.work import read_plan
@@ -23,5 +24,8 @@ def main(arguments: Sequence[str]) -> int:
     read_plan(output)  # refuses a folder that is not ours to clean
     files, size = remove_garbage(output)
     temporaries = output.sweep_temporaries(older_than=0)
-    print(f"{given.out}: removed {files} files ({size / 1e6:.1f} MB) and {temporaries} temporary files")
+    print(
+        f"{given.out}: removed {counted(files, 'file')} ({size / 1e6:.1f} MB) and "
+        f"{counted(temporaries, 'temporary file')}"
+    )
     return 0

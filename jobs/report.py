@@ -9,6 +9,11 @@ from rich.table import Table
 from pipeline.runner import Tally
 
 
+def counted(count: int, thing: str) -> str:
+    """Such as `1 image` or `2,000 images`."""
+    return f"{count:,} {thing}{'' if count == 1 else 's'}"
+
+
 def rejections(rejected: Iterable[tuple[str, int]], fate: str = "quarantined") -> str:
     """Such as `3 quarantined (truncated 2, empty 1)`."""
     pairs = list(rejected)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from jobs.command import configure, make_parser
 from jobs.display import show
-from jobs.report import print_outcome
+from jobs.report import counted, print_outcome
 from pipeline.config import RunnerConfig
 from pipeline.runner import Tally, run
 from pipeline.shards import ShardConfig, ShardJob, plan_shards
@@ -46,4 +46,4 @@ def main(arguments: Sequence[str]) -> int:
 def describe(tally: Tally) -> str:
     """What a shard job made, in one phrase."""
     kept, size = int(tally.summary["images"]), tally.summary["image_bytes"] / 1e6
-    return f"{kept} images ({size:.1f} MB) in {tally.units_total} shards"
+    return f"{counted(kept, 'image')} ({size:.1f} MB) in {counted(tally.units_total, 'shard')}"

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from jobs.command import make_parser
+from jobs.report import counted
 from pipeline.audit import repair, verify
 from pipeline.storage import open_storage
 from pipeline.work import count_rows, read_manifests
@@ -30,17 +31,18 @@ def main(arguments: Sequence[str]) -> int:
         print(problem, file=sys.stderr)
     if problems:
         print(
-            f"{given.out}: {problems} problems. What is not done, the job's own command does when it is run again; "
-            "what is damaged, after `air verify --repair`.",
+            f"{given.out}: {counted(problems, 'problem')}. What is not done, the job's own command does when it is "
+            "run again; what is damaged, after `air verify --repair`.",
             file=sys.stderr,
         )
         return 1
     manifests = list(read_manifests(output))
     files = [file for manifest in manifests for file in manifest.files]
     quarantined = sum(manifest.quarantine.rows for manifest in manifests if manifest.quarantine)
-    rows, megabytes = count_rows(files), sum(file.bytes for file in files) / 1e6
+    megabytes = sum(file.bytes for file in files) / 1e6
     print(
-        f"{given.out}: verified {len(manifests)} shards, {len(files)} files, {rows} rows, {megabytes:.1f} MB, "
-        f"{quarantined} rows in quarantine; complete and intact"
+        f"{given.out}: verified {counted(len(manifests), 'shard')}, {counted(len(files), 'file')}, "
+        f"{counted(count_rows(files), 'row')}, {megabytes:.1f} MB, {counted(quarantined, 'row')} in quarantine; "
+        "complete and intact"
     )
     return 0

@@ -99,7 +99,13 @@ def test_shard_without_images_or_with_too_many_bad_ones(run_air, pictures: Path,
         file.write_bytes(b"no picture")
     said = run_air("shard", pictures, tmp_path / "out", *INLINE)
     assert said.status == FAILED
-    assert "6 of 6 images are bad (not_an_image 6)" in said.err
+    first, *shown, more, last = said.err.splitlines()
+    assert "6 of 6 images are bad (not_an_image 6)" in first
+    assert len(shown) == 3
+    for line in shown:  # the key, the file, what is wrong with it, the reason
+        assert re.match(r"  pictures/(below/)?(\d)-[0-9a-f]{8}: pictures/(below/)?\2\.png: .+ \(not_an_image\)$", line)
+    assert more == "  and 3 more"
+    assert str(tmp_path / "out" / "quarantine") in last
 
 
 def test_status_of_a_finished_and_of_an_unfinished_job(run_air, shards: Path):
@@ -141,6 +147,14 @@ def test_verify_of_an_intact_and_of_a_damaged_output(run_air, shards: Path):
     assert f"{shards}: 3 problems" in said.err
 
 
+def test_one_of_a_thing_is_no_plural(run_air, pictures: Path, tmp_path: Path):
+    said = run_air("shard", pictures / "0.png", tmp_path / "one", *INLINE)
+    assert said.out.startswith("1 image (0.0 MB) in 1 shard; none quarantined")
+    assert "verified 1 shard, 1 file, 1 row, " in run_air("verify", tmp_path / "one").out
+    next((tmp_path / "one" / "manifest").iterdir()).unlink()
+    assert "1 problem. What" in run_air("verify", tmp_path / "one").err
+
+
 def test_gc_removes_what_killed_attempts_left(run_air, shards: Path):
     before = sorted(shards.rglob("*"))
     (shards / "data" / "shard-00000-killed.tar").write_bytes(bytes(2_000_000))
@@ -151,7 +165,7 @@ def test_gc_removes_what_killed_attempts_left(run_air, shards: Path):
     os.utime(temporary, (0, 0))
     said = run_air("gc", shards)
     assert said.status == DONE
-    assert "removed 2 files (2.0 MB) and 1 temporary files" in said.out
+    assert "removed 2 files (2.0 MB) and 1 temporary file" in said.out
     assert sorted(path for path in shards.rglob("*") if path.name != "quarantine") == before
     assert run_air("verify", shards).status == DONE
 

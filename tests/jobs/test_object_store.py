@@ -151,7 +151,7 @@ def test_gc_removes_what_no_manifest_names(targets: str, capsys: pytest.CaptureF
     before = list(output.list())
     output.write("data/left-over.parquet", b"x" * 2_000_000)
     run("gc", targets)
-    assert "removed 1 files (2.0 MB)" in capsys.readouterr().out
+    assert "removed 1 file (2.0 MB)" in capsys.readouterr().out
     assert list(output.list()) == before
 
 

@@ -1,0 +1,30 @@
+"""What a job says while it runs: whole lines, in a log too."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from jobs.display import LogDisplay
+from pipeline.process import Progress
+from pipeline.runner import Tally
+
+
+@pytest.mark.parametrize(
+    ("running", "expected"),
+    [
+        ({}, "distill: shards 0/2, images 0/9\n"),
+        ({"a": Progress("a", 4, 1)}, "distill: shards 0/2, images 4/9, 0.1 images/s, 1 quarantined\n"),
+    ],
+)
+def test_a_line_of_the_log_ends_with_its_last_part(
+    monkeypatch: pytest.MonkeyPatch, running: dict[str, Progress], expected: str
+) -> None:
+    now = 0.0
+    monkeypatch.setattr("jobs.display.time.monotonic", lambda: now)
+    log = io.StringIO()
+    display = LogDisplay(Console(file=log, width=200), "distill")
+    tally = Tally(units_total=2, samples_total=9, running=running)
+    now = 61.0
+    display.update(tally)
+    assert log.getvalue() == expected
