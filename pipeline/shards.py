@@ -21,7 +21,7 @@ from pipeline import images
 from pipeline.config import Config
 from pipeline.errors import DamagedDataError, JobFailedError, Rejected
 from pipeline.process import EncodedImage, Sample
-from pipeline.sources import Item, ItemReader, find_items
+from pipeline.sources import Item, ItemReader, find_items, missing_input
 from pipeline.storage import Storage
 from pipeline.work import (
     PLAN_PATH,
@@ -253,13 +253,17 @@ def list_shards(storage: Storage, job: str = "shard", ending: str = ".tar") -> l
         ending: Of the job's files that are the shards.
 
     Raises:
+        ConfigError: The folder does not exist.
         JobFailedError: The job has not finished there, it is the output of another one, or there are no shards.
         DamagedDataError: A shard has another size than its manifest says.
     """
     if storage.exists(PLAN_PATH):
         units = list(_committed_shards(storage, job, ending))
     else:
-        units = [foreign_shard(storage, entry.path) for entry in storage.list() if entry.path.endswith(".tar")]
+        files = list(storage.list())
+        if not files:
+            raise missing_input(storage.uri())
+        units = [foreign_shard(storage, path) for path, _ in files if path.endswith(".tar")]
     if not units:
         raise JobFailedError(f"{storage.uri()} holds no shards: no file ends in .tar; make them with `air {job}`")
     return sorted(units, key=lambda unit: unit.name)

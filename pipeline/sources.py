@@ -109,17 +109,24 @@ def _find_in(root: int, given: str, image_column: str | None) -> Iterator[Item]:
         else:
             skipped[ending or "no ending"] += 1
     if not seen:
-        raise ConfigError(f"{given} does not exist, or is empty")
+        raise missing_input(given)
     if skipped:
         kinds = ", ".join(f"{ending} {count}" for ending, count in skipped.most_common(5))
         logger.info("%s: skipped %d files that are no images, tars or Parquet (%s)", given, skipped.total(), kinds)
 
 
+def missing_input(given: str) -> ConfigError:
+    """The error for an input where nothing lies."""
+    return ConfigError(f"{given} does not exist, or is empty")
+
+
 def check_outside(output: Storage, inputs: Sequence[str]) -> None:
-    """Raises ConfigError for an output in one of the inputs: the next run would find it among the images."""
+    """Raises ConfigError for an output in one of the inputs, whose next run would find it there, or around one."""
     for given in inputs:
         if output.uri().startswith(given.rstrip("/") + "/"):
             raise ConfigError(f"the output {output.uri()} lies in the input {given}: choose a folder outside")
+        if given.startswith(output.uri().rstrip("/") + "/"):
+            raise ConfigError(f"the input {given} lies in the output {output.uri()}: choose a folder outside")
 
 
 def root_storage(given: str) -> Storage:

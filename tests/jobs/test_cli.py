@@ -91,6 +91,14 @@ def test_shard_refuses_to_write_into_what_it_reads(run_air, pictures: Path, monk
     assert not (pictures / "shards").exists()
 
 
+@pytest.mark.parametrize("command", ["shard", "distill", "train", "encode", "decode"])
+def test_a_missing_input_is_one_sentence_in_every_job(run_air, tmp_path: Path, command: str):
+    said = run_air(command, tmp_path / "nowhere", tmp_path / "out", *INLINE)
+    assert said.status == USAGE
+    assert f"{tmp_path / 'nowhere'} does not exist, or is empty" in said.err
+    assert not (tmp_path / "out").exists()
+
+
 def test_shard_without_images_or_with_too_many_bad_ones(run_air, pictures: Path, tmp_path: Path):
     said = run_air("shard", tmp_path / "nowhere", tmp_path / "out", *INLINE)
     assert said.status == USAGE

@@ -278,6 +278,9 @@ def test_what_no_manifest_names_is_not_read(pictures: Path, tmp_path: Path):
 
 
 def test_a_folder_without_shards_is_refused(tmp_path: Path):
+    with pytest.raises(ConfigError, match=f"{tmp_path / 'nowhere'} does not exist, or is empty"):
+        list_shards(open_storage(tmp_path / "nowhere"))
+    (tmp_path / "notes.txt").write_text("no shard")
     with pytest.raises(JobFailedError, match=r"holds no shards: no file ends in \.tar"):
         list_shards(open_storage(tmp_path))
 
