@@ -89,10 +89,12 @@ def _add_option(group: Any, name: str, field: FieldInfo) -> None:
 
 
 def _mapping(text: str) -> Any:
-    """A JSON object; argparse explains what is none."""
-    value = json.loads(text)
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
     if not isinstance(value, dict):
-        raise ValueError(f"{text} is no JSON object")
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object, such as '{{\"name\": 1}}'")
     return value
 
 

@@ -2,33 +2,66 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
 
 from air.predictor.checkpoint import Card, load_checkpoint, read_card
-from air.predictor.network import PredictorNetwork, architecture_class, build
+from air.predictor.network import PredictorNetwork, build
 from pipeline.errors import TrainingError
 from pipeline.predictors import local_checkpoint
 from pipeline.train_config import TrainConfig, TrainerConfig
 from pipeline.work import seed_of
 
+logger = logging.getLogger(__name__)
+
 
 def check_start(config: TrainConfig, trainer: TrainerConfig) -> None:
-    """Refuses what cannot be trained before anything is written; reads the checkpoint's card alone.
+    """Refuses what cannot be trained before anything is written: builds the network, without weights.
+
+    Of a checkpoint it reads the card alone. Warns of a fresh network that is meant to have weights learned elsewhere.
 
     Raises:
         CheckpointError: There is no such checkpoint.
-        TrainingError: It does not fit the configuration.
+        TrainingError: It does not fit the configuration, or the configuration describes no network.
     """
-    architecture = config.architecture
     if config.from_:
         with local_checkpoint(config.from_) as path:
             card = read_card(path)
         _check_card(card, config)
-        architecture = card.architecture
-    if trainer.gradient_checkpointing and not _known(architecture).can_checkpoint:
+        architecture, settings = card.architecture, {**card.settings, **_changed_settings(config)}
+    else:
+        architecture, settings = config.architecture, _fresh_settings(config)
+    network = _build(architecture, settings, empty=True)
+    if trainer.gradient_checkpointing and not network.can_checkpoint:
         raise TrainingError(f"the architecture {architecture} has no gradient_checkpointing: leave it off")
+    if not config.from_ and network.untrained_part:
+        logger.warning(
+            "the %s of %s starts from random weights. Pretrained ones come with a checkpoint: give them to a network, "
+            "save it, and name it with --from (docs/predictor.md, a training of your own)",
+            network.untrained_part,
+            architecture,
+        )
+
+
+def _fresh_settings(config: TrainConfig) -> dict[str, Any]:
+    """What builds a network that no checkpoint begins.
+
+    Raises:
+        TrainingError: A setting stands in for an option.
+    """
+    for name, option in (("patch_size", "patch_size"), ("num_stages", "stages"), ("quantizer_bits", "phase quantize")):
+        if name in config.settings:
+            raise TrainingError(f"settings holds {name}, which is not set there: use {option}")
+    return {"patch_size": config.patch_size, "num_stages": config.stages, **config.settings}
+
+
+def _changed_settings(config: TrainConfig) -> dict[str, Any]:
+    """What the phase makes another of a checkpoint's settings."""
+    if config.phase == "patch":
+        return {"patch_size": config.patch_size}
+    return {"quantizer_bits": list(config.quantizer_bits)} if config.phase == "quantize" else {}
 
 
 def _check_card(card: Card, config: TrainConfig) -> None:
@@ -66,12 +99,11 @@ def make_network(config: TrainConfig) -> tuple[PredictorNetwork, list[str]]:
     """
     torch.manual_seed(seed_of(config.seed, "weights"))
     if not config.from_:
-        settings = {"patch_size": config.patch_size, "num_stages": config.stages, **config.settings}
-        return _build(config.architecture, settings), []
+        return _build(config.architecture, _fresh_settings(config)), []
     with local_checkpoint(config.from_) as path:
         network, card = load_checkpoint(path)
     if config.phase == "patch":
-        return _with(network, card, {"patch_size": config.patch_size})
+        return _with(network, card, _changed_settings(config))
     taken = [name for name, _ in network.named_parameters()]
     if config.phase == "quantize":
         network, taken = _with_quantizer(network, card, config)
@@ -84,7 +116,7 @@ def _with_quantizer(network: PredictorNetwork, card: Card, config: TrainConfig) 
     if network.settings.get("quantizer_bits") != bits:
         # Levels of other bits have other steps: a quantiser that is there begins anew, too.
         network.quantizer = None
-        network, taken = _with(network, card, {"quantizer_bits": bits})
+        network, taken = _with(network, card, _changed_settings(config))
     assert network.quantizer is not None
     if config.quantizer_alone:
         network.requires_grad_(False)
@@ -101,15 +133,8 @@ def _with(network: PredictorNetwork, card: Card, changes: dict[str, Any]) -> tup
     return other, list(fitting)
 
 
-def _build(architecture: str, settings: dict[str, Any]) -> PredictorNetwork:
+def _build(architecture: str, settings: dict[str, Any], *, empty: bool = False) -> PredictorNetwork:
     try:
-        return build(architecture, settings)
-    except ValueError as error:
-        raise TrainingError(f"no network can be built: {error}") from None
-
-
-def _known(architecture: str) -> type[PredictorNetwork]:
-    try:
-        return architecture_class(architecture)
+        return build(architecture, settings, empty=empty)
     except ValueError as error:
         raise TrainingError(f"no network can be built: {error}") from None

@@ -102,6 +102,7 @@ class DinoPredictor(PredictorNetwork):
 
     architecture = "dinov3"
     can_checkpoint = True
+    untrained_part = "backbone"
 
     def __init__(
         self,
@@ -352,10 +353,11 @@ def _run(module: nn.Module, checkpointing: bool, *inputs: Tensor, **options: Any
 
 
 def _backbone_size(backbone: str | dict[str, Any]) -> BackboneSize:
-    if isinstance(backbone, dict):
+    fields = [field.name for field in dataclasses.fields(BackboneSize)]
+    if isinstance(backbone, dict) and backbone.keys() <= set(fields):
         return BackboneSize(**backbone)
-    if backbone not in BACKBONES:
-        names = ", ".join(BACKBONES)
-        fields = ", ".join(field.name for field in dataclasses.fields(BackboneSize))
-        raise ValueError(f"unknown backbone {backbone!r}; known are {names}, or give its {fields}")
+    if not isinstance(backbone, str) or backbone not in BACKBONES:
+        raise ValueError(
+            f"unknown backbone {backbone!r}; known are {', '.join(BACKBONES)}, or give its {', '.join(fields)}"
+        )
     return BACKBONES[backbone]

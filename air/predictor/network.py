@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, ClassVar
@@ -33,6 +34,7 @@ class PredictorNetwork(nn.Module):
     Attributes:
         architecture: Its name in `ARCHITECTURES`.
         can_checkpoint: Whether `gradient_checkpointing` does anything.
+        untrained_part: What of a fresh network is meant to have weights that were learned elsewhere; empty: nothing.
         patch_size: Pixels between anchors.
         num_stages: How many stages it can predict; a stage beyond them is an error.
         settings: The keyword arguments that build it again, plain JSON values.
@@ -43,6 +45,7 @@ class PredictorNetwork(nn.Module):
 
     architecture: ClassVar[str]
     can_checkpoint: ClassVar[bool] = False
+    untrained_part: ClassVar[str] = ""
 
     def __init__(self, *, feature_size: int, quantizer_bits: Sequence[int] | None = None, **settings: Any) -> None:
         super().__init__()
@@ -167,6 +170,11 @@ def build(architecture: str, settings: dict[str, Any], *, empty: bool = False) -
         ValueError: The architecture is unknown, or a setting is missing, unknown or out of its bounds.
     """
     network_class = architecture_class(architecture)
+    known = set(inspect.signature(network_class).parameters)
+    if unknown := sorted(settings.keys() - known):
+        raise ValueError(
+            f"architecture {architecture!r} has no setting {', '.join(unknown)}; it has {', '.join(sorted(known))}"
+        )
     try:
         with torch.device("meta") if empty else nullcontext():
             network = network_class(**settings)
