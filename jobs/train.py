@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,9 @@ from air.defaults import GRID
 from jobs.command import configure, make_parser
 from pipeline.errors import ConfigError, TrainingError
 from pipeline.feed import find_blocks
+from pipeline.pictures import fingerprint
 from pipeline.predictors import find_predictor
+from pipeline.sources import check_outside
 from pipeline.storage import Storage, normalise, open_storage
 from pipeline.train_config import TrainConfig, TrainerConfig
 from pipeline.work import Plan, read_plan, settle_plan
@@ -27,7 +30,7 @@ if TYPE_CHECKING:
     import torch
 
 VALIDATION = "validation"
-"""Folder of the run with the default pictures to validate on."""
+"""Folder of the run with the default pictures to validate on; in the plan, what pictures they are."""
 
 
 def train(
@@ -46,10 +49,12 @@ def train(
     from pipeline.start import check_start
     from pipeline.train import Group, TrainJob
     from pipeline.train import train as train_here
+    from pipeline.validation import check_images
 
     if trainer.executor == "inline" and trainer.workers > 1:
         raise ConfigError("--executor inline is one worker in this process; several need --executor ray")
     source, output = open_storage(source_uri), open_storage(output_uri)
+    check_outside(output, [source.uri()])
     kind, units, blocks = find_blocks(source)
     canvas = _canvas_of_targets(source, kind, config) if config.uses_targets else None
     plan = Plan.make("train", config, units, [source.uri()])
@@ -60,7 +65,12 @@ def train(
         config = config.model_copy(update={"from_": begin.name})
         plan = begin.hold(plan, "from_")
     check_start(config, trainer)
-    plan = settle_plan(output, plan)
+    with _validation(output, valid) as pictures:
+        check_images(pictures, config.valid_images)
+        held = {VALIDATION: fingerprint(pictures)}
+        plan = settle_plan(output, plan.model_copy(update={"config": {**plan.config, **held}}))
+        if not valid:
+            pictures = _keep_validation(output, pictures)
     cores = max(1, (os.cpu_count() or 1) // trainer.workers)
     job = TrainJob(
         config=config,
@@ -69,7 +79,7 @@ def train(
         blocks=tuple(blocks),
         output=output.uri(),
         plan=plan.hash,
-        valid=normalise(valid) if valid else _default_validation(output),
+        valid=pictures,
         canvas=canvas,
         threads=trainer.threads or cores,
     )
@@ -124,19 +134,34 @@ def _canvas_of_targets(source: Storage, kind: str, config: TrainConfig) -> str:
     return str(made["canvas"])
 
 
-def _default_validation(output: Storage) -> str:
-    """Packaged photographs, copied into the run's folder, where all workers find them."""
+@contextmanager
+def _validation(output: Storage, valid: str | None) -> Iterator[str]:
+    """Where the pictures to validate on lie: those given, or packaged ones; at first in a temporary folder."""
     from jobs.demo import collect_pictures
 
-    if next(output.list(VALIDATION), None) is None:
-        with tempfile.TemporaryDirectory(prefix="air-") as folder:
-            try:
-                collect_pictures(Path(folder), 12)
-            except ConfigError as error:
-                raise ConfigError(f"{error}; or name pictures to validate on with --valid") from None
-            for picture in sorted(Path(folder).iterdir()):
-                output.upload(picture, f"{VALIDATION}/{picture.name}")
-    return output.uri(VALIDATION)
+    if valid:
+        yield normalise(valid)
+        return
+    kept = output.uri(VALIDATION)
+    # A copy that a stop cut short does not hold what the plan says.
+    if next(output.list(VALIDATION), None) and read_plan(output).config.get(VALIDATION) == fingerprint(kept):
+        yield kept
+        return
+    with tempfile.TemporaryDirectory(prefix="air-") as folder:
+        try:
+            collect_pictures(Path(folder), 12)
+        except ConfigError as error:
+            raise ConfigError(f"{error}; or name pictures to validate on with --valid") from None
+        yield folder
+
+
+def _keep_validation(output: Storage, pictures: str) -> str:
+    """Copies pictures into the run's folder, where all workers find them."""
+    kept = output.uri(VALIDATION)
+    if pictures != kept:
+        for picture in sorted(Path(pictures).iterdir()):
+            output.upload(picture, f"{VALIDATION}/{picture.name}")
+    return kept
 
 
 def _device(trainer: TrainerConfig) -> torch.device:

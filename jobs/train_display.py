@@ -32,7 +32,9 @@ class _Figures:
         last = self._last
         parts = []
         if "loss" in last:
-            parts += [f"loss {last['loss']:.4f}", f"{last['samples_per_second']:.1f} views/s"]
+            parts.append(f"loss {last['loss']:.4f}")
+        if "samples_per_second" in last:
+            parts.append(f"{last['samples_per_second']:.1f} views/s")
         if "psnr" in last:
             parts.append(f"{last['psnr']:.2f} dB")
         if "valid_psnr" in last:

@@ -20,6 +20,9 @@ from pipeline.work import seed_of
 
 logger = logging.getLogger(__name__)
 
+_MOST_NAMED = 10_000
+"""Samples that the log names as unusable; of further ones only the count is told."""
+
 
 @dataclass
 class Crops:
@@ -45,12 +48,12 @@ class LocalBatch:
     Attributes:
         keys: Of its samples.
         groups: Its crops, by size.
-        skipped: Samples that could not be used.
+        refused: Samples that could not be used: where each is, and why.
     """
 
     keys: list[str] = field(default_factory=list)
     groups: list[Crops] = field(default_factory=list)
-    skipped: int = 0
+    refused: list[str] = field(default_factory=list)
 
 
 class Feed:
@@ -83,6 +86,7 @@ class Feed:
         self._reader = BlockReader(
             open_storage(source), blocks, config.window, cache_bytes, with_targets=canvas is not None
         )
+        self._named: set[tuple[int, int]] = set()
 
     def batch(self, step: int) -> LocalBatch:
         """The slice of the global batch of a step."""
@@ -96,8 +100,8 @@ class Feed:
                 batch.keys.append(sample.key)
                 crop, targets = self._crop(sample, side, place.epoch)
             except Rejected as rejection:
-                batch.skipped += 1
-                logger.warning("a sample is passed over: %s", rejection)
+                batch.refused.append(f"{self._reader.name(place.block, place.row)}: {rejection}")
+                self._warn((place.block, place.row), batch.refused[-1])
                 continue
             sizes.setdefault(crop.shape, []).append((crop, targets))
         for members in sizes.values():
@@ -105,6 +109,14 @@ class Feed:
             stages = [StageTargets.stack(parts) for parts in zip(*(targets for _, targets in members), strict=True)]
             batch.groups.append(Crops(pixels.to(torch.float32).contiguous() / 255, stages))
         return batch
+
+    def _warn(self, where: tuple[int, int], what: str) -> None:
+        """Names a sample when it is first met, not in every epoch again."""
+        if where not in self._named and len(self._named) < _MOST_NAMED:
+            self._named.add(where)
+            logger.warning("passed over: %s", what)
+            if len(self._named) == _MOST_NAMED:
+                logger.warning("further samples that cannot be used are counted and not named")
 
     def _crop(self, sample: RawSample, side: int, epoch: int) -> tuple[np.ndarray, list[StageTargets]]:
         config = self._config

@@ -266,6 +266,13 @@ class BlockReader:
         rgb = self._decoded.get((block, row), lambda: images.decode(data()))
         return RawSample(key, view, rgb, values if self._with_targets else None)
 
+    def name(self, block: int, row: int) -> str:
+        """What a message calls a sample: its key and its file."""
+        where = self._blocks[block]
+        opened = self._open.get(block, lambda: self._load(where))
+        key = opened.keys[row] if isinstance(opened, _Tar) else opened.column("key")[row].as_py()
+        return f"{key} in {self._source.uri(where.path)}"
+
     def _load(self, block: Block) -> Any:
         if block.group is None:
             opened = _Tar(self._source, block)

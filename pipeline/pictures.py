@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -47,6 +49,29 @@ def find_pictures(inputs: Sequence[str], max_pixels: int = images.MAX_PIXELS) ->
         reader = ItemReader(files)
         pictures += [Picture(item.source, partial(_decode, reader, item, max_pixels)) for item in find_items(files)]
     return pictures
+
+
+def fingerprint(given: str) -> str:
+    """How many pictures an input holds, and a checksum of their names and sizes, which says the same wherever it lies.
+
+    Args:
+        given: One input as `find_pictures` takes it. No picture is read.
+
+    Raises:
+        ConfigError: It holds no image.
+        StorageError: It cannot be read.
+    """
+    storage = open_storage(given)
+    if storage.exists(PLAN_PATH):
+        _, units, _ = find_blocks(storage)
+        held = [(unit.name, unit.sha256) for unit in units]
+        count = sum(unit.samples or 0 for unit in units)
+    else:
+        items = find_items([given])
+        held = [(item.path, item.bytes, item.offset, item.row) for item in items]
+        count = len(items)
+    digest = hashlib.sha256(json.dumps(held).encode()).hexdigest()
+    return f"{count} pictures, names and sizes {digest[:12]}"
 
 
 def _decode(reader: ItemReader, item: Item, max_pixels: int) -> tuple[str, np.ndarray]:

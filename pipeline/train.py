@@ -24,8 +24,10 @@ from air.metrics import psnr_of
 from air.predictor.checkpoint import save_checkpoint
 from air.render.threads import Workers
 from pipeline.batches import Crops, Feed, LocalBatch
+from pipeline.errors import TrainingError
 from pipeline.feed import Block, Prefetcher
 from pipeline.losses import BatchLosses, finetune_losses, offline_pod_losses, online_pod_losses, quantize_losses
+from pipeline.runner import MIN_SAMPLES_TO_JUDGE
 from pipeline.start import make_network
 from pipeline.storage import open_storage
 from pipeline.train_config import TrainConfig, TrainerConfig
@@ -119,7 +121,7 @@ def train(job: TrainJob, group: Group, report: Report = lambda figures: None) ->
 
     Raises:
         NonFiniteLossError: The loss stopped being a number. Its batch's keys are named; the last checkpoint stays.
-        TrainingError: The checkpoint does not fit.
+        TrainingError: The checkpoint does not fit, or too many samples cannot be used.
     """
     torch.set_num_threads(job.threads)
     if group.device.type == "cpu":
@@ -150,6 +152,7 @@ class _Run:
         if saved:
             self._state.load(self._output, saved[-1], self._about)
         self._sums = torch.zeros(5, dtype=torch.float64, device=group.device)
+        self._refused: list[str] = []
         self._log = TrainingLog(self._output, self._state.step) if group.rank == 0 else None
         self._pictures: list[Tensor] | None = None
 
@@ -171,9 +174,12 @@ class _Run:
             while not over:
                 self._step(batches.take())
                 over = config.is_over(state.step, state.seconds)
-                if over or state.step % trainer.validate_every == 0:
+                validates = over or state.step % trainer.validate_every == 0
+                saves = over or state.step % trainer.checkpoint_every == 0
+                self._judge(validates or saves, over)
+                if validates:
                     self._validate()
-                if over or state.step % trainer.checkpoint_every == 0:
+                if saves:
                     self._save()
         finally:
             batches.close()
@@ -202,8 +208,9 @@ class _Run:
         if not math.isfinite(float(sums[0])) or not math.isfinite(norm):
             self._stop(batch, keys)
         rate = state.update(progress)
-        seconds = float(sums[4])
-        state.seconds += seconds
+        state.seconds += float(sums[4])
+        state.skipped += int(sums[3])
+        self._refused = batch.refused[-1:] or self._refused
         self._sums += sums
         if self._log and (state.step % self._job.trainer.log_every == 0 or config.is_over(state.step, state.seconds)):
             self._tell(rate, norm)
@@ -226,7 +233,7 @@ class _Run:
             if result.squared_error is not None:
                 sums[1] += sum(psnr_of(error) for error in result.squared_error.tolist())
             sums[2] += len(crops.images)
-        sums[3] = batch.skipped
+        sums[3] = len(batch.refused)
         now = time.perf_counter()
         if self._group.rank == 0:
             sums[4] = now - self._mark
@@ -267,13 +274,40 @@ class _Run:
             "Look at these images; otherwise begin a new run from that checkpoint with a lower rate"
         )
 
+    def _judge(self, keeps: bool, over: bool) -> None:
+        """Stops a run whose samples are mostly unusable, before anything is kept of one that has seen none.
+
+        Args:
+            keeps: Whether a validation or a checkpoint is due.
+            over: Whether the run ends here.
+        """
+        bad, seen = self._state.skipped, self._state.step * self._config.batch
+        share = self._job.trainer.max_bad_share
+        none = keeps and bad == seen
+        if not none and not ((over or seen >= MIN_SAMPLES_TO_JUDGE) and bad > share * seen):
+            return
+        examples = self._group.gather(self._refused)
+        told = f", such as {examples[0]}" if examples else ""
+        raise TrainingError(
+            f"{bad} of the {seen} samples so far cannot be used{told}. "
+            + (
+                "Mend the input."
+                if none
+                else f"max_bad_share allows a share of {share:g}: mend the input, or raise it."
+            )
+        )
+
     def _tell(self, rate: float, norm: float) -> None:
         loss, psnr, usable, skipped, seconds = self._sums.tolist()
         self._sums.zero_()
+        means = {}
+        if usable:
+            means["loss"] = loss / usable
+            if not self._config.uses_targets:
+                means["psnr"] = psnr / usable
         figures = {
             **self._position(),
-            "loss": loss / max(1.0, usable),
-            **({} if self._config.uses_targets else {"psnr": psnr / max(1.0, usable)}),
+            **means,
             "rate": rate,
             "gradient": norm,
             "skipped": skipped,

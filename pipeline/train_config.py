@@ -174,6 +174,7 @@ class TrainerConfig(Config):
     )
     num_gpus: float = Field(0.0, ge=0, le=1, description="GPUs of a worker; 0 trains on the CPU")
     max_failures: int = Field(3, ge=0, le=1000, description="times that lost workers are replaced")
+    max_bad_share: float = Field(0.5, ge=0, le=1, description="stop above this share of samples that cannot be used")
     log_every: int = Field(10, ge=1, description="steps between entries of metrics.jsonl and TensorBoard")
     validate_every: int = Field(500, ge=1, description="steps between validations")
     checkpoint_every: int = Field(250, ge=1, description="steps between checkpoints: the work that a crash can cost")

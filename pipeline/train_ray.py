@@ -17,7 +17,7 @@ from typing import Any
 
 from air.errors import AirError, NonFiniteLossError
 from pipeline.config import RunnerConfig
-from pipeline.errors import ConfigError, JobFailedError
+from pipeline.errors import ConfigError, JobFailedError, TrainingError
 from pipeline.executors import ray_session
 from pipeline.train import Group, Report, TrainJob, train
 
@@ -91,8 +91,8 @@ def train_on_ray(job: TrainJob, report: Report) -> dict[str, float]:
                     "The same command goes on from the last checkpoint"
                 ) from error
     assert outcome is not None
-    if "error" in outcome:
-        raise NonFiniteLossError(outcome["error"])
+    if "failure" in outcome:
+        raise outcome["failure"]
     return outcome
 
 
@@ -107,8 +107,8 @@ def _work(settings: Mapping[str, Any]) -> dict[str, Any]:
     group = Group(context.get_world_rank(), context.get_world_size(), device)
     try:
         return dict(train(job, group, lambda figures: settings["board"].post.remote(dict(figures))))
-    except NonFiniteLossError as error:
-        return {"error": str(error)}  # raised, it would be tried again, and end the same way
+    except (NonFiniteLossError, TrainingError) as error:
+        return {"failure": error}  # raised, it would be tried again, and end the same way
 
 
 class _passing_on:

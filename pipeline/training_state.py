@@ -30,7 +30,7 @@ from pipeline.train_config import OptimizerConfig
 
 logger = logging.getLogger(__name__)
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 FOLDER = "checkpoints"
 
 _IS_PART = re.compile(rf"({FOLDER}/step-\d+)/")
@@ -45,6 +45,7 @@ class TrainingState:
         average: The same network with the moving average of the weights.
         step: Steps done.
         seconds: Training time of them.
+        skipped: Samples of them that could not be used.
         stages: Stages that have joined.
         best_psnr: Of all validations, dB; none yet: -inf.
     """
@@ -54,6 +55,7 @@ class TrainingState:
         self.average = copy.deepcopy(network).eval().requires_grad_(False)
         self.step = 0
         self.seconds = 0.0
+        self.skipped = 0
         self.stages = stages
         self.best_psnr = -math.inf
         self._config = config
@@ -96,6 +98,7 @@ class TrainingState:
             "version": STATE_VERSION,
             "step": self.step,
             "seconds": self.seconds,
+            "skipped": self.skipped,
             "stages": self.stages,
             "best_psnr": None if math.isinf(self.best_psnr) else self.best_psnr,
             **about,
@@ -146,6 +149,7 @@ class TrainingState:
             raise TrainingError(f"cannot go on from {output.uri(folder)}: its weights do not fit: {error}") from None
         self._load_moments(tensors["optimizer"])
         self.step, self.seconds, self.stages = state["step"], state["seconds"], state["stages"]
+        self.skipped = state["skipped"]
         self.best_psnr = -math.inf if state["best_psnr"] is None else state["best_psnr"]
 
     def _load_moments(self, moments: Mapping[str, Tensor]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -64,18 +64,22 @@ def load_images(uri: str, count: int, max_side: int, rank: int, size: int) -> li
     return decoded
 
 
-def _decode(uri: str, wanted: Sequence[int]) -> list[np.ndarray]:
+def check_images(uri: str, count: int) -> None:
+    """Raises what `load_images` would raise, and keeps nothing."""
+    if not sum(1 for _ in _decode(uri, range(count))):
+        raise TrainingError(f"{uri} holds no image to validate on")
+
+
+def _decode(uri: str, wanted: Sequence[int]) -> Iterator[np.ndarray]:
     """Images by their position in a fixed order; fewer where there are fewer."""
     pictures = find_pictures([uri])
-    found = []
     for picture in [pictures[index] for index in wanted if index < len(pictures)]:
         try:
-            found.append(picture.read()[1])
+            yield picture.read()[1]
         except Rejected as rejection:
             raise TrainingError(
                 f"validation image {picture.source} in {uri} cannot be used: {rejection}; remove it"
             ) from None
-    return found
 
 
 def validate(

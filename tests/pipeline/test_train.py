@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import shutil
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from toys import encode_picture
 
 from air.errors import NonFiniteLossError
 from air.predictor.checkpoint import load_checkpoint
@@ -200,7 +202,104 @@ def test_an_image_that_cannot_be_used_is_passed_over(
         )
     assert figures["samples"] == 10
     assert sum(row.get("skipped", 0) for row in read_metrics(open_storage(tmp_path / "run"))) == 2
-    assert "truncated" in caplog.text
+    named = [record.getMessage() for record in caplog.records if "passed over" in record.getMessage()]
+    assert len(named) == 1  # of two epochs
+    assert named[0].startswith(f"passed over: 4 in {tmp_path / 'shards' / 'foreign.tar'}: truncated: ")
+
+
+@pytest.fixture
+def dots(tmp_path: Path) -> Path:
+    """A shard of four pictures of one pixel, which are too small to train on."""
+    (tmp_path / "dots").mkdir()
+    with tarfile.open(tmp_path / "dots" / "dots.tar", "w") as archive:
+        for number in range(4):
+            data = encode_picture(number, 1, 1)
+            member = tarfile.TarInfo(f"{number}.png")
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return tmp_path / "dots"
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_a_run_without_a_usable_sample_stops_and_keeps_nothing(
+    photographs: Path, dots: Path, tmp_path: Path, share: float
+) -> None:
+    config, trainer = TrainConfig.model_validate(TINY), {**INLINE, "max_bad_share": share}
+    message = r"6 of the 6 samples so far cannot be used, such as \d in \S+dots\.tar: too_small: "
+    with pytest.raises(TrainingError, match=message):
+        train(str(dots), str(tmp_path / "run"), config, TrainerConfig.model_validate(trainer), str(photographs))
+    rows = read_metrics(open_storage(tmp_path / "run"))
+    assert [row["skipped"] for row in rows] == [3, 3]
+    assert not any(name in row for row in rows for name in ("loss", "psnr", "valid_psnr"))
+    assert not list((tmp_path / "run").glob("**/*.safetensors"))
+
+
+def test_a_run_stops_above_a_share_of_unusable_samples(photographs: Path, tmp_path: Path) -> None:
+    (tmp_path / "shards").mkdir()
+    with tarfile.open(tmp_path / "shards" / "mixed.tar", "w") as archive:
+        for number, data in enumerate([(photographs / "astronaut.png").read_bytes(), *[encode_picture(0, 1, 1)] * 2]):
+            member = tarfile.TarInfo(f"{number}.png")
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    config = TrainConfig.model_validate({**TINY, "steps": 2})
+    arguments = (str(tmp_path / "shards"), str(tmp_path / "run"), config)
+    with pytest.raises(TrainingError, match=r"4 of the 6 .* max_bad_share allows a share of 0\.5"):
+        train(*arguments, TrainerConfig.model_validate(INLINE), str(photographs))
+    allowing = TrainerConfig.model_validate({**INLINE, "max_bad_share": 0.7})
+    assert train(*arguments, allowing, str(photographs))["step"] == 2
+
+
+def test_other_pictures_to_validate_on_are_another_plan(shards: Path, photographs: Path, tmp_path: Path) -> None:
+    """Wherever they lie: what counts is what they are."""
+    config, trainer = TrainConfig.model_validate({**TINY, "steps": 1}), TrainerConfig.model_validate(INLINE)
+    arguments = (str(shards), str(tmp_path / "run"), config, trainer)
+    here, there = (shutil.copytree(photographs, tmp_path / name) for name in ("here", "there"))
+    train(*arguments, str(here))
+    train(*arguments, str(there))
+    (there / "astronaut.png").unlink()
+    message = r"validation: 4 pictures, names and sizes \w+ -> 3 pictures, names and sizes"
+    with pytest.raises(PlanMismatchError, match=message):
+        train(*arguments, str(there))
+
+
+def test_packaged_pictures_to_validate_on_are_copied_whole(shards: Path, tmp_path: Path) -> None:
+    pytest.importorskip("skimage.data", reason="the pictures come with scikit-image")
+    config = TrainConfig.model_validate({**TINY, "steps": 1, "valid_images": 1, "valid_side": 16})
+    arguments = (str(shards), str(tmp_path / "run"), config, TrainerConfig.model_validate(INLINE))
+    train(*arguments)
+    kept = tmp_path / "run" / "validation"
+    before = {path.name: path.read_bytes() for path in kept.iterdir()}
+    assert len(before) == 12
+    next(kept.iterdir()).unlink()  # as a stop in the middle of copying leaves it
+    train(*arguments)
+    assert {path.name: path.read_bytes() for path in kept.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--valid", "nowhere"], "nowhere does not exist, or is empty"),
+        (["--architecture", "compcat"], "unknown architecture 'compcat'; known are compact, dinov3"),
+        (["--settings", '{"chanels": 8}'], "has no setting chanels; it has channels, colour_iterations, depth"),
+        (["--settings", '{"depth": 0}'], "depth must be a whole number, at least 1, got 0"),
+        (["--settings", '{"num_stages": 3}'], "settings holds num_stages, which is not set there: use stages"),
+        (["--settings", "x"], "'x' is no JSON object, such as '{\"name\": 1}'"),
+    ],
+)
+def test_a_wrong_option_is_refused_before_anything_is_written(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    given = ["train", str(shards), str(tmp_path / "run"), "--executor", "inline", "--valid", str(shards), *options]
+    assert main(given) != 0
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_within_its_input_is_refused(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", str(shards), str(shards / "run"), "--executor", "inline"]) == 2
+    assert f"the output {shards / 'run'} lies in the input {shards}" in capsys.readouterr().err
+    assert main(["train", str(shards), str(shards.parent), "--executor", "inline"]) == 2
+    assert f"the input {shards} lies in the output {shards.parent}" in capsys.readouterr().err
 
 
 def test_the_command_trains_from_a_configuration_file(
