@@ -1,8 +1,9 @@
 """Draws .air files as pictures, at any size.
 
 What comes in tars goes out in tars: the output of `air encode`, a tar, or a folder of tars gives OUT/data/*.tar,
-planned, committed and resumed as every bulk job is. An .air file gives a picture, OUT or a file in the folder OUT, and
-a folder of .air files a folder of pictures. Damaged files are named, the others drawn, and the exit status is 1.
+planned, committed and resumed as every bulk job is. An .air file gives a picture: OUT, where that ends in .png, .webp,
+.jpg or .jpeg, in place of any that is there; or a file in the folder OUT. A folder of .air files gives a folder of
+pictures. Damaged files are named, the others drawn, and the exit status is 1.
 
   air decode encoded/ pictures/ --format webp --scale 0.5
   air decode photo.air photo.png
@@ -16,10 +17,10 @@ from functools import partial
 
 from jobs.command import configure, make_parser
 from jobs.display import show
-from jobs.report import print_outcome
+from jobs.report import counted, print_outcome
 from pipeline.config import RunnerConfig
 from pipeline.decode import AIR_ENDING, DecodeConfig, DecodeJob, draw_file, plan_decode, prepare_decoder
-from pipeline.errors import Rejected
+from pipeline.errors import ConfigError, Rejected
 from pipeline.runner import Tally, run
 from pipeline.sources import check_outside
 from pipeline.storage import Storage, normalise, open_parent, open_storage
@@ -45,15 +46,14 @@ def decode_files(source: Storage, names: Sequence[str], output_uri: str, config:
     Args:
         source: Where they are.
         names: Their paths in it, all ending in .air.
-        output_uri: A folder; for a single file also the name of a picture, whose ending then is the format.
-        config: What to make.
+        output_uri: A folder; for a single file also the name of a picture, with the ending of its format.
+        config: What to make; a picture's name decides its format.
 
     Returns:
         Those that cannot be used, each with the reason.
     """
     named = _FORMATS.get(posixpath.splitext(output_uri)[1].lower())
-    one = named is not None and len(names) == 1
-    if one:
+    if named is not None:
         output, target = open_parent(output_uri)
         config = config.model_copy(update={"format": named})
     else:
@@ -77,13 +77,46 @@ def main(arguments: Sequence[str]) -> int:
     given = parser.parse_args(arguments)
     config, runner = configure(given, decode=DecodeConfig, runner=RunnerConfig)
     files = find_files(given.encoded)
+    check_output(given.out, files is not None and len(files[1]) == 1, getattr(given, "format", None))
     if files is not None:
         return draw_all(*files, given.out, config)
     tally = decode(given.encoded, given.out, config, runner)
-    print_outcome(f"{int(tally.summary['images'])} pictures", given.out, tally)
+    print_outcome(counted(int(tally.summary["images"]), "picture"), given.out, tally)
     if tally.rejected:
         print_refused(open_storage(given.out))
     return 1 if tally.rejected else 0
+
+
+def check_output(output_uri: str, single: bool, asked: str | None) -> None:
+    """Refuses an output whose name says something else than what would be made.
+
+    Args:
+        output_uri: As it was typed.
+        single: Whether a single .air file is drawn.
+        asked: The format that was asked for by name, if any.
+
+    Raises:
+        ConfigError: An ending that no picture has, and no folder of that name; a format that contradicts the ending; or
+            the name of one picture for several.
+    """
+    name = posixpath.basename(output_uri)
+    ending = posixpath.splitext(name)[1].lower()
+    known = ", ".join(_FORMATS)
+    if not single:
+        if ending in _FORMATS:
+            raise ConfigError(
+                f"{output_uri} is the name of a picture, but the pictures need a folder: leave out {ending}"
+            )
+    elif ending in _FORMATS:
+        if asked not in (None, _FORMATS[ending]):
+            raise ConfigError(
+                f"--format {asked} contradicts {output_uri}: leave it out, or name the picture accordingly"
+            )
+    elif ending and not os.path.isdir(normalise(output_uri)):
+        raise ConfigError(
+            f"{output_uri}: a picture's name ends in {known}, not in {ending}; "
+            "for a folder of that name put a slash at its end"
+        )
 
 
 def find_files(given: str) -> tuple[Storage, list[str]] | None:
@@ -110,7 +143,7 @@ def draw_all(source: Storage, names: Sequence[str], output: str, config: DecodeC
     bad = decode_files(source, names, output, config)
     for line in bad:
         print(line, file=sys.stderr)
-    print(f"{len(names) - len(bad)} pictures; {len(bad) or 'none'} damaged or too large. Output: {output}")
+    print(f"{counted(len(names) - len(bad), 'picture')}; {len(bad) or 'none'} damaged or too large. Output: {output}")
     return 1 if bad else 0
 
 

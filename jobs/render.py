@@ -1,12 +1,14 @@
 """Draws one .air file as a picture, at any size: `air decode` for a single file.
 
-air render photo.air photo.png --scale 2
+The picture's name says its format (.png, .webp, .jpg); a picture of that name is replaced.
+
+  air render photo.air photo.png --scale 2
 """
 
 from collections.abc import Sequence
 
 from jobs.command import configure, make_parser
-from jobs.decode import draw_all
+from jobs.decode import check_output, draw_all
 from pipeline.decode import DecodeConfig
 from pipeline.storage import open_parent
 
@@ -18,5 +20,6 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("out", metavar="OUT.png", help="the picture (.png, .webp or .jpg), or a folder for it")
     given = parser.parse_args(arguments)
     (config,) = configure(given, decode=DecodeConfig)
+    check_output(given.out, True, getattr(given, "format", None))
     source, name = open_parent(given.file)
     return draw_all(source, [name], given.out, config)

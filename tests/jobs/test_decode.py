@@ -131,6 +131,54 @@ def test_a_file_gives_a_picture_at_any_size_and_of_any_stages(tmp_path: Path) ->
     assert_shows(tmp_path / "x.webp", expected(blob), tolerance=60)
 
 
+@pytest.mark.parametrize("command", ["render", "decode"])
+@pytest.mark.parametrize(
+    ("out", "options", "said"),
+    [
+        ("x.gif", [], "x.gif: a picture's name ends in .png, .webp, .jpg, .jpeg, not in .gif"),
+        ("x.air", [], "not in .air"),
+        ("x.jpg", ["--format", "png"], "--format png contradicts x.jpg"),
+    ],
+)
+def test_a_name_that_says_something_else_is_refused(
+    command: str,
+    out: str,
+    options: list[str],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("x.air").write_bytes(BLOBS["a/0"])
+    assert main([command, "x.air", out, *options]) == 2
+    assert said in capsys.readouterr().err
+    assert [path.name for path in tmp_path.rglob("*")] == ["x.air"]
+    assert Path("x.air").read_bytes() == BLOBS["a/0"]
+
+
+def test_names_that_agree_with_the_format_and_folders_with_dots_are_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("x.air").write_bytes(BLOBS["a/0"])
+    Path("there.v1").mkdir()
+    for out, options, file, kind in (
+        ("x.JPEG", ["--format", "jpeg"], "x.JPEG", "JPEG"),
+        ("there.v1", ["--format", "webp"], "there.v1/x.webp", "WEBP"),
+        ("new.v2/", [], "new.v2/x.png", "PNG"),
+        ("new", [], "new/x.png", "PNG"),
+    ):
+        assert main(["render", "x.air", out, *options]) == 0
+        assert Image.open(file).format == kind
+
+
+def test_several_pictures_do_not_go_into_a_folder_called_as_one(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    write_tar(tmp_path / "in.tar", {f"{key}.air": blob for key, blob in BLOBS.items()})
+    assert main(["decode", str(tmp_path / "in.tar"), str(tmp_path / "x.png"), *INLINE]) == 2
+    assert "x.png is the name of a picture, but the pictures need a folder" in capsys.readouterr().err
+
+
 def test_a_folder_of_files_gives_a_folder_of_pictures_and_names_what_is_damaged(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
