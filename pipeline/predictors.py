@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -69,12 +69,13 @@ class PredictorReference:
         return plan.model_copy(update={"config": {**plan.config, key: held}})
 
 
-def find_predictor(name: str, patch_size: int | None = None) -> PredictorReference:
+def find_predictor(name: str, patch_size: int | None = None, others: Sequence[str] = (GRID,)) -> PredictorReference:
     """Looks a predictor up; reads its card, and its weights for their checksum.
 
     Args:
         name: "grid", "compact" (the checkpoint that this package ships), or a path or URI of a checkpoint.
         patch_size: What it must have; any if not given.
+        others: Names beside "compact" that the caller takes, for the message about one that it does not.
 
     Raises:
         CheckpointError: There is no such predictor, or it has no card.
@@ -82,8 +83,10 @@ def find_predictor(name: str, patch_size: int | None = None) -> PredictorReferen
     """
     if name == GRID:
         return PredictorReference(GRID, GRID, "", patch_size or GRID_PATCH_SIZE, None)
+    from air.predictor import checkpoint_path
     from air.predictor.checkpoint import read_card
 
+    checkpoint_path(name, others)  # speaks of the name as it was typed
     uri = name if name == COMPACT else normalise(name)
     with local_checkpoint(uri) as path:
         card = read_card(path)

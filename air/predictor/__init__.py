@@ -9,6 +9,7 @@ A predictor knows nothing of stage control, optimisation or files: the stage loo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -94,8 +95,12 @@ def load_predictor(name_or_path: str | Path, patch_size: int | None = None) -> P
     return network
 
 
-def checkpoint_path(name_or_path: str | Path) -> Path:
+def checkpoint_path(name_or_path: str | Path, others: Sequence[str] = (GRID,)) -> Path:
     """Where the checkpoint of a predictor other than the grid lies.
+
+    Args:
+        name_or_path: "compact" or the path of a checkpoint.
+        others: Names beside these that the caller takes, for the message about one that it does not.
 
     Raises:
         CheckpointError: It is neither "compact" nor the path of a checkpoint, or no "compact" is shipped.
@@ -108,5 +113,6 @@ def checkpoint_path(name_or_path: str | Path) -> Path:
             )
         return defaults.COMPACT_PATH
     if not str(name_or_path).endswith(".safetensors"):
-        raise CheckpointError(f"unknown predictor {str(name_or_path)!r}: give grid, compact or a file NAME.safetensors")
+        known = ", ".join([*others, COMPACT])
+        raise CheckpointError(f"unknown predictor {str(name_or_path)!r}: give {known} or a file NAME.safetensors")
     return Path(name_or_path)

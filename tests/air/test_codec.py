@@ -30,7 +30,7 @@ from air.codec import (
     read_info,
 )
 from air.compress import compile_encoder, encode, encoder_is_compiled
-from air.errors import CodecError
+from air.errors import CheckpointError, CodecError, TargetMissedError
 from air.gaussians import Gaussians, anchors
 from air.metrics import psnr
 from air.predictor import load_predictor
@@ -343,7 +343,7 @@ def test_bits_per_pixel_are_an_upper_bound_that_is_nearly_used(photograph: np.nd
     for bpp in (0.3, 1.0):
         blob = encode(photograph, bpp=bpp, steps=30, stored_steps=10)
         assert 0.9 * bpp <= len(blob) * 8 / photograph[..., 0].size <= bpp
-    with pytest.raises(CodecError, match="too few"):
+    with pytest.raises(TargetMissedError, match="too few"):
         encode(photograph, bpp=0.001, steps=2)
 
 
@@ -353,7 +353,7 @@ def test_decibels_are_a_lower_bound_that_is_nearly_met(photograph: np.ndarray):
         blob = encode(photograph, psnr=wanted, steps=30, stored_steps=10)
         reached = psnr(render(decode(blob), 120, 150), target)
         assert wanted - 1e-3 <= reached < wanted + 0.5
-    with pytest.raises(CodecError, match="not reached"):
+    with pytest.raises(TargetMissedError, match="not reached"):
         encode(photograph, psnr=90, steps=1, stored_steps=0)
 
 
@@ -381,6 +381,8 @@ def test_the_shipped_predictor_starts_without_a_target_and_growing_with_one(phot
         encode(photograph, gaussians=100, stages=1)
     with pytest.raises(ValueError, match="stages must be a whole number, at least 1, got 0"):
         encode(photograph, stages=0)
+    with pytest.raises(CheckpointError, match="'gorw': give grow, grid, compact or a file"):
+        encode(photograph, predictor="gorw")
 
 
 def test_wrong_targets_are_refused(photograph: np.ndarray):

@@ -153,6 +153,15 @@ def test_options_that_mean_nothing_are_refused(values: dict, said: str) -> None:
         EvaluateConfig(**values)
 
 
+@pytest.mark.parametrize("name", ["grow", "~/grow"])
+def test_an_unknown_predictor_is_named_as_it_was_typed(
+    one_picture: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Evaluation measures predictions, so it takes no "grow"."""
+    assert main(["evaluate", str(one_picture), "--predictor", name]) == 1
+    assert f"unknown predictor '{name}': give grid, compact or a file NAME.safetensors" in capsys.readouterr().err
+
+
 def test_the_output_of_another_job_is_refused(photographs: Path, tmp_path: Path) -> None:
     encode([str(photographs / "china.jpg")], str(tmp_path / "out"), EncodeConfig(steps=0, stored_steps=0), INLINE)
     with pytest.raises(ConfigError, match=r"output of `air encode`, which holds no originals: give the images"):
