@@ -1,4 +1,5 @@
-"""Encodes images as .air files, in tars, with a Parquet row about each: bytes, bits per pixel, PSNR, MS-SSIM.
+"""Encodes images as .air files: one image as one file, or any number in tars, with a Parquet row about each: bytes,
+bits per pixel, PSNR, MS-SSIM.
 
 IMAGES are the output of `air shard`, or folders, globs, image files, tars and Parquet files with image bytes. Give at
 most one target: --gaussians, --pixels-per-gaussian, --bpp or --psnr. Without a target Gaussians start from the shipped
@@ -6,22 +7,36 @@ predictor, which is quickest; with one they are grown, which gives more decibels
 otherwise. Images that cannot be used go to OUT/quarantine with a reason. Run again to go on after a stop: the files are
 the same, byte for byte.
 
+One image file and an OUT that ends in .air give that file, in place of any that is there; how bulk work runs means
+nothing then.
+
+  air encode photo.jpg photo.air --bpp 0.5
   air encode photos/ encoded/
   air encode photos/ encoded/ --bpp 0.5
   air encode shards/ encoded/ --predictor run/best.safetensors --stored-steps 20
 """
 
-from collections.abc import Sequence
+import argparse
+import os
+import posixpath
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
 
 from jobs.command import configure, make_parser
 from jobs.display import show
-from jobs.report import print_outcome
+from jobs.report import counted, print_outcome
+from pipeline import images
 from pipeline.config import RunnerConfig
-from pipeline.encode import EncodeConfig, EncodeJob, find_start, plan_encode
+from pipeline.decode import AIR_ENDING
+from pipeline.encode import EncodeConfig, EncodeJob, encode_image, find_start, measure, plan_encode, prepare_encoder
+from pipeline.errors import ConfigError, JobFailedError, Rejected
 from pipeline.runner import Tally, run
 from pipeline.sources import check_outside
-from pipeline.storage import normalise, open_storage
+from pipeline.storage import check_writable, normalise, open_parent, open_storage
 from pipeline.work import settle_plan
+
+_OF_BULK = ("embed", "max_count", "image_column")
 
 
 def encode(inputs: Sequence[str], output_uri: str, config: EncodeConfig, runner: RunnerConfig) -> Tally:
@@ -41,23 +56,81 @@ def encode(inputs: Sequence[str], output_uri: str, config: EncodeConfig, runner:
         return run(EncodeJob(config, predictor, read), plan, output, runner, display)
 
 
+def encode_file(image: str, output_uri: str, config: EncodeConfig) -> dict[str, Any]:
+    """Encodes one image file as one .air file.
+
+    Args:
+        image: A local path or a URI.
+        output_uri: The .air file, likewise. Written whole, in place of any that is there.
+        config: What to make.
+
+    Returns:
+        As `pipeline.encode.measure`.
+
+    Raises:
+        StorageError: The image cannot be read, or the file not be written.
+        JobFailedError: The image cannot be used, or no file meets the target.
+        CheckpointError: There is no such predictor.
+    """
+    source, name = open_parent(image)
+    data = source.read(name)
+    predictor = find_start(config)
+    check_writable(output_uri)
+    prepare_encoder(predictor, partial(print, flush=True))
+    try:
+        rgb = images.decode(data, background=config.background, max_pixels=config.max_pixels)
+        blob = encode_image(rgb, config.settled(predictor), predictor, threads=os.cpu_count() or 1)
+    except Rejected as rejection:
+        raise JobFailedError(f"{image}: {rejection}") from None
+    output, target = open_parent(output_uri)
+    output.write(target, blob)
+    return measure(blob, rgb)
+
+
 def main(arguments: Sequence[str]) -> int:
     """The command."""
     parser = make_parser("encode", __doc__, EncodeConfig, RunnerConfig)
     parser.add_argument("images", nargs="+", metavar="IMAGES", help="output of `air shard`, or what it takes")
-    parser.add_argument("out", metavar="OUT", help="folder for the files; a local path or a URI")
+    parser.add_argument("out", metavar="OUT", help="folder for the files, or one .air file; a local path or a URI")
     given = parser.parse_args(arguments)
     config, runner = configure(given, encode=EncodeConfig, runner=RunnerConfig)
+    if given.out.endswith(AIR_ENDING):
+        _check_single(given)
+        print(describe_file(encode_file(given.images[0], given.out, config)), given.out, sep="\n")
+        return 0
     tally = encode(given.images, given.out, config, runner)
     print_outcome(describe(tally), given.out, tally)
     return 0
+
+
+def _check_single(given: argparse.Namespace) -> None:
+    """Raises ConfigError unless one image file is to become one .air file, with options that mean something then."""
+    endings = images.IMAGE_EXTENSIONS
+    if len(given.images) != 1 or posixpath.splitext(given.images[0])[1].lower() not in endings:
+        raise ConfigError(
+            f"{given.out} is one .air file, made of one image file (its name ends in {', '.join(sorted(endings))}); "
+            f"for other inputs OUT is a folder, whose name does not end in {AIR_ENDING}"
+        )
+    of_bulk = [name for name in (*_OF_BULK, *RunnerConfig.model_fields) if hasattr(given, name)]
+    if of_bulk:
+        flags = ", ".join("--" + name.replace("_", "-") for name in of_bulk)
+        raise ConfigError(f"{flags}: not for a single .air file; leave it out, or give a folder as OUT")
+
+
+def describe_file(measured: Mapping[str, Any]) -> str:
+    """What one .air file holds, in one line."""
+    return (
+        f"{measured['width']} x {measured['height']} pixels, {counted(sum(measured['gaussians']), 'Gaussian')}, "
+        f"{counted(measured['bytes'], 'byte')}, {measured['bpp']:.3f} bits per pixel, {measured['psnr']:.2f} dB, "
+        f"MS-SSIM {measured['ms_ssim']:.4f}"
+    )
 
 
 def describe(tally: Tally) -> str:
     """What an encode job made, in one phrase."""
     done = tally.summary
     count, size = int(done["images"]), done["file_bytes"]
-    text = f"{count} files ({size / 1e6:.2f} MB), {int(done['gaussians']):,} Gaussians"
+    text = f"{counted(count, 'file')} ({size / 1e6:.2f} MB), {counted(int(done['gaussians']), 'Gaussian')}"
     if count:
         text += (
             f", {8 * size / done['pixels']:.3f} bits per pixel, mean PSNR {done['psnr_sum'] / count:.2f} dB, "

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, ClassVar
 import numpy as np
 from pydantic import Field, model_validator
 
-from air.defaults import GROW, GROWING_STEPS, STEPS_AFTER_PREDICTION, STORED_STEPS, start_of_encoding
+from air.defaults import GRID, GROW, GROWING_STEPS, STEPS_AFTER_PREDICTION, STORED_STEPS, start_of_encoding
 from pipeline import images, tables
 from pipeline.config import Config
 from pipeline.errors import ConfigError, Rejected
@@ -106,7 +106,7 @@ def find_start(config: EncodeConfig) -> PredictorReference | None:
         ConfigError: It has fewer stages than are asked for.
     """
     name = start_of_encoding(config.has_target) if config.predictor is None else config.predictor
-    return None if name == GROW else find_predictor(name)
+    return None if name == GROW else find_predictor(name, others=(GROW, GRID))
 
 
 def plan_encode(
@@ -178,34 +178,18 @@ class EncodeJob:
         Raises:
             CheckpointError: The predictor cannot be loaded, or is not the one that was planned with.
         """
-        import torch
-
-        from air.compress import ENCODER_COMPILE_SECONDS, compile_encoder, encoder_is_compiled
-
-        if self._predictor is not None:
-            load(self._predictor, torch.device("cpu"))
-        if not encoder_is_compiled():
-            say(f"compiling kernels, once on this machine: about {ENCODER_COMPILE_SECONDS} s")
-        compile_encoder()
+        prepare_encoder(self._predictor, say)
 
     def samples(self, unit: Unit, scratch: Path) -> Iterator[Sample]:
         """The unit's images."""
         return self._read(unit)
 
     def process(self, image: EncodedImage) -> EncodedFile:
-        """The image's file and row.
-
-        Raises:
-            Rejected: As `images.decode`; `target_missed`: no file meets the target; `unsupported`: the .air format
-                cannot hold the image; `non_finite`: the fit diverged.
-        """
-        import torch
-
-        torch.set_num_threads(1)  # sums of another order would make another file on another machine
+        """The image's file and row. Raises Rejected as `images.decode` and `encode_image`."""
         begin = time.perf_counter()
         rgb = images.decode(image.data, background=self._config.background, max_pixels=self._config.max_pixels)
         decoded = time.perf_counter()
-        blob = self._encode(rgb)
+        blob = encode_image(rgb, self._config, self._predictor)
         encoded = time.perf_counter()
         row = {"key": image.key, "shard": image.unit, **measure(blob, rgb)}
         seconds = {
@@ -215,28 +199,60 @@ class EncodeJob:
         }
         return EncodedFile(row, blob, seconds)
 
-    def _encode(self, rgb: np.ndarray) -> bytes:
-        import torch
-
-        from air.compress import encode
-        from air.errors import CodecError, InvalidGaussiansError, NonFiniteLossError, TargetMissedError
-
-        config = self._config
-        start = GROW if self._predictor is None else load(self._predictor, torch.device("cpu"))
-        options = {"steps": config.steps, "stored_steps": config.stored_steps, **config.target(*rgb.shape[:2])}
-        try:
-            return encode(rgb, predictor=start, stages=config.stages, **options)
-        except TargetMissedError as error:
-            raise Rejected("target_missed", str(error)) from None
-        except CodecError as error:
-            raise Rejected(images.Reason.UNSUPPORTED, str(error)) from None
-        except (InvalidGaussiansError, NonFiniteLossError) as error:
-            raise Rejected("non_finite", str(error)) from None
-
     def writer(self, unit: Unit, scratch: Path, metadata: Mapping[str, str]) -> EncodeWriter:
         """A writer of one tar and one Parquet file."""
         model = {} if self._predictor is None else {"air.model": self._predictor.model}
         return EncodeWriter(unit.name, scratch, {**metadata, **model}, self._config.embed)
+
+
+def prepare_encoder(predictor: PredictorReference | None, say: Callable[[str], None]) -> None:
+    """Loads the predictor and compiles what `encode_image` needs, and says so if that takes long.
+
+    Raises:
+        CheckpointError: The predictor cannot be loaded, or is not the one that the reference names.
+    """
+    import torch
+
+    from air.compress import ENCODER_COMPILE_SECONDS, compile_encoder, encoder_is_compiled
+
+    if predictor is not None:
+        load(predictor, torch.device("cpu"))
+    if not encoder_is_compiled():
+        say(f"compiling kernels, once on this machine: about {ENCODER_COMPILE_SECONDS} s")
+    compile_encoder()
+
+
+def encode_image(
+    rgb: np.ndarray, config: EncodeConfig, predictor: PredictorReference | None, threads: int = 1
+) -> bytes:
+    """The .air file of an image, the same with any number of threads.
+
+    Args:
+        rgb: The image, shape (H, W, 3), uint8.
+        config: What to make, settled.
+        predictor: From `find_start`.
+        threads: CPU threads at most.
+
+    Raises:
+        Rejected: `target_missed`: no file meets the target; `unsupported`: the .air format cannot hold the image;
+            `non_finite`: the fit diverged.
+    """
+    import torch
+
+    from air.compress import encode
+    from air.errors import CodecError, InvalidGaussiansError, NonFiniteLossError, TargetMissedError
+
+    torch.set_num_threads(1)  # sums of another order would make another file on another machine
+    start = GROW if predictor is None else load(predictor, torch.device("cpu"))
+    options = {"steps": config.steps, "stored_steps": config.stored_steps, **config.target(*rgb.shape[:2])}
+    try:
+        return encode(rgb, predictor=start, stages=config.stages, threads=threads, **options)
+    except TargetMissedError as error:
+        raise Rejected("target_missed", str(error)) from None
+    except CodecError as error:
+        raise Rejected(images.Reason.UNSUPPORTED, str(error)) from None
+    except (InvalidGaussiansError, NonFiniteLossError) as error:
+        raise Rejected("non_finite", str(error)) from None
 
 
 def measure(blob: bytes, rgb: np.ndarray) -> dict[str, Any]:
