@@ -1,5 +1,6 @@
 """The tables' promises: documented columns, units in the file, encodings that keep every bit."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -7,9 +8,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import tables
+from pipeline import images, tables
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "tables.md"
+ROOT = Path(__file__).parents[2]
+DOCUMENT = ROOT / "docs" / "tables.md"
 
 
 @pytest.mark.parametrize(
@@ -23,6 +25,16 @@ def test_every_column_is_documented_with_its_type_and_unit(schema: pa.Schema) ->
         nested = pa.types.is_list(field.type)
         kind = f"list of {field.type.value_type}" if nested else str(field.type)
         assert f"| {field.name} | {kind} | {field.metadata[b'unit'].decode()} |" in text
+
+
+def test_every_reason_is_documented() -> None:
+    """Those of `images.Reason`, and those that are written where something is refused."""
+    text = DOCUMENT.read_text()
+    listed = re.findall(
+        r"^\| (\w+) \|", text.partition("| reason | what was found |")[2].partition("\n## ")[0], re.MULTILINE
+    )
+    sources = "".join(path.read_text() for path in (ROOT / "pipeline").glob("*.py"))
+    assert sorted(listed) == sorted({*images.Reason, *re.findall(r'Rejected\(\s*"(\w+)"', sources)})
 
 
 def test_a_file_keeps_values_units_and_metadata(tmp_path: Path) -> None:
