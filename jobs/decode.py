@@ -22,7 +22,7 @@ from pipeline.config import RunnerConfig
 from pipeline.decode import AIR_ENDING, DecodeConfig, DecodeJob, draw_file, plan_decode, prepare_decoder
 from pipeline.errors import ConfigError, Rejected
 from pipeline.runner import Tally, run
-from pipeline.sources import check_outside
+from pipeline.sources import check_outside, missing_input
 from pipeline.storage import Storage, normalise, open_parent, open_storage
 from pipeline.work import PLAN_PATH, read_quarantine, settle_plan
 
@@ -119,14 +119,22 @@ def check_output(output_uri: str, single: bool, asked: str | None) -> None:
         )
 
 
+def find_file(given: str) -> tuple[Storage, str]:
+    """Where one .air file lies, and its path there. Raises ConfigError if there is none."""
+    source, name = open_parent(given)
+    if not source.exists(name):
+        raise missing_input(given)
+    return source, name
+
+
 def find_files(given: str) -> tuple[Storage, list[str]] | None:
     """Where .air files lie and their paths there; None for tars and the output of a job.
 
     Raises:
-        StorageError: There is nothing.
+        ConfigError: There is no such file.
     """
     if given.endswith(AIR_ENDING):
-        source, name = open_parent(given)
+        source, name = find_file(given)
         return source, [name]
     if given.endswith(".tar"):
         return None

@@ -8,9 +8,8 @@ The picture's name says its format (.png, .webp, .jpg); a picture of that name i
 from collections.abc import Sequence
 
 from jobs.command import configure, make_parser
-from jobs.decode import check_output, draw_all
+from jobs.decode import check_output, draw_all, find_file
 from pipeline.decode import DecodeConfig
-from pipeline.storage import open_parent
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -21,5 +20,5 @@ def main(arguments: Sequence[str]) -> int:
     given = parser.parse_args(arguments)
     (config,) = configure(given, decode=DecodeConfig)
     check_output(given.out, True, getattr(given, "format", None))
-    source, name = open_parent(given.file)
+    source, name = find_file(given.file)
     return draw_all(source, [name], given.out, config)

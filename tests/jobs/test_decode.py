@@ -157,6 +157,12 @@ def test_a_name_that_says_something_else_is_refused(
     assert Path("x.air").read_bytes() == BLOBS["a/0"]
 
 
+@pytest.mark.parametrize("command", ["render", "decode"])
+def test_a_missing_file_is_named(command: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main([command, str(tmp_path / "x.air"), str(tmp_path / "x.png")]) == 2
+    assert "x.air does not exist" in capsys.readouterr().err
+
+
 def test_names_that_agree_with_the_format_and_folders_with_dots_are_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

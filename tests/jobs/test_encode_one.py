@@ -70,7 +70,7 @@ def test_the_file_may_go_to_an_object_store(photographs: Path) -> None:
     [
         (["."], 2, "out.air is one .air file, made of one image file"),
         (["fine.png", "fine.png"], 2, "made of one image file"),
-        (["missing.png"], 1, "missing.png: no such file"),
+        (["missing.png"], 2, "missing.png does not exist"),
         (["text.jpg"], 1, "text.jpg: not_an_image"),
         (["fine.png", "--embed", "--executor", "inline"], 2, "--embed, --executor: not for a single .air file"),
         (["fine.png", "--max-count", "3"], 2, "--max-count: not for a single .air file"),
