@@ -136,12 +136,17 @@ def read_header(blob: bytes, *, max_pixels: int = MOST_PIXELS) -> Header:
 
     Raises:
         CodecError: It is no .air file, of another version, cut off, damaged, or larger than `max_pixels`.
+        TypeError: It is not bytes.
     """
     return _parse_header(blob, max_pixels)[0]
 
 
 def _parse_header(blob: bytes, max_pixels: int) -> tuple[Header, int, int]:
     """(header, where the first section starts, checksum so far)."""
+    if not isinstance(blob, (bytes, bytearray, memoryview)):
+        raise TypeError(
+            f"an .air file is decoded from its bytes, such as Path(...).read_bytes(), not {type(blob).__name__}"
+        )
     if blob[:4] != MAGIC:
         raise CodecError(f"not an .air file: it starts with {bytes(blob[:4])!r} instead of {MAGIC!r}")
     if len(blob) < _START.size:
@@ -229,4 +234,5 @@ def _read_varint(blob: bytes, place: int, stage: int) -> tuple[int, int]:
 
 def _cut_off(stage: int, wanted: int | None) -> CodecError:
     of = "" if wanted is None else f" of {wanted}"
-    return CodecError(f"the file is cut off in stage {stage}{of}; decode it with stages={stage} for a coarser image")
+    whole = f"for a coarser image ask for its first {stage}" if stage else "no stage of it is whole"
+    return CodecError(f"the file is cut off in stage {stage}{of}: {whole}")

@@ -5,6 +5,8 @@ Everything else (a predictor's output, an optimised fit) is judged by what it ad
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from functools import lru_cache
 
 import torch
@@ -19,10 +21,30 @@ LARGEST = 0.99
 """Colours and offsets are kept inside tanh's range by this much: its slope there still lets an optimiser move them."""
 
 _RIDGE = 1e-3
-"""Share of the mean diagonal added to the normal equations: they stay solvable when Gaussians nearly coincide."""
+"""Share of the largest diagonal added to the normal equations: they stay solvable when Gaussians nearly coincide."""
+
+_BLOCK, _MARGIN = 192, 32
+"""Patches along an axis that are solved for together, and those beside them that are taken into account."""
 
 
-@lru_cache(maxsize=4)
+def _solvers(size: int, patch_size: int, scale: float) -> Iterator[tuple[slice, Tensor]]:
+    """Pixels along an axis and the matrix that turns values there into the weights of the next patches, in order.
+
+    One for the whole axis if it is short. What a weight owes to pixels further away than the margin is below float32's
+    rounding, so the memory for a long axis need not grow with the square of its length.
+    """
+    patches = math.ceil(size / patch_size)
+    if patches <= _BLOCK + 2 * _MARGIN:
+        yield slice(0, size), _solver(size, patch_size, scale)
+        return
+    for first in range(0, patches, _BLOCK):
+        last = min(first + _BLOCK, patches)
+        begin = max(first - _MARGIN, 0)
+        pixels = slice(begin * patch_size, min((last + _MARGIN) * patch_size, size))
+        yield pixels, _solver(pixels.stop - pixels.start, patch_size, scale)[first - begin : last - begin]
+
+
+@lru_cache(maxsize=8)
 @torch.inference_mode(False)
 def _solver(size: int, patch_size: int, scale: float) -> Tensor:
     """The matrix (patches, size) that turns values along an axis into the least-squares weights of its Gaussians.
@@ -34,7 +56,7 @@ def _solver(size: int, patch_size: int, scale: float) -> Tensor:
     basis = torch.exp(-0.5 * ((pixels[:, None] - centres[None, :]) / scale).square())
     basis = torch.where(basis >= SUPPORT_CUTOFF, basis, 0)
     normal = basis.T @ basis
-    normal += _RIDGE * normal.diagonal().mean() * torch.eye(len(centres), dtype=centres.dtype)
+    normal += _RIDGE * normal.diagonal().max() * torch.eye(len(centres), dtype=centres.dtype)
     weights = torch.linalg.solve(normal, basis.T)
     # They die away exponentially, and products with subnormal numbers take ten times as long.
     return torch.where(weights.abs() > 1e-12 * weights.abs().max(), weights, 0)
@@ -59,9 +81,12 @@ def grid_initialization(residual: Tensor, patch_size: int, *, raw_scale: float =
     _, height, width = residual.shape
     rows, columns = grid_shape(height, width, patch_size)
     scale = patch_size * torch.tensor(raw_scale, dtype=torch.float64).sigmoid().item() + MIN_RAW_SCALE
-    solve_x = _solver(width, patch_size, scale).to(residual)
-    solve_y = _solver(height, patch_size, scale).to(residual)
-    colour = solve_y @ residual @ solve_x.T
+    colour = torch.cat(
+        [solve_y.to(residual) @ residual[:, pixels] for pixels, solve_y in _solvers(height, patch_size, scale)], dim=1
+    )
+    colour = torch.cat(
+        [colour[:, :, pixels] @ solve_x.to(residual).T for pixels, solve_x in _solvers(width, patch_size, scale)], dim=2
+    )
     raw = torch.zeros(rows * columns, RAW_CHANNELS, dtype=residual.dtype, device=residual.device)
     raw[:, 2:4] = raw_scale
     raw[:, 5:8] = torch.atanh(colour.clamp(-LARGEST, LARGEST)).reshape(3, -1).T

@@ -8,7 +8,8 @@
     Image.open("photo.jpg").save("photo.air", bpp=0.25)
 
 Images are RGB, of the size they were encoded at. `draw` gives other sizes. A limit on pixels is Pillow's own affair
-(`Image.MAX_IMAGE_PIXELS`).
+(`Image.MAX_IMAGE_PIXELS`). Pillow empties a file that is there before it asks for its new content, so where a target
+may be missed, write what `air.encode` gives instead.
 """
 
 from __future__ import annotations

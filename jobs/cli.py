@@ -2,9 +2,13 @@
 
 import logging
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
+from types import FrameType
 
 import air
 from air.errors import AirError
@@ -28,14 +32,14 @@ COMMANDS = {
     "gc": "remove what killed attempts left behind",
 }
 
-EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
+EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_TERMINATED = 0, 1, 2, 130, 143
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; the entry point of `air`.
 
     Returns:
-        The exit status: 0 done, 1 failed, 2 wrong usage.
+        The exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted, 143 terminated.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -54,7 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_USAGE
     logging.basicConfig(format="%(message)s", level=level)
     try:
-        return import_module(f"jobs.{command.replace('-', '_')}").main(rest)
+        with _termination_raises():
+            return import_module(f"jobs.{command.replace('-', '_')}").main(rest)
     except SystemExit as stop:  # argparse: --help, or a wrong option that it has explained
         return int(stop.code or EXIT_DONE)
     except ConfigError as error:
@@ -67,9 +72,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader of our output left, as in `air stats ... | head`: no failure. Python would complain at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_DONE
+    except _Terminated:
+        print(f"air {command}: terminated; run the same command again to go on", file=sys.stderr)
+        return EXIT_TERMINATED
     except KeyboardInterrupt:
         print(f"air {command}: interrupted; run the same command again to go on", file=sys.stderr)
         return EXIT_INTERRUPTED
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM came, which is what schedulers and `timeout` send."""
+
+
+@contextmanager
+def _termination_raises() -> Iterator[None]:
+    """Within, SIGTERM cleans up as ^C does, and then raises `_Terminated`. From the first one on, more do nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's
+        return
+
+    came = threading.Event()
+
+    def terminate(signum: int, frame: FrameType | None) -> None:
+        if not came.is_set():
+            came.set()
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:  # a subclass would not come through Ray, which raises its own in its place
+        raise _Terminated if came.is_set() else interrupt from None
+    finally:
+        if not came.is_set():
+            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def _overview() -> str:

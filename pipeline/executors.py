@@ -6,7 +6,9 @@ import logging
 import math
 import os
 import re
+import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -265,7 +267,8 @@ def ray_session(config: RunnerConfig) -> Iterator[None]:
         if config.address:
             _check_reachable(config.address)
         try:
-            ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=False, **options)
+            with _own_termination():
+                ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=False, **options)
         except (ConnectionError, ValueError) as error:
             raise ConfigError(f"cannot reach the Ray cluster {config.address or ''}: {error}") from None
         except Exception as error:  # Ray raises bare exceptions, for a time-out of its start among others
@@ -276,6 +279,17 @@ def ray_session(config: RunnerConfig) -> Iterator[None]:
     finally:
         if ours:
             ray.shutdown()
+
+
+@contextmanager
+def _own_termination() -> Iterator[None]:
+    """Keeps what this process does on SIGTERM. Ray, as it starts, puts an exit in its place that reads like a crash."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if callable(handler) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
 
 
 def _check_reachable(address: str) -> None:

@@ -150,11 +150,18 @@ def test_a_prefix_is_a_coarser_image(small_file: bytes):
         for blob in (small_file, small_file[:end]):
             decoded = decode(blob, stages=stages)
             assert_equal(decoded, Gaussians.concatenate([stage.gaussians for stage in whole[:stages]]))
-        with pytest.raises(CodecError, match=f"stages={stages}"):
+        with pytest.raises(CodecError, match=f"ask for its first {stages}$"):
             decode(small_file[:end])
+    with pytest.raises(CodecError, match=r"cut off in stage 0 of .*: no stage of it is whole"):
+        decode(small_file[: info.ends[0] - 1])
     assert len(decode(small_file, stages=0)) == 0
     with pytest.raises(ValueError, match="stages"):
         decode(small_file, stages=info.header.num_stages + 1)
+
+
+def test_a_path_is_no_file():
+    with pytest.raises(TypeError, match=r"from its bytes.*not str"):
+        decode("photo.air")  # type: ignore[arg-type]
 
 
 def test_the_header_says_what_was_encoded(small_file: bytes):

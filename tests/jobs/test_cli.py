@@ -314,8 +314,13 @@ def test_exit_statuses_reach_the_shell(shards: Path, tmp_path: Path):
         assert "Traceback" not in err
 
 
-def test_an_interrupted_run_says_so_and_goes_on(pictures: Path, tmp_path: Path):
-    """Stopped by ^C between units: no traceback, and the same command ends well."""
+@pytest.mark.parametrize(
+    ("stop", "status", "said"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+def test_a_stopped_run_says_so_and_goes_on(
+    pictures: Path, tmp_path: Path, stop: signal.Signals, status: int, said: str
+):
+    """By ^C, or by a scheduler, between units: no traceback, and the same command ends well."""
     for number in range(10, 160):
         shutil.copyfile(pictures / "0.png", pictures / f"{number}.png")
     command = ("shard", pictures, tmp_path / "out", "--max-count", 1, *INLINE)
@@ -323,10 +328,10 @@ def test_an_interrupted_run_says_so_and_goes_on(pictures: Path, tmp_path: Path):
     manifests = tmp_path / "out" / "manifest"
     while process.poll() is None and not list(manifests.glob("*.json")):
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(stop)
     _, err = process.communicate(timeout=120)
-    assert process.returncode == 130
-    assert err == "air shard: interrupted; run the same command again to go on\n"
+    assert process.returncode == status
+    assert err == f"air shard: {said}; run the same command again to go on\n"
     assert 0 < len(list(manifests.glob("*.json"))) < 156
     process = air_process(*command)
     out, err = process.communicate(timeout=120)
@@ -349,6 +354,23 @@ def test_shard_on_a_ray_of_its_own(pictures: Path, tmp_path: Path):
     assert out.startswith("6 images")
     assert err == ""
     assert [unit.samples for unit in list_shards(open_storage(tmp_path / "out"))] == [2, 2, 2]
+
+
+@pytest.mark.slow
+def test_a_ray_of_its_own_ends_with_the_job_that_a_scheduler_ends(pictures: Path, tmp_path: Path):
+    """Ray would exit in its own way, with a report of a crash."""
+    for number in range(10, 160):
+        shutil.copyfile(pictures / "0.png", pictures / f"{number}.png")
+    process = air_process("shard", pictures, tmp_path / "out", "--max-count", 1, "--executor", "ray")
+    manifests = tmp_path / "out" / "manifest"
+    while process.poll() is None and not list(manifests.glob("*.json")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)  # an impatient one
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 143
+    assert err == "air shard: terminated; run the same command again to go on\n"
 
 
 @pytest.mark.slow
