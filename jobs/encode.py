@@ -7,8 +7,8 @@ predictor, which is quickest; with one they are grown, which gives more decibels
 otherwise. Images that cannot be used go to OUT/quarantine with a reason. Run again to go on after a stop: the files are
 the same, byte for byte.
 
-One image file and an OUT that ends in .air give that file, in place of any that is there; how bulk work runs means
-nothing then.
+One image file and an OUT that ends in .air give that one file, in place of any that is there. Options of bulk work,
+such as --embed and --executor, are refused then.
 
   air encode photo.jpg photo.air --bpp 0.5
   air encode photos/ encoded/
