@@ -6,7 +6,6 @@ refuses others than the driver saw. With the grid, a driver does without torch.
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from air.defaults import COMPACT, GRID, GRID_PATCH_SIZE, GRID_STAGES, has_compact
 from pipeline.errors import ConfigError
-from pipeline.storage import normalise, open_parent
+from pipeline.storage import MissingFileError, normalise, open_parent
 from pipeline.work import Plan
 
 if TYPE_CHECKING:
@@ -78,23 +77,23 @@ def find_predictor(name: str, patch_size: int | None = None, others: Sequence[st
         others: Names beside "compact" that the caller takes, for the message about one that it does not.
 
     Raises:
-        CheckpointError: There is no such predictor, or it has no card.
+        CheckpointError: There is no such predictor, or it has no card that fits.
         ConfigError: It has another patch size.
     """
     if name == GRID:
         return PredictorReference(GRID, GRID, "", patch_size or GRID_PATCH_SIZE, None)
     from air.predictor import checkpoint_path
-    from air.predictor.checkpoint import read_card
+    from air.predictor.checkpoint import check_weights, read_card
 
     checkpoint_path(name, others)  # speaks of the name as it was typed
     uri = name if name == COMPACT else normalise(name)
     with local_checkpoint(uri) as path:
         card = read_card(path)
-        checksum = checksum_of_weights(path)
+        check_weights(path, card)
     has, stages = card.settings["patch_size"], card.settings["num_stages"]
     if patch_size is not None and patch_size != has:
         raise ConfigError(f"patch_size = {patch_size}: {name} has patch size {has}; set patch_size to {has}")
-    return PredictorReference(uri, f"{card.architecture}:{checksum[:12]}", checksum, has, stages)
+    return PredictorReference(uri, f"{card.architecture}:{card.sha256[:12]}", card.sha256, has, stages)
 
 
 def default_predictor(patch_size: int | None, stages: int | None) -> PredictorReference:
@@ -128,14 +127,26 @@ def _load(reference: PredictorReference, device: str) -> Predictor:
     from air.predictor.checkpoint import load_checkpoint
 
     with local_checkpoint(reference.name) as path:
-        found = checksum_of_weights(path)
-        if found != reference.sha256:
-            raise CheckpointError(
-                f"{reference.name} has changed since it was looked up (sha256 {reference.sha256[:12]} -> "
-                f"{found[:12]}): snapshots of rounds need names of their own"
-            )
-        network, _ = load_checkpoint(path)
+        network, card = load_checkpoint(path)
+    if card.sha256 != reference.sha256:
+        raise CheckpointError(
+            f"{reference.name} has changed since it was looked up (sha256 {reference.sha256[:12]} -> "
+            f"{card.sha256[:12]}): snapshots of rounds need names of their own"
+        )
     return network.to(device)
+
+
+def is_whole(uri: str) -> bool:
+    """Whether a checkpoint is there, with a card that speaks of its weights."""
+    from air.errors import CheckpointError
+    from air.predictor.checkpoint import check_weights, read_card
+
+    try:
+        with local_checkpoint(uri) as path:
+            check_weights(path, read_card(path))
+    except (CheckpointError, MissingFileError):
+        return False
+    return True
 
 
 @contextmanager
@@ -163,18 +174,3 @@ def local_checkpoint(name: str) -> Iterator[Path]:
         for part in (file, str(Path(file).with_suffix(".json"))):
             (Path(folder) / part).write_bytes(storage.read(part))
         yield Path(folder) / file
-
-
-def checksum_of_weights(path: Path) -> str:
-    """SHA-256 of a checkpoint's weights, hexadecimal.
-
-    Raises:
-        CheckpointError: The file cannot be read.
-    """
-    from air.errors import CheckpointError
-
-    try:
-        with path.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None

@@ -1,7 +1,7 @@
 """Checkpoints of predictors: weights as safetensors, and beside them a card, JSON that says what they are.
 
     NAME.safetensors    the weights, by parameter name
-    NAME.json           the card
+    NAME.json           the card, which names the weights by their checksum
 
 Loading reads numbers and text only; nothing is unpickled or run.
 """
@@ -9,6 +9,7 @@ Loading reads numbers and text only; nothing is unpickled or run.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +32,7 @@ class Card:
     Attributes:
         architecture: Name of the network's architecture.
         settings: What builds the network.
+        sha256: Of the file of weights, hexadecimal: the card speaks of no other.
         phase: The training phase that made it.
         step: Optimiser steps in that phase.
         plan: Hash of the plan of the training data; empty where there was none.
@@ -41,6 +43,7 @@ class Card:
 
     architecture: str
     settings: dict[str, Any]
+    sha256: str
     phase: str = ""
     step: int = 0
     plan: str = ""
@@ -49,21 +52,18 @@ class Card:
     code_version: str = air.__version__
 
 
-def save_checkpoint(
-    path: str | Path, network: PredictorNetwork, weights: dict[str, Any] | None = None, **card: Any
-) -> Card:
-    """Writes a checkpoint; the card last, so that one with a card is whole.
+def save_checkpoint(path: str | Path, network: PredictorNetwork, **card: Any) -> Card:
+    """Writes a checkpoint, the card last. A pair that a stop leaves half overwritten does not load: checksums differ.
 
     Args:
         path: `NAME.safetensors`; the card is `NAME.json` beside it.
         network: What is stored.
-        weights: Its state where that is not the network's own, such as a moving average.
-        card: Fields of `Card` but for architecture and settings.
+        card: Fields of `Card` but for architecture, settings and sha256.
     """
     path = _checked(path)
-    described = Card(network.architecture, network.settings, **card)
-    state = {name: value.detach().cpu().contiguous() for name, value in (weights or network.state_dict()).items()}
+    state = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
     safetensors.torch.save_file(state, path, metadata={"format": FORMAT})
+    described = Card(network.architecture, network.settings, _checksum(path), **card)
     document = {"format": FORMAT, **dataclasses.asdict(described)}
     path.with_suffix(".json").write_text(json.dumps(document, indent=2, sort_keys=True) + "\n")
     return described
@@ -77,6 +77,7 @@ def load_checkpoint(path: str | Path) -> tuple[PredictorNetwork, Card]:
     """
     path = _checked(path)
     card = read_card(path)
+    check_weights(path, card)
     try:
         network = build(card.architecture, card.settings, empty=True)
         state = safetensors.torch.load_file(path)
@@ -105,6 +106,11 @@ def read_card(path: str | Path) -> Card:
         raise CheckpointError(f"{beside}: is not JSON: {error}") from None
     if not isinstance(document, dict) or document.pop("format", None) != FORMAT:
         raise CheckpointError(f"{beside}: is not the card of a predictor (its format is not {FORMAT!r})")
+    if "sha256" not in document:
+        raise CheckpointError(
+            f"{beside}: names no checksum (sha256) of {path.name}, so nothing says that the two belong together: "
+            "train or import the checkpoint again with this version"
+        )
     try:
         card = Card(**document)
     except TypeError as error:
@@ -113,6 +119,30 @@ def read_card(path: str | Path) -> Card:
         if not isinstance(card.settings, dict) or not isinstance(card.settings.get(name), int):
             raise CheckpointError(f"{beside}: is not a card of this version: its settings have no whole number {name}")
     return card
+
+
+def check_weights(path: str | Path, card: Card) -> None:
+    """Holds the weights `NAME.safetensors` against their card.
+
+    Raises:
+        CheckpointError: They are missing, or are not those that the card speaks of.
+    """
+    path = Path(path)
+    found = _checksum(path)
+    if found != card.sha256:
+        raise CheckpointError(
+            f"{path} is not the file that its card {path.with_suffix('.json')} describes (sha256 {found[:12]}, "
+            f"expected {card.sha256[:12]}): one of the two is damaged or of another checkpoint; copy both again from "
+            "their source"
+        )
+
+
+def _checksum(path: Path) -> str:
+    try:
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
 def _checked(path: str | Path) -> Path:

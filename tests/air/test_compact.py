@@ -179,6 +179,27 @@ def test_a_card_without_a_patch_size_is_named(tmp_path) -> None:
         load_checkpoint(tmp_path / "one.safetensors")
 
 
+def test_weights_that_are_not_those_of_the_card_are_refused(tmp_path) -> None:
+    one, other = tmp_path / "one.safetensors", tmp_path / "other.safetensors"
+    for path in (one, other):
+        save_checkpoint(path, build("compact", SETTINGS))
+    whole = one.read_bytes()
+    one.write_bytes(whole[:-4] + bytes(byte ^ 255 for byte in whole[-4:]))
+    for _ in range(2):
+        with pytest.raises(
+            CheckpointError, match=r"one\.safetensors is not the file that its card .*one\.json describes"
+        ):
+            load_checkpoint(one)
+        one.write_bytes(other.read_bytes())  # then, beside the card of another checkpoint
+    one.write_bytes(whole)
+    load_checkpoint(one)
+    card = json.loads((tmp_path / "one.json").read_text())
+    del card["sha256"]
+    (tmp_path / "one.json").write_text(json.dumps(card))
+    with pytest.raises(CheckpointError, match=r"one\.json: names no checksum \(sha256\) of one\.safetensors.*again"):
+        load_checkpoint(one)
+
+
 def test_settings_out_of_bounds_are_named() -> None:
     with pytest.raises(ValueError, match="depth must be a whole number, at least 1, got 0"):
         build("compact", {"patch_size": 7, "depth": 0})
