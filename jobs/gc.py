@@ -1,7 +1,8 @@
 """Removes what killed attempts left behind: data that no manifest names, and temporary files.
 
 A job that ends well does this by itself, but for temporary files of the last day. Do not run it while a job is at work
-in the folder: attempts that have not committed yet would lose their files.
+in the folder: attempts that have not committed yet would lose their files. A training run removes its old checkpoints
+itself: of one, only temporary files go.
 
   air gc targets/
 """
@@ -21,9 +22,12 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("out", metavar="OUT", help="output folder of a job; a local path or a URI")
     given = parser.parse_args(arguments)
     output = open_storage(given.out)
-    read_plan(output)  # refuses a folder that is not ours to clean
-    files, size = remove_garbage(output)
+    plan = read_plan(output)  # refuses a folder that is not ours to clean
     temporaries = output.sweep_temporaries(older_than=0)
+    if plan.job == "train":
+        print(f"{given.out}: a training run keeps no garbage; removed {counted(temporaries, 'temporary file')}")
+        return 0
+    files, size = remove_garbage(output)
     print(
         f"{given.out}: removed {counted(files, 'file')} ({size / 1e6:.1f} MB) and "
         f"{counted(temporaries, 'temporary file')}"

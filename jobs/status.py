@@ -1,4 +1,6 @@
-"""Shows how far a job is: its plan minus its commits. Needs no running service and no log.
+"""Shows how far a job is: its plan minus its commits; of a training run, its steps and validations.
+
+Needs no running service and no log.
 
 air status targets/
 """
@@ -8,8 +10,8 @@ from collections.abc import Sequence
 
 from jobs.command import make_parser
 from jobs.report import mean_psnr, print_table, rejections
-from pipeline.storage import open_storage
-from pipeline.work import count_rows, read_manifests, read_plan
+from pipeline.storage import Storage, open_storage
+from pipeline.work import Plan, count_rows, read_manifests, read_plan
 
 MAX_MISSING_SHOWN = 5
 
@@ -21,6 +23,9 @@ def main(arguments: Sequence[str]) -> int:
     given = parser.parse_args(arguments)
     output = open_storage(given.out)
     plan = read_plan(output)
+    if plan.job == "train":
+        print_training(given.out, output, plan)
+        return 0
     manifests = list(read_manifests(output))
     planned = {unit.name: unit for unit in plan.units}
     missing = sorted(planned.keys() - {manifest.unit for manifest in manifests})
@@ -51,3 +56,28 @@ def main(arguments: Sequence[str]) -> int:
     else:
         print("complete")
     return 0
+
+
+def print_training(title: str, output: Storage, plan: Plan) -> None:
+    """How far a training run is, by its checkpoints and metrics."""
+    from pipeline.training_audit import standing
+
+    run = standing(output)
+    rows: list[tuple[str, object]] = [
+        ("job", plan.job),
+        ("plan", plan.hash[:12]),
+        ("input", ", ".join(plan.source)),
+        ("steps, by the newest checkpoint", f"{run.step} of {run.steps}"),
+        ("steps, by metrics.jsonl", run.told),
+        ("samples", run.samples),
+        ("of them not usable", run.skipped),
+        ("training seconds", run.seconds),
+    ]
+    if run.validations:
+        best = max(run.validations, key=lambda validation: validation[1])
+        rows += [
+            (f"{name} validation", f"{psnr:.2f} dB in step {step}")
+            for name, (step, psnr) in (("last", run.validations[-1]), ("best", best))
+        ]
+    print_table(title, ("", ""), rows)
+    print("finished" if run.finished else "not finished. Run the same `air train` again to go on, if none is at work.")

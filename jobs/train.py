@@ -8,6 +8,7 @@ last.safetensors with their cards, metrics.jsonl, TensorBoard events and checkpo
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -108,10 +109,11 @@ def main(arguments: Sequence[str]) -> int:
 
 def describe(figures: dict[str, float], output: str) -> str:
     """What a run made, in one sentence."""
-    return (
-        f"{int(figures['step'])} steps, {int(figures['samples'])} samples in {figures['seconds']:.0f} s; "
-        f"best validation {figures['best_psnr']:.2f} dB. Best: {output.rstrip('/')}/best.safetensors"
-    )
+    folder = output.rstrip("/")
+    done = f"{int(figures['step'])} steps, {int(figures['samples'])} samples in {figures['seconds']:.0f} s; "
+    if math.isinf(figures["best_psnr"]):
+        return f"{done}the best by validation is gone. Last: {folder}/last.safetensors"
+    return f"{done}best validation {figures['best_psnr']:.2f} dB. Best: {folder}/best.safetensors"
 
 
 def _canvas_of_targets(source: Storage, kind: str, config: TrainConfig) -> str:

@@ -1,6 +1,7 @@
 """Recounts and rechecksums everything that a job committed, and says what is missing. Exit status 1 if anything is.
 
-With --repair it takes back the commits that do not verify; the job's own command then does those shards again.
+With --repair it takes back the commits that do not verify; the job's own command then does those shards again. Of a
+training run it checks checkpoints, cards and metrics; --repair removes what is damaged of OUT/checkpoints.
 
 air verify targets/ && next-step
 """
@@ -10,9 +11,8 @@ from collections.abc import Sequence
 
 from jobs.command import make_parser
 from jobs.report import counted
-from pipeline.audit import repair, verify
 from pipeline.storage import open_storage
-from pipeline.work import count_rows, read_manifests
+from pipeline.work import count_rows, read_manifests, read_plan
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -22,6 +22,12 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--repair", action="store_true", help="take back the commits that do not verify")
     given = parser.parse_args(arguments)
     output = open_storage(given.out)
+    training = read_plan(output).job == "train"
+    if training:
+        from pipeline.training_audit import repair_run as repair
+        from pipeline.training_audit import verify_run as verify
+    else:
+        from pipeline.audit import repair, verify
     if given.repair:
         for path in repair(output):
             print(f"took back {path}", file=sys.stderr)
@@ -36,6 +42,9 @@ def main(arguments: Sequence[str]) -> int:
             file=sys.stderr,
         )
         return 1
+    if training:
+        print(f"{given.out}: verified the checkpoints, their cards and the metrics; the run is finished and intact")
+        return 0
     manifests = list(read_manifests(output))
     files = [file for manifest in manifests for file in manifest.files]
     quarantined = sum(manifest.quarantine.rows for manifest in manifests if manifest.quarantine)

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,17 +22,19 @@ from torch import Tensor
 from air.errors import InvalidGaussiansError, NonFiniteLossError
 from air.metrics import psnr_of
 from air.predictor.checkpoint import save_checkpoint
+from air.predictor.network import PredictorNetwork
 from air.render.threads import Workers
 from pipeline.batches import Crops, Feed, LocalBatch
 from pipeline.errors import TrainingError
 from pipeline.feed import Block, Prefetcher
 from pipeline.losses import BatchLosses, finetune_losses, offline_pod_losses, online_pod_losses, quantize_losses
+from pipeline.predictors import is_whole
 from pipeline.runner import MIN_SAMPLES_TO_JUDGE
 from pipeline.start import make_network
 from pipeline.storage import open_storage
 from pipeline.train_config import TrainConfig, TrainerConfig
 from pipeline.training_log import TrainingLog
-from pipeline.training_state import TrainingState, checkpoints, remove_old_checkpoints
+from pipeline.training_state import TrainingState, checkpoints, folder_of, read_state, remove_old_checkpoints
 from pipeline.validation import load_images, picture_grid, validate
 from pipeline.work import seed_of
 
@@ -132,6 +134,14 @@ def train(job: TrainJob, group: Group, report: Report = lambda figures: None) ->
         return _Run(job, group, workers, report)()
 
 
+class _Snapshot(NamedTuple):
+    """The moving average after a step, and the training time until then."""
+
+    network: PredictorNetwork
+    step: int
+    seconds: float
+
+
 class _Run:
     """One worker's part in a run, from its start or restart to the end."""
 
@@ -153,7 +163,11 @@ class _Run:
             self._state.load(self._output, saved[-1], self._about)
         self._sums = torch.zeros(5, dtype=torch.float64, device=group.device)
         self._refused: list[str] = []
-        self._log = TrainingLog(self._output, self._state.step) if group.rank == 0 else None
+        self._log: TrainingLog | None = None
+        if group.rank == 0:
+            if saved:
+                self._restore(saved)
+            self._log = TrainingLog(self._output, self._state.step)
         self._pictures: list[Tensor] | None = None
 
     def __call__(self) -> dict[str, float]:
@@ -334,7 +348,8 @@ class _Run:
         count, total, *gaussians = sums.tolist()
         psnr = total / count
         is_best = psnr > state.best_psnr
-        state.best_psnr = max(psnr, state.best_psnr)
+        if is_best:
+            state.best_psnr, state.best_step = psnr, state.step
         if self._log is None:
             return
         figures = {f"valid_gaussians_{stage}": number / count for stage, number in enumerate(gaussians)}
@@ -344,28 +359,61 @@ class _Run:
         self._log.flush()
         self._report({**self._position(), "valid_psnr": psnr, "best_psnr": state.best_psnr})
         if is_best:
-            self._keep("best", psnr)
+            self._keep("best", self._snapshot(), psnr)
 
     def _save(self) -> None:
         """Writes the moving average as `last.safetensors`, and a checkpoint to go on from; it vouches for all else."""
         if self._log:
-            self._keep("last", None)
+            strangers = [folder for folder in checkpoints(self._output) if folder >= folder_of(self._state.step)]
+            if strangers:
+                raise TrainingError(
+                    f"{self._output.uri(strangers[-1])} is there, and this process has not written it: another "
+                    "`air train` is at work in this folder. This one stops; if both did, run one again"
+                )
+            self._keep("last", self._snapshot())
             self._log.flush()
             self._state.save(self._output, self._about)
             remove_old_checkpoints(self._output, self._job.trainer.keep)
 
-    def _keep(self, name: str, psnr: float | None) -> None:
-        metrics = {} if psnr is None else {"valid_psnr": psnr}
+    def _restore(self, saved: Sequence[str]) -> None:
+        """Writes `last` and `best` again where a stop or a hand left none that is whole; what resumes needs neither.
+
+        A best whose step has no checkpoint any more is gone: the next validation makes a new one.
+        """
+        state = self._state
+        if not is_whole(self._output.uri("last.safetensors")):
+            self._keep("last", self._snapshot())
+        if math.isinf(state.best_psnr) or is_whole(self._output.uri("best.safetensors")):
+            return
+        folder = folder_of(state.best_step)
+        if folder in saved:
+            seconds = read_state(self._output, folder)["seconds"]
+            snapshot = _Snapshot(state.average_at(self._output, folder), state.best_step, seconds)
+            self._keep("best", snapshot, state.best_psnr)
+            return
+        logger.warning(
+            "%s is missing or damaged, and of its step, %d, no checkpoint is left: the best so far, %.2f dB, is gone",
+            self._output.uri("best.safetensors"),
+            state.best_step,
+            state.best_psnr,
+        )
+        state.best_psnr, state.best_step = -math.inf, 0
+
+    def _snapshot(self) -> _Snapshot:
+        return _Snapshot(self._state.average, self._state.step, self._state.seconds)
+
+    def _keep(self, name: str, snapshot: _Snapshot, psnr: float | None = None) -> None:
+        """Writes a moving average with its card, and the PSNR of its validation where it had one."""
         with tempfile.TemporaryDirectory(prefix="air-") as folder:
             path = Path(folder) / f"{name}.safetensors"
             save_checkpoint(
                 path,
-                self._state.average,
+                snapshot.network,
                 phase=self._config.phase,
-                step=self._state.step,
+                step=snapshot.step,
                 plan=self._job.plan,
-                metrics=metrics,
-                notes={"seed": self._config.seed, "seconds": self._state.seconds},
+                metrics={} if psnr is None else {"valid_psnr": psnr},
+                notes={"seed": self._config.seed, "seconds": snapshot.seconds},
             )
             self._output.upload(path, path.name)
             self._output.upload(path.with_suffix(".json"), f"{name}.json")

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.errors import DamagedDataError
 from pipeline.storage import Storage
 
 METRICS_PATH = "metrics.jsonl"
@@ -67,7 +68,22 @@ class TrainingLog:
 
 
 def read_metrics(output: Storage) -> list[dict[str, Any]]:
-    """The rows of a run's `metrics.jsonl`, oldest first; none where there is no such file."""
+    """The rows of a run's `metrics.jsonl`, oldest first; none where there is no such file.
+
+    Raises:
+        DamagedDataError: A line is not what `TrainingLog` writes.
+    """
     if not output.exists(METRICS_PATH):
         return []
-    return [json.loads(line) for line in output.read(METRICS_PATH).splitlines()]
+    rows = []
+    for number, line in enumerate(output.read(METRICS_PATH).splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+                raise ValueError("no object with a step")
+        except ValueError as error:
+            raise DamagedDataError(
+                f"{output.uri(METRICS_PATH)}, line {number}, is not a row of figures: {error}; delete that line"
+            ) from None
+        rows.append(row)
+    return rows

@@ -3,7 +3,8 @@
     OUT/checkpoints/step-00001000/model.safetensors        raw weights
                                   average.safetensors      their moving average
                                   optimizer.safetensors    AdamW's moments, by parameter name
-                                  state.json               step, phase, plan; written last: a folder without it is none
+                                  state.json               step, phase, plan, checksums of the others; written last:
+                                                           a folder without it is none
 
 A checkpoint of another plan or of other parameters is refused with a sentence. Nothing is unpickled.
 """
@@ -11,6 +12,7 @@ A checkpoint of another plan or of other parameters is refused with a sentence. 
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import logging
 import math
@@ -18,20 +20,23 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 
 from air.predictor.network import PredictorNetwork
 from pipeline.errors import DamagedDataError, TrainingError
-from pipeline.storage import Storage
+from pipeline.storage import MissingFileError, Storage
 from pipeline.train_config import OptimizerConfig
 
 logger = logging.getLogger(__name__)
 
 STATE_VERSION = 2
 FOLDER = "checkpoints"
+KINDS = ("model", "average", "optimizer")
+"""The sets of tensors of a checkpoint, each a file."""
+
+_REMEDY = "`air verify --repair` removes damaged checkpoints; the run then goes on from the one before"
 
 _IS_PART = re.compile(rf"({FOLDER}/step-\d+)/")
 """Matches a file of a checkpoint; nothing else in the folder is ours to delete."""
@@ -48,6 +53,7 @@ class TrainingState:
         skipped: Samples of them that could not be used.
         stages: Stages that have joined.
         best_psnr: Of all validations, dB; none yet: -inf.
+        best_step: When that was.
     """
 
     def __init__(self, network: PredictorNetwork, config: OptimizerConfig, stages: int) -> None:
@@ -58,6 +64,7 @@ class TrainingState:
         self.skipped = 0
         self.stages = stages
         self.best_psnr = -math.inf
+        self.best_step = 0
         self._config = config
         self._names = {id(parameter): name for name, parameter in network.named_parameters()}
         self.optimizer = torch.optim.AdamW(
@@ -91,9 +98,12 @@ class TrainingState:
 
     def save(self, output: Storage, about: Mapping[str, Any]) -> str:
         """Writes a checkpoint; `about` is what a later run must agree with. Returns its folder."""
-        folder = f"{FOLDER}/step-{self.step:08d}"
+        folder = folder_of(self.step)
+        checksums = {}
         for name, tensors in self._tensors().items():
-            output.write(f"{folder}/{name}.safetensors", safetensors.torch.save(tensors))
+            data = safetensors.torch.save(tensors)
+            checksums[name] = hashlib.sha256(data).hexdigest()
+            output.write(f"{folder}/{name}.safetensors", data)
         state = {
             "version": STATE_VERSION,
             "step": self.step,
@@ -101,6 +111,8 @@ class TrainingState:
             "skipped": self.skipped,
             "stages": self.stages,
             "best_psnr": None if math.isinf(self.best_psnr) else self.best_psnr,
+            "best_step": self.best_step,
+            "sha256": checksums,
             **about,
         }
         output.write(f"{folder}/state.json", (json.dumps(state, indent=1, sort_keys=True) + "\n").encode())
@@ -124,24 +136,13 @@ class TrainingState:
             TrainingError: It is of another version or another run; the message says what differs.
             DamagedDataError: It cannot be read.
         """
-        state = _read_json(output, f"{folder}/state.json")
-        if state.get("version") != STATE_VERSION:
-            raise TrainingError(
-                f"{output.uri(folder)} has version {state.get('version')} of the training state, this code reads "
-                f"{STATE_VERSION}: finish the run with the code that began it"
-            )
+        state = read_state(output, folder)
         differing = [
             f"{name}: {state.get(name)} -> {value}" for name, value in about.items() if state.get(name) != value
         ]
         if differing:
             raise TrainingError(f"cannot go on from {output.uri(folder)}: it differs (there -> now) in {differing[0]}")
-        tensors = {}
-        for kind in ("model", "average", "optimizer"):
-            path = f"{folder}/{kind}.safetensors"
-            try:
-                tensors[kind] = safetensors.torch.load(output.read(path))
-            except safetensors.SafetensorError as error:
-                raise DamagedDataError(f"{output.uri(path)} is damaged: {error}; delete {output.uri(folder)}") from None
+        tensors = {kind: read_tensors(output, folder, kind, state) for kind in KINDS}
         try:
             self.network.load_state_dict(tensors["model"])
             self.average.load_state_dict(tensors["average"])
@@ -151,6 +152,13 @@ class TrainingState:
         self.step, self.seconds, self.stages = state["step"], state["seconds"], state["stages"]
         self.skipped = state["skipped"]
         self.best_psnr = -math.inf if state["best_psnr"] is None else state["best_psnr"]
+        self.best_step = state["best_step"]
+
+    def average_at(self, output: Storage, folder: str) -> PredictorNetwork:
+        """The network with the moving average that another checkpoint of this run holds."""
+        network = copy.deepcopy(self.average)
+        network.load_state_dict(read_tensors(output, folder, "average", read_state(output, folder)))
+        return network
 
     def _load_moments(self, moments: Mapping[str, Tensor]) -> None:
         parameters = dict(self.network.named_parameters())
@@ -162,6 +170,11 @@ class TrainingState:
             self.optimizer.state[parameter][moment] = value
 
 
+def folder_of(step: int) -> str:
+    """Of the checkpoint of a step."""
+    return f"{FOLDER}/step-{step:08d}"
+
+
 def checkpoints(output: Storage) -> list[str]:
     """Folders of the whole checkpoints of a run, oldest first."""
     found = (_IS_PART.match(path) for path, _ in output.list(FOLDER) if path.endswith("/state.json"))
@@ -169,20 +182,53 @@ def checkpoints(output: Storage) -> list[str]:
 
 
 def remove_old_checkpoints(output: Storage, keep: int) -> None:
-    """Deletes all but the newest `keep` checkpoints, and what is left of ones that a stop cut short before those.
-
-    The state goes first: what remains of a checkpoint is never taken for whole.
-    """
+    """Deletes all but the newest `keep` checkpoints, and what is left of ones that a stop cut short before those."""
     kept = checkpoints(output)[-keep:]
     found = {_IS_PART.match(path) for path, _ in output.list(FOLDER)}
     for folder in sorted({part[1] for part in found if part}):
         if kept and folder < kept[-1] and folder not in kept:
-            output.delete(f"{folder}/state.json")
-            output.delete_folder(folder)
+            remove_checkpoint(output, folder)
 
 
-def _read_json(output: Storage, path: str) -> dict[str, Any]:
+def remove_checkpoint(output: Storage, folder: str) -> None:
+    """Deletes a checkpoint; the state goes first: what remains is never taken for whole."""
+    output.delete(f"{folder}/state.json")
+    output.delete_folder(folder)
+
+
+def read_state(output: Storage, folder: str) -> dict[str, Any]:
+    """What a checkpoint holds beside numbers.
+
+    Raises:
+        TrainingError: It is of another version.
+        DamagedDataError: It cannot be read.
+    """
+    path = f"{folder}/state.json"
     try:
-        return json.loads(output.read(path))
+        state = json.loads(output.read(path))
+        if not isinstance(state, dict):
+            raise ValueError("no JSON object")
     except ValueError as error:
-        raise DamagedDataError(f"{output.uri(path)} is not JSON: {error}; delete that checkpoint") from None
+        raise DamagedDataError(f"{output.uri(path)} is not a state: {error}; {_REMEDY}") from None
+    if state.get("version") != STATE_VERSION:
+        raise TrainingError(
+            f"{output.uri(folder)} has version {state.get('version')} of the training state, this code reads "
+            f"{STATE_VERSION}: finish the run with the code that began it"
+        )
+    return state
+
+
+def read_tensors(output: Storage, folder: str, kind: str, state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of one of `KINDS`.
+
+    Raises:
+        DamagedDataError: They are not those that the state names.
+    """
+    path = f"{folder}/{kind}.safetensors"
+    try:
+        data = output.read(path)
+    except MissingFileError:
+        raise DamagedDataError(f"{output.uri(path)} is missing; {_REMEDY}") from None
+    if hashlib.sha256(data).hexdigest() != state["sha256"][kind]:
+        raise DamagedDataError(f"{output.uri(path)} is not the file that its state.json names; {_REMEDY}")
+    return safetensors.torch.load(data)

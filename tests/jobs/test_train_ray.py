@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import safetensors.torch
 
 from air.errors import NonFiniteLossError
+from air.predictor.checkpoint import load_checkpoint, save_checkpoint
 from jobs.train import train
 from pipeline.errors import JobFailedError
 from pipeline.storage import open_storage
@@ -129,9 +129,9 @@ def test_a_loss_that_is_no_number_is_not_tried_again(shards: Path, tmp_path: Pat
     """From a checkpoint with a weight that is no number: Ray would restart the workers three times, for nothing."""
     begun = tmp_path / "begun" / "last.safetensors"
     run(shards, begun.parent, 1, {"executor": "inline"}, steps=1)
-    weights = safetensors.torch.load_file(begun)
-    next(iter(weights.values())).view(-1)[0] = float("nan")
-    safetensors.torch.save_file(weights, begun)
+    network, _ = load_checkpoint(begun)
+    next(network.parameters()).data.view(-1)[0] = float("nan")
+    save_checkpoint(begun, network)
     message = r"the loss is not a number in step 0, with the samples (photographs\S+, ){4}photographs\S+\. There is no"
     with pytest.raises(NonFiniteLossError, match=message):
         run(shards, tmp_path / "run", 2, **{"from": str(begun)})

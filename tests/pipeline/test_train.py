@@ -7,6 +7,7 @@ import json
 import logging
 import shutil
 import tarfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,101 @@ def test_a_finished_run_is_left_alone(shards: Path, whole_run: Path) -> None:
     before = (whole_run / "last.safetensors").stat().st_mtime_ns
     assert run(shards, whole_run)["step"] == 6
     assert (whole_run / "last.safetensors").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("name", ["best", "last"])
+@pytest.mark.parametrize("how", ["deleted", "torn"])
+def test_what_a_run_keeps_is_written_again_from_its_checkpoints(
+    shards: Path, whole_run: Path, tmp_path: Path, name: str, how: str
+) -> None:
+    """Torn, as by a stop between the weights and their card."""
+    weights = shutil.copytree(whole_run, tmp_path / "run") / f"{name}.safetensors"
+    before = [file.read_bytes() for file in (weights, weights.with_suffix(".json"))]
+    if how == "deleted":
+        weights.unlink()
+    else:
+        network, _ = load_checkpoint(weights)
+        next(network.parameters()).data.add_(1)
+        safetensors.torch.save_file(network.state_dict(), weights)
+    run(shards, tmp_path / "run")
+    load_checkpoint(weights)
+    assert [file.read_bytes() for file in (weights, weights.with_suffix(".json"))] == before
+
+
+def test_a_best_that_no_checkpoint_holds_is_said_to_be_gone(
+    shards: Path, whole_run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = shutil.copytree(whole_run, tmp_path / "run")
+    for state in out.glob("checkpoints/*/state.json"):
+        state.write_text(json.dumps({**json.loads(state.read_text()), "best_step": 1}))
+    (out / "best.safetensors").unlink()
+    file = tmp_path / "train.yaml"
+    file.write_text(f"train: {json.dumps(TINY)}\ntrainer: {json.dumps(INLINE)}\n")
+    assert main(["train", str(shards), str(out), "--config", str(file), "--valid", str(shards)]) == 0
+    said = capsys.readouterr().out
+    assert "the best by validation is gone. Last: " in said
+    assert "best.safetensors" not in said
+    assert "of its step, 1, no checkpoint is left" in caplog.text
+
+
+def test_status_and_verify_and_gc_know_training(
+    shards: Path, whole_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = shutil.copytree(whole_run, tmp_path / "run")
+
+    def air(command: str, *options: str) -> tuple[int, str]:
+        status = main([command, str(out), *options])
+        said = capsys.readouterr()
+        return status, said.out + said.err
+
+    status, said = air("status")
+    assert status == 0
+    assert "6 of 6" in said
+    assert "best validation" in said
+    assert said.endswith("finished\n")
+    files = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert air("gc") == (0, f"{out}: a training run keeps no garbage; removed 0 temporary files\n")
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == files
+    status, said = air("verify")
+    assert (status, "the run is finished and intact" in said) == (0, True)
+
+    (out / "best.json").unlink()
+    newest = out / "checkpoints" / "step-00000006" / "average.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1] + b"?")
+    with (out / "metrics.jsonl").open("a") as stream:
+        stream.write("{")
+    status, said = air("verify")
+    assert status == 1
+    assert f"{newest} is not the file that its state.json names" in said
+    assert "metrics.jsonl, line 8, is not a row of figures" in said
+    with (out / "metrics.jsonl").open("r+b") as stream:
+        stream.seek(-1, io.SEEK_END)
+        stream.truncate()
+    status, said = air("verify", "--repair")
+    assert status == 1
+    assert "took back checkpoints/step-00000006" in said
+    assert "best.json" in said
+    assert "its newest checkpoint is of step 4 of 6" in said
+    assert air("status")[1].endswith("not finished. Run the same `air train` again to go on, if none is at work.\n")
+    run(shards, out)
+    assert air("verify")[0] == 0
+
+
+def test_a_second_process_in_the_same_folder_stops(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, folder = Feed.batch, tmp_path / "run" / "checkpoints"
+
+    def beside_another(feed: Feed, step: int) -> Any:
+        if step == 5:
+            while not (folder / "step-00000004" / "state.json").exists():
+                time.sleep(0.01)
+            shutil.copytree(folder / "step-00000004", folder / "step-00000006")
+        return make(feed, step)
+
+    monkeypatch.setattr(Feed, "batch", beside_another)
+    with pytest.raises(TrainingError, match=r"step-00000006 is there, .* another `air train` is at work"):
+        run(shards, tmp_path / "run")
 
 
 @pytest.mark.parametrize(("key", "value"), [("seed", 5), ("batch", 4), ("rate", 1e-4)])
