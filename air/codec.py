@@ -329,11 +329,11 @@ def gaussians_of(stage: QuantizedStage, header: Header) -> Gaussians:
         if bool((values[:, 2:4].to(torch.float32) <= 0).any()):
             raise CodecError("a stage has a scale that is not positive: the file is damaged")
         return gaussians_from_channels(values, grid[torch.from_numpy(stage.patch)]).to(torch.float32)
-    rows = np.empty((SYMBOLS, len(stage.patch)))
+    rows = np.empty((SYMBOLS, len(stage.patch)), np.float32)
     dequantize(stage.symbols, corners(header, stage.patch), header.quantizer.step, header.quantizer.weights(), rows)
-    rows[4] *= math.pi
-    values = torch.from_numpy(rows.astype(np.float32).T.copy())
-    return Gaussians(values[:, 0:2], values[:, 2:4], values[:, 4], values[:, 5:8])
+    rows[4] = rows[4].astype(np.float64) * math.pi  # half turns are exact, and radians rounded once
+    values = torch.from_numpy(rows)
+    return Gaussians(values[0:2].T, values[2:4].T, values[4], values[5:8].T)
 
 
 def _plan(header: Header) -> NDArray[np.int64]:

@@ -95,7 +95,11 @@ class Gaussians:
         InvalidGaussiansError: A number is not finite, or a scale is not positive. The message names the first.
         """
         for name in ("xy", "scale", "angle", "colour"):
-            finite = torch.isfinite(getattr(self, name))
+            numbers = getattr(self, name).detach()
+            # No sum that is finite has a term that is not.
+            if math.isfinite(float(numbers.sum())):
+                continue
+            finite = torch.isfinite(numbers)
             bad = ~(finite if finite.ndim == 1 else finite.all(dim=1))
             if bool(bad.any()):
                 first = int(bad.nonzero()[0])
@@ -103,8 +107,8 @@ class Gaussians:
                 raise InvalidGaussiansError(
                     f"Gaussian {first} has a non-finite {name}: {value} ({int(bad.sum())} of {len(self)} are bad)"
                 )
-        flat = (self.scale <= 0).any(dim=1)
-        if bool(flat.any()):
+        if len(self) and float(self.scale.detach().min()) <= 0:
+            flat = (self.scale <= 0).any(dim=1)
             first = int(flat.nonzero()[0])
             raise InvalidGaussiansError(
                 f"Gaussian {first} has a scale that is not positive: {self.scale[first].tolist()} pixels"

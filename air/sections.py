@@ -14,6 +14,7 @@ from air.bits import bit_length, pointer_to
 from air.entropy import (
     CODED,
     MARGIN,
+    MOST_MODELLED_BITS,
     SIGN_NODE,
     Models,
     code_flag,
@@ -21,6 +22,7 @@ from air.entropy import (
     code_raw,
     code_tree,
     finish_encoding,
+    learning_rate,
     start_coding,
     where,
 )
@@ -49,6 +51,11 @@ from air.sensitivity import (
 )
 
 MASK = CODED - 1
+
+# The highest bits of numbers that are worth a model. What neighbours tell about positions ends with eighths.
+_MODELLED_SHAPE_BITS = MOST_MODELLED_BITS
+_MODELLED_ANGLE_BITS = 5
+_MODELLED_POSITION_BITS = 4
 
 # What is remembered of the newest Gaussian of each patch.
 _COUNT, _LAYER, _Y, _R, _B, _SCALE, _RATIO, _TURN, _X, _YPOS = range(10)
@@ -84,7 +91,7 @@ def _code_signed(decode, value, negative_like, places, sign_places, coder, model
 
 
 @kernel
-def code_section(decode, layer, rows, columns, plan, patches, symbols, features, probabilities, mixing, data):
+def code_section(decode, layer, rows, columns, plan, earlier, patches, symbols, features, knowledge, data):
     """Codes one section: patch by patch in row-major order whether it has a Gaussian, and the symbols of those.
 
     Args:
@@ -94,11 +101,11 @@ def code_section(decode, layer, rows, columns, plan, patches, symbols, features,
         columns: Of the patch grid.
         plan: int64 numbers: the kind of quantiser (1 by sensitivity, 0 uniform); the span of positions; the three
             weights; the bits of the uniform quantiser's eight channels.
+        earlier: How many Gaussians the sections before had.
         patches: int64 (N,), ascending.
         symbols: int32 (N, 8); columns as in `air.sensitivity`.
         features: int16 (rows · columns + 1, _FEATURES), zero at the start of a file; the last row stays zero.
-        probabilities: The cells of `air.entropy.Models`.
-        mixing: Their weights.
+        knowledge: The cells of `air.entropy.Models`.
         data: uint8, room enough for what is written, or the section; see `air.entropy.MARGIN`.
 
     Returns:
@@ -108,7 +115,8 @@ def code_section(decode, layer, rows, columns, plan, patches, symbols, features,
     by_sensitivity = plan[0] == 1
     span = plan[1]
     weights = (plan[2], plan[3], plan[4])
-    models = (pointer_to(probabilities), pointer_to(mixing), pointer_to(data), data.shape[0])
+    known_cells, own_data, size = pointer_to(knowledge), pointer_to(data), data.shape[0] - MARGIN
+    models = (known_cells, learning_rate(earlier), own_data, size)
     nothing = rows * columns
     now = layer + 1
     coder = start_coding(decode, models)
@@ -216,7 +224,8 @@ def code_section(decode, layer, rows, columns, plan, patches, symbols, features,
             strength + 16 * (held > 0),
         )
         log_scale = np.int64(symbols[row, LOG_SCALE])
-        log_scale, coder = code_tree(decode, log_scale, scale_tree, none, where(LOG_SCALE, contexts), coder, models)
+        places = where(LOG_SCALE, contexts)
+        log_scale, coder = code_tree(decode, log_scale, scale_tree, none, _MODELLED_SHAPE_BITS, places, coder, models)
         scale = log_scale * unit if by_sensitivity else (log_scale * LOG_LEVELS) >> scale_tree
         octave = min(max((scale >> 6) - 2, 0), 3)
         contexts = (
@@ -227,7 +236,8 @@ def code_section(decode, layer, rows, columns, plan, patches, symbols, features,
         ratio_tree = scale_tree if by_sensitivity else plan[5 + 3]
         known = scale_tree - bit_length(log_scale) if by_sensitivity else np.int64(0)
         log_ratio = np.int64(symbols[row, LOG_RATIO])
-        log_ratio, coder = code_tree(decode, log_ratio, ratio_tree, known, where(LOG_RATIO, contexts), coder, models)
+        places = where(LOG_RATIO, contexts)
+        log_ratio, coder = code_tree(decode, log_ratio, ratio_tree, known, _MODELLED_SHAPE_BITS, places, coder, models)
         ratio = log_ratio * unit if by_sensitivity else (log_ratio * LOG_LEVELS) >> ratio_tree
         if decode and by_sensitivity and (scale >= LOG_LEVELS or ratio > scale):
             return -1, coder
@@ -238,7 +248,8 @@ def code_section(decode, layer, rows, columns, plan, patches, symbols, features,
             (features[b, _TURN] >> 5) + 8 * min(b_ratio >> 5, 3),
         )
         angle = np.int64(symbols[row, ANGLE])
-        angle, coder = code_tree(decode, angle, bits, none, where(ANGLE, contexts), coder, models)
+        places = where(ANGLE, contexts)
+        angle, coder = code_tree(decode, angle, bits, none, _MODELLED_ANGLE_BITS, places, coder, models)
         turn = (angle << MOST_ANGLE_BITS) >> bits
 
         # Position.
@@ -255,7 +266,7 @@ def code_section(decode, layer, rows, columns, plan, patches, symbols, features,
             features[a, _X] + 8 * min(a_count, 3),
         )
         x = np.int64(symbols[row, COLUMN])
-        x, coder = code_tree(decode, x, tree, none, where(COLUMN, contexts), coder, models)
+        x, coder = code_tree(decode, x, tree, none, _MODELLED_POSITION_BITS, where(COLUMN, contexts), coder, models)
         eighth_x = (x << 3) >> tree
         tree = bit_length(row_cells - 1)
         contexts = (
@@ -264,7 +275,7 @@ def code_section(decode, layer, rows, columns, plan, patches, symbols, features,
             eighth_x + 8 * min(b_count, 3),
         )
         y = np.int64(symbols[row, ROW])
-        y, coder = code_tree(decode, y, tree, none, where(ROW, contexts), coder, models)
+        y, coder = code_tree(decode, y, tree, none, _MODELLED_POSITION_BITS, where(ROW, contexts), coder, models)
         if decode:
             if x >= column_cells or y >= row_cells:
                 return -1, coder
@@ -276,6 +287,7 @@ def code_section(decode, layer, rows, columns, plan, patches, symbols, features,
         features[own, _Y], features[own, _R], features[own, _B] = _clipped(luma), _clipped(cr), _clipped(cb)
         features[own, _SCALE], features[own, _RATIO], features[own, _TURN] = scale, ratio, turn
         features[own, _X], features[own, _YPOS] = eighth_x, (y << 3) >> tree
+        models = (known_cells, learning_rate(earlier + count), own_data, size)
     return count, coder if decode else finish_encoding(coder, models)
 
 
@@ -293,6 +305,7 @@ class SectionCoder:
         self._models = Models()
         self._features = np.zeros((rows * columns + 1, _FEATURES), np.int16)
         self._layer = 0
+        self._earlier = 0
 
     def encode(self, patches: NDArray[np.int64], symbols: SymbolTable) -> tuple[bytes, bytes]:
         """The next section, ascending patches and their symbols (N, 8): what a payload starts and ends with."""
@@ -301,7 +314,8 @@ class SectionCoder:
         patches = np.ascontiguousarray(patches, np.int64)
         _, coder = self._code(False, patches, np.ascontiguousarray(symbols, np.int32), data)
         _, _, _, place, raw = coder
-        return data[MARGIN:place].tobytes(), data[len(data) - (raw + 7) // 8 :].tobytes()
+        end = len(data) - MARGIN
+        return data[MARGIN:place].tobytes(), data[end - (raw + 7) // 8 : end].tobytes()
 
     def decode(self, count: int, payload: bytes) -> tuple[NDArray[np.int64], SymbolTable]:
         """The patches and symbols of the next section, which says that it has `count` Gaussians.
@@ -311,8 +325,8 @@ class SectionCoder:
         """
         patches = np.zeros(count, np.int64)
         symbols = np.zeros((count, SYMBOLS), np.int32)
-        data = np.zeros(MARGIN + len(payload), np.uint8)
-        data[MARGIN:] = np.frombuffer(payload, np.uint8)
+        data = np.zeros(MARGIN + len(payload) + MARGIN, np.uint8)
+        data[MARGIN:-MARGIN] = np.frombuffer(payload, np.uint8)
         found, _ = self._code(True, patches, symbols, data)
         if found != count:
             what = "a symbol out of its range" if found < 0 else f"not the {count} Gaussians that it says"
@@ -328,12 +342,13 @@ class SectionCoder:
             self._rows,
             self._columns,
             self._plan,
+            self._earlier,
             patches,
             symbols,
             self._features,
             self._models.cells,
-            self._models.weights,
             data,
         )
         self._layer += 1
+        self._earlier += found
         return found, coder

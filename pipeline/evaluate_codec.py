@@ -21,7 +21,7 @@ from air.compress import compile_encoder, encode
 from air.errors import CodecError, TargetMissedError
 from air.metrics import ms_ssim, psnr
 from air.optimize import image_tensor
-from air.pillow import draw
+from air.render.cpu import draw_levels
 from air.sensitivity import SensitivityQuantizer
 from pipeline import images, rivals
 from pipeline.errors import Rejected
@@ -116,7 +116,7 @@ def _measure(
 def _draw_file(blob: bytes, threads: int) -> np.ndarray:
     header = read_header(blob, max_pixels=MOST_SIDE**2)
     gaussians = decode(blob, max_pixels=MOST_SIDE**2)
-    return np.asarray(draw(gaussians, header.height, header.width, threads=threads))
+    return draw_levels(gaussians, header.height, header.width, threads)
 
 
 def _time_decoding(decode_file: Callable[[bytes], np.ndarray], data: bytes) -> tuple[np.ndarray, float]:

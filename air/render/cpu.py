@@ -12,7 +12,7 @@ from torch import Tensor
 
 from air.gaussians import Gaussians
 from air.render import cpu_kernels as kernels
-from air.render.planes import PAD_ROWS, FloatArray, aligned_zeros, image_planes, pixels, table
+from air.render.planes import BAND_ROWS, PAD_ROWS, FloatArray, aligned_zeros, image_planes, pixels, table
 from air.render.threads import Workers, bands, groups
 
 OFF_IMAGE = -1e6
@@ -49,8 +49,11 @@ class Raster:
         """Ready to draw these float32 Gaussians."""
         count = len(gaussians)
         raster = Raster(count, height, width, workers)
-        columns = [gaussians.xy, gaussians.scale, half_turns(gaussians.angle)[:, None], gaussians.colour]
-        raster.parameters[:, :count] = torch.cat(columns, dim=1).T.numpy()
+        columns = (gaussians.xy, gaussians.scale, half_turns(gaussians.angle)[:, None], gaussians.colour)
+        row = 0
+        for column in columns:
+            raster.parameters[row : row + column.shape[1], :count] = column.T.numpy()
+            row += column.shape[1]
         return raster
 
     def draw(self, planes: FloatArray, background: FloatArray | None = None) -> None:
@@ -60,20 +63,42 @@ class Raster:
         def draw_band(first_row: int, end_row: int) -> None:
             rows = slice(PAD_ROWS + first_row, PAD_ROWS + end_row)
             planes[:, rows] = 0 if background is None else background[:, rows]
-            kernels.sweep(
-                self.parameters,
-                self._geometry,
-                planes,
-                self._moments,
-                self.width,
-                0,
-                self._padded,
-                first_row,
-                end_row,
-                False,
-            )
+            self._add_band(planes, 0, first_row, end_row)
 
         self.workers.run(draw_band, self._bands)
+
+    def draw_levels(self) -> NDArray[np.uint8]:
+        """The image in 8 bits a channel, each rounded to the nearest level, shape (height, width, 3)."""
+        self.workers.run(self._derive, self.ranges)
+        levels = np.empty((self.height, self.width, 3), np.uint8)
+
+        def draw_rows(first_row: int, end_row: int) -> None:
+            # One band's planes stay in the core's cache, and the system has less memory to clear than for an image.
+            planes = image_planes(BAND_ROWS, self.width)
+            for top in range(first_row, end_row, BAND_ROWS):
+                bottom = min(top + BAND_ROWS, end_row)
+                planes[:] = 0
+                self._add_band(planes, top, top, bottom)
+                kernels.round_to_levels(planes, levels[top:bottom])
+
+        self.workers.run(draw_rows, bands(self.height, self.workers.count))
+        return levels
+
+    def _add_band(self, planes: FloatArray, top: int, first_row: int, end_row: int) -> None:
+        """Adds the Gaussians to the rows of a band, in planes that start with row `top` of the image."""
+        kernels.sweep(
+            self.parameters,
+            self._geometry,
+            planes,
+            top,
+            self._moments,
+            self.width,
+            0,
+            self._padded,
+            first_row,
+            end_row,
+            False,
+        )
 
     def _derive(self, first: int, end: int) -> None:
         kernels.derive_geometry(self.parameters, self._geometry, first, end)
@@ -92,6 +117,7 @@ class Raster:
             self.parameters,
             self._geometry,
             planes,
+            0,
             self._moments,
             self.width,
             first,
@@ -150,9 +176,5 @@ def draw_levels(gaussians: Gaussians, height: int, width: int, threads: int) -> 
         InvalidGaussiansError: A number is not finite or a scale is not positive.
     """
     gaussians.validate()
-    planes = image_planes(height, width)
-    levels = np.empty((height, width, 3), np.uint8)
     with Workers(threads) as workers, torch.no_grad():
-        Raster.of(gaussians.to("cpu").to(torch.float32), height, width, workers).draw(planes)
-        workers.run(lambda first, end: kernels.round_to_levels(planes, levels, first, end), bands(height, threads))
-    return levels
+        return Raster.of(gaussians.to("cpu").to(torch.float32), height, width, workers).draw_levels()

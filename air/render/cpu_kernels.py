@@ -54,6 +54,7 @@ from air.render.simd import (
     sqrt,
     store,
     store_as_int,
+    store_bytes_in_turn,
     where_ge,
 )
 
@@ -235,11 +236,11 @@ def start_runs(runs, count, geometry, starts, width):
 
 
 @kernel
-def draw_runs(runs, starts, count, parameters, geometry, planes, width):
-    """Adds the pixels of `count` runs (Gaussian, column, first row, rows) to the image."""
+def draw_runs(runs, starts, count, parameters, geometry, planes, top, width):
+    """Adds the pixels of `count` runs (Gaussian, column, first row, rows) to planes that start with row `top`."""
     stride = planes.shape[2]
     plane = planes.shape[1] * stride
-    origin = PAD_ROWS * stride + PAD_COLUMNS
+    origin = (PAD_ROWS - top) * stride + PAD_COLUMNS
     smallest = splat(_SMALLEST_WEIGHT)
     start_runs(runs, count, geometry, starts, width)
     for k in range(count):
@@ -311,7 +312,7 @@ def gather_runs(runs, starts, count, parameters, geometry, planes, moments, widt
 
 
 @kernel
-def sweep(parameters, geometry, planes, moments, width, first, end, first_row, end_row, gather):
+def sweep(parameters, geometry, planes, top, moments, width, first, end, first_row, end_row, gather):
     """Draws Gaussians first .. end - 1 into rows first_row .. end_row - 1, or gathers their moments from them.
 
     Drawing (`gather` false) adds to `planes`; the rows must be one band, from a multiple of BAND_ROWS to the next or
@@ -352,7 +353,7 @@ def sweep(parameters, geometry, planes, moments, width, first, end, first_row, e
                     if gather:
                         gather_runs(runs, starts, pending, parameters, geometry, planes, moments, width)
                     else:
-                        draw_runs(runs, starts, pending, parameters, geometry, planes, width)
+                        draw_runs(runs, starts, pending, parameters, geometry, planes, top, width)
                     pending = 0
                 row = row + run_rows
                 rows = rows - run_rows
@@ -361,7 +362,7 @@ def sweep(parameters, geometry, planes, moments, width, first, end, first_row, e
     if gather:
         gather_runs(runs, starts, pending, parameters, geometry, planes, moments, width)
     else:
-        draw_runs(runs, starts, pending, parameters, geometry, planes, width)
+        draw_runs(runs, starts, pending, parameters, geometry, planes, top, width)
 
 
 @kernel
@@ -409,11 +410,27 @@ def chain_to_parameters(parameters, geometry, moments, gradient, first, end):
 
 
 @kernel
-def round_to_levels(planes, levels, first_row, end_row):
-    """Fills rows of `levels` (height, width, 3), uint8, with the image: 0 to 1 are the levels 0 to 255."""
-    for row in range(first_row, end_row):
-        for column in range(levels.shape[1]):
-            for channel in range(3):
-                value = planes[channel, row + PAD_ROWS, column + PAD_COLUMNS]
-                value = min(max(value, np.float32(0)), np.float32(1)) * np.float32(255) + np.float32(0.5)
-                levels[row, column, channel] = np.uint8(value)
+def round_to_levels(planes, levels):
+    """Fills `levels` (rows, columns, 3), uint8, with the first rows of planes: 0 to 1 are the levels 0 to 255."""
+    rows, columns, _ = levels.shape
+    stride = planes.shape[2]
+    plane = planes.shape[1] * stride
+    # The last vector of a row would reach into the next one.
+    block = np.empty((1, 3 * LANES), np.uint8)
+    for row in range(rows):
+        pixel = (PAD_ROWS + row) * stride + PAD_COLUMNS
+        for column in range(0, columns, LANES):
+            red = _level(load(planes, pixel + column))
+            green = _level(load(planes, pixel + plane + column))
+            blue = _level(load(planes, pixel + 2 * plane + column))
+            if column + LANES <= columns:
+                store_bytes_in_turn(levels, 3 * (row * columns + column), red, green, blue)
+            else:
+                store_bytes_in_turn(block, 0, red, green, blue)
+                for k in range(3 * (columns - column)):
+                    levels[row, column + k // 3, k % 3] = block[0, k]
+
+
+@inline
+def _level(value):
+    return maximum(minimum(value, ONE), ZERO) * f32(255) + HALF

@@ -387,6 +387,25 @@ def store_as_int(typing_context, array, offset, x):
 
 
 @intrinsic
+def store_bytes_in_turn(typing_context, array, offset, x0, x1, x2):
+    """Writes x0[0], x1[0], x2[0], x0[1], ... of whole numbers from 0 to 255 at `offset` of a uint8 array."""
+
+    def generate(context, builder, signature, values):
+        byte = ir.IntType(8)
+        first, second, third = (builder.fptoui(vector, ir.VectorType(byte, LANES)) for vector in values[2:])
+        pairs = shuffle(builder, first, second, range(2 * LANES))
+        thirds = shuffle(builder, third, third, range(2 * LANES))
+        lanes = [lane + start for lane in range(LANES) for start in (0, LANES, 2 * LANES)]
+        address = address_of(
+            context, builder, signature.args[0], values[0], values[1], signature.args[1], ir.VectorType(byte, 3 * LANES)
+        )
+        builder.store(shuffle(builder, pairs, thirds, lanes), address, align=1)
+        return context.get_dummy_value()
+
+    return types.none(array, offset, x0, x1, x2), generate
+
+
+@intrinsic
 def opaque(typing_context, number):
     """The same integer, of which LLVM knows nothing.
 

@@ -35,8 +35,7 @@ def same(first: int, second: int) -> int:
     return 1 + sign(first) * sign(second)
 
 
-STRETCH = [within(near(256 * math.log((q + 0.5) / (4095.5 - q))), -2047, 2047) for q in range(4096)]
-SQUASH = {level: within(near(4096 / (1 + math.exp(-level / 256))), 1, 4095) for level in range(-2047, 2048)}
+SQUASH = {level: within(near(4096 / (1 + 2 ** (-level / 128))), 1, 4095) for level in range(-1535, 1536)}
 Q = [near(256 * 4 ** (j / 64)) for j in range(768)]
 E = [max(q - 512 + 65536 // q, 0) for q in Q]
 S = [near(4096 * 4 ** (j / 64 - 3)) for j in range(768)]
@@ -49,43 +48,39 @@ class Reader:
     """Sections 3 and 4: decisions, and numbers made of them."""
 
     def __init__(self) -> None:
-        self.tables: dict[tuple[int, int, int, int], list[int]] = {}
-        self.weights: dict[tuple[int, int], list[int]] = {}
+        self.logits: dict[tuple[int, int, int, int], int] = {}
+        self.gaussians = 0
 
     def start(self, payload: bytes) -> None:
         self.payload = payload
         self.place = 0
-        self.low, self.high, self.code = 0, 2**32 - 1, 0
+        self.span, self.code = 2**56, self.next_bytes(7)
         self.raw_bits = 0
-        for _ in range(4):
-            self.code = self.code * 256 + self.next_byte()
 
-    def next_byte(self) -> int:
-        self.place += 1
-        return self.payload[self.place - 1] if self.place <= len(self.payload) else 0
+    def next_bytes(self, number: int) -> int:
+        found = self.payload[self.place : self.place + number]
+        self.place += number
+        return int.from_bytes(found.ljust(number, bytes(1)), "big")
 
-    def decision(self, kind: int, contexts: tuple[int, int, int], node: int, depth: int) -> int:
+    def decision(self, kind: int, contexts: tuple[int, int, int], node: int) -> int:
         assert all(0 <= context < 32 for context in contexts), (kind, contexts)
         assert 0 <= node < 64
-        assert 0 <= depth < 18
-        cells = [self.tables.setdefault((kind, t, contexts[t], node), [2**21, 0]) for t in range(3)]
-        weights = self.weights.setdefault((kind, depth), [26000] * 3)
-        logits = [STRETCH[cell[0] >> 10] for cell in cells]
-        chance = SQUASH[within(sum(w * x for w, x in zip(weights, logits, strict=True)) >> 16, -2047, 2047)]
-        middle = self.low + ((self.high - self.low) >> 12) * chance
-        bit = int(self.code <= middle)
+        places = [(t, kind, context, node) for t, context in enumerate((*contexts, 0))]
+        logit = sum(self.logits.get(place, 0) for place in places)
+        chance = SQUASH[within(logit >> 12, -1535, 1535)]
+        bound = (self.span >> 12) * chance
+        bit = int(self.code < bound)
         if bit:
-            self.high = middle
+            self.span = bound
         else:
-            self.low = middle + 1
-        while self.low >> 24 == self.high >> 24:
-            self.low = (self.low << 8) % 2**32
-            self.high = (self.high << 8) % 2**32 + 255
-            self.code = (self.code << 8) % 2**32 + self.next_byte()
-        for t, cell in enumerate(cells):
-            weights[t] += logits[t] * (4096 * bit - chance) >> 12
-            cell[0] += ((2**22 * bit - bit - cell[0]) * (131072 // (2 * cell[1] + 3))) >> 16
-            cell[1] = min(cell[1] + 1, 255)
+            self.code -= bound
+            self.span -= bound
+        if self.span < 2**24:
+            self.span *= 2**32
+            self.code = self.code * 2**32 + self.next_bytes(4)
+        for place in places:
+            moved = self.logits.get(place, 0) + (4096 * bit - chance) * (12 + 6144 // (256 + self.gaussians))
+            self.logits[place] = (moved + 2**31) % 2**32 - 2**31
         return bit
 
     def raw(self, size: int) -> int:
@@ -98,18 +93,18 @@ class Reader:
         return value
 
     def flag(self, kind: int, contexts: tuple[int, int, int], node: int) -> int:
-        return self.decision(kind, contexts, node, 17)
+        return self.decision(kind, contexts, node)
 
-    def tree(self, kind: int, contexts: tuple[int, int, int], size: int, zeros: int = 0) -> int:
+    def tree(self, kind: int, contexts: tuple[int, int, int], size: int, modelled: int, zeros: int = 0) -> int:
         value = 0
-        for i in range(zeros, min(size, 6)):
-            value = 2 * value + self.decision(kind, contexts, 2**i + value, i)
-        rest = size - max(zeros, min(size, 6))
+        for i in range(zeros, min(size, modelled)):
+            value = 2 * value + self.decision(kind, contexts, 2**i + value)
+        rest = size - max(zeros, min(size, modelled))
         return (value << rest) + self.raw(rest)
 
     def magnitude(self, kind: int, contexts: tuple[int, int, int]) -> int:
         length = 0
-        while self.decision(kind, contexts, length, min(length, 15)):
+        while self.decision(kind, contexts, length):
             length += 1
             if length == 20:
                 break
@@ -117,7 +112,7 @@ class Reader:
             return 0
         if length == 1:
             return 1
-        value = 2 + self.decision(kind, contexts, 20 + length, 16)
+        value = 2 + self.decision(kind, contexts, 20 + length)
         return (value << (length - 2)) + self.raw(length - 2)
 
     def signed(self, kind: int, contexts: tuple, given: int, sign_contexts: tuple) -> int:
@@ -180,6 +175,7 @@ class File:
                 values = self.one(reader, memory, s, nested, patch)
                 if values is not None:
                     stage.append((patch, values))
+                    reader.gaussians += 1
             assert len(stage) == count
             result.append(stage)
         return result
@@ -254,7 +250,7 @@ class File:
         st = sb + 4 if by_sensitivity else self.channels[2][0]
         rt = sb + 4 if by_sensitivity else self.channels[3][0]
         log_scale = reader.tree(
-            3, (sb + 8 * min(s, 3), min(mean_scale >> 5, 23) if around2 else 24, strength + 16 * (held > 0)), st
+            3, (sb + 8 * min(s, 3), min(mean_scale >> 5, 23) if around2 else 24, strength + 16 * (held > 0)), st, 6
         )
         scale = log_scale * 2 ** (6 - sb) if by_sensitivity else 768 * log_scale >> st
         log_ratio = reader.tree(
@@ -265,6 +261,7 @@ class File:
                 min(scale >> 5, 23),
             ),
             rt,
+            6,
             st - bits(log_scale) if by_sensitivity else 0,
         )
         ratio = log_ratio * 2 ** (6 - sb) if by_sensitivity else 768 * log_ratio >> rt
@@ -277,6 +274,7 @@ class File:
                 (b["turn"] >> 5) + 8 * min(b["ratio"] >> 5, 3),
             ),
             ab,
+            5,
         )
         turn = 256 * angle >> ab
         xb = yb = 0
@@ -294,11 +292,12 @@ class File:
             6,
             (min(size, 15) + 16 * (ratio >= 64), own["X8"] + 8 * held, a["X8"] + 8 * min(a["count"], 3)),
             size,
+            4,
         )
         size = bits(yc - 1)
         x8 = 8 * x_symbol >> bits(xc - 1)
         y_symbol = reader.tree(
-            7, (min(size, 15) + 16 * (ratio >= 64), own["Y8"] + 8 * held, x8 + 8 * min(b["count"], 3)), size
+            7, (min(size, 15) + 16 * (ratio >= 64), own["Y8"] + 8 * held, x8 + 8 * min(b["count"], 3)), size, 4
         )
         own.update(
             layer=now,

@@ -106,9 +106,7 @@ def test_the_tables_are_the_nearest_whole_numbers_beyond_doubt():
     assert_rounded(sensitivity.SQUARED_SCALE, [4096 * power(2 * (j - 3)) for j in steps])
     assert_rounded(sensitivity.SQUARED_RATIO, [256 * power(2 * j) for j in steps])
     assert_rounded(sensitivity.AMPLITUDE, [power(40 - Decimal(j) / 128) for j in range(1536)])
-    exact = [256 * ((q + Decimal("0.5")) / (Decimal("4095.5") - q)).ln() for q in range(4096)]
-    assert_rounded(entropy.STRETCH, exact, -2047, 2047)
-    exact = [4096 / (1 + (-Decimal(level) / 256).exp()) for level in range(-2047, 2048)]
+    exact = [4096 / (1 + power(-Decimal(level) / 128)) for level in range(-1535, 1536)]
     assert_rounded(entropy.SQUASH, exact, 1, 4095)
 
 

@@ -15,6 +15,7 @@ from air.gaussians import SUPPORT_CUTOFF, Gaussians
 from air.metrics import psnr
 from air.optimize import fit
 from air.render import render
+from air.render.cpu import draw_levels
 
 CASES = {
     "usual": (lambda: random_gaussians(200, 96, 112, 1), 96, 112),
@@ -48,6 +49,15 @@ def image_and_gradients(gaussians: Gaussians, weight: Tensor, backend: str, dtyp
 
 def random_weight(height: int, width: int) -> Tensor:
     return torch.randn(3, height, width, generator=torch.Generator().manual_seed(7))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_levels_are_the_image_rounded(name: str):
+    gaussians, height, width = CASES[name][0](), *CASES[name][1:]
+    image = render(gaussians, height, width, backend="cpu")
+    expected = torch.floor(image.clamp(0, 1) * 255 + 0.5).to(torch.uint8).permute(1, 2, 0)
+    for threads in (1, 3):
+        assert torch.equal(torch.from_numpy(draw_levels(gaussians, height, width, threads)), expected)
 
 
 @pytest.mark.parametrize("name", CASES)
