@@ -3,8 +3,9 @@
 A symbol is cut into binary decisions. Each decision has a place in four tables of logits (logarithms of odds), three of
 which see another context: what is being coded, and views of what lies left, above and in earlier layers. The sum of the
 four is the logit of the decision; once it is known, all four move by the error of the probability, as in logistic
-regression. All of it adapts to the file as it is read, so no statistics are stored. The low bits of numbers, which
-nothing foretells, are stored as they are, from the end of a section backwards. docs/format.md is the specification.
+regression. Where no context tells anything, the fourth table is alone. All of it adapts to the file as it is read, so
+no statistics are stored. The low bits of numbers, which nothing foretells, are stored as they are, from the end of a
+section backwards. docs/format.md is the specification.
 
 Encoder and decoder are one kernel with a flag, so that they cannot drift apart. This module knows decisions and
 numbers; which contexts a symbol of a Gaussian has is for `air.sections`.
@@ -121,9 +122,10 @@ def _write_four_bytes(low, place, data):
 def _chance(places, node, models):
     """The probability, of 4096, that a decision is 1."""
     cells = models[0]
-    logit = np.int64(cells[places[0] + node]) + cells[places[1] + node] + cells[places[2] + node]
-    logit = (logit + cells[places[3] + node]) >> _FINER
-    logit = min(max(logit, -_LARGEST_LOGIT), _LARGEST_LOGIT)
+    logit = np.int64(0)
+    for place in places:
+        logit += cells[place + node]
+    logit = min(max(logit >> _FINER, -_LARGEST_LOGIT), _LARGEST_LOGIT)
     return np.int64(SQUASH[np.uint64(logit + _LARGEST_LOGIT)])
 
 
@@ -160,10 +162,8 @@ def _learn(bit, chance, places, node, models):
     """Moves the logit of a decision towards what the decision was."""
     cells, rate, _, _ = models
     step = ((bit << 12) - chance) * rate
-    cells[places[0] + node] += step
-    cells[places[1] + node] += step
-    cells[places[2] + node] += step
-    cells[places[3] + node] += step
+    for place in places:
+        cells[place + node] += step
 
 
 @inline
@@ -198,7 +198,7 @@ def code_raw(decode, value, bits, coder, models):
 
 @inline
 def where(coded, contexts):
-    """Where the four tables have the decisions about a symbol."""
+    """Where the four tables have the decisions about a symbol in these contexts."""
     row = coded * _ROWS
     return (
         (row + contexts[0]) * _NODES,
@@ -206,6 +206,12 @@ def where(coded, contexts):
         (row + 2 * _CONTEXTS + contexts[2]) * _NODES,
         np.int64((row + 3 * _CONTEXTS) * _NODES),
     )
+
+
+@inline
+def where_alone(coded):
+    """Where the decisions are about a symbol of which no context tells anything: in one table."""
+    return (np.int64((coded * _ROWS + 3 * _CONTEXTS) * _NODES),)
 
 
 @kernel

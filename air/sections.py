@@ -25,6 +25,7 @@ from air.entropy import (
     learning_rate,
     start_coding,
     where,
+    where_alone,
 )
 from air.errors import CodecError
 from air.render.simd import inline, kernel
@@ -52,14 +53,14 @@ from air.sensitivity import (
 
 MASK = CODED - 1
 
-# The highest bits of numbers that are worth a model. What neighbours tell about positions ends with eighths.
-_MODELLED_SHAPE_BITS = MOST_MODELLED_BITS
+# The highest bits of numbers that are worth a model.
+_MODELLED_SCALE_BITS = MOST_MODELLED_BITS
 _MODELLED_ANGLE_BITS = 5
-_MODELLED_POSITION_BITS = 4
+_MODELLED_POSITION_BITS = 5
 
 # What is remembered of the newest Gaussian of each patch.
-_COUNT, _LAYER, _Y, _R, _B, _SCALE, _RATIO, _TURN, _X, _YPOS = range(10)
-_FEATURES = 10
+_COUNT, _LAYER, _Y, _R, _B, _SCALE, _RATIO, _TURN = range(8)
+_FEATURES = 8
 
 
 @inline
@@ -225,7 +226,7 @@ def code_section(decode, layer, rows, columns, plan, earlier, patches, symbols, 
         )
         log_scale = np.int64(symbols[row, LOG_SCALE])
         places = where(LOG_SCALE, contexts)
-        log_scale, coder = code_tree(decode, log_scale, scale_tree, none, _MODELLED_SHAPE_BITS, places, coder, models)
+        log_scale, coder = code_tree(decode, log_scale, scale_tree, none, _MODELLED_SCALE_BITS, places, coder, models)
         scale = log_scale * unit if by_sensitivity else (log_scale * LOG_LEVELS) >> scale_tree
         octave = min(max((scale >> 6) - 2, 0), 3)
         contexts = (
@@ -237,7 +238,7 @@ def code_section(decode, layer, rows, columns, plan, earlier, patches, symbols, 
         known = scale_tree - bit_length(log_scale) if by_sensitivity else np.int64(0)
         log_ratio = np.int64(symbols[row, LOG_RATIO])
         places = where(LOG_RATIO, contexts)
-        log_ratio, coder = code_tree(decode, log_ratio, ratio_tree, known, _MODELLED_SHAPE_BITS, places, coder, models)
+        log_ratio, coder = code_tree(decode, log_ratio, ratio_tree, known, _MODELLED_SCALE_BITS, places, coder, models)
         ratio = log_ratio * unit if by_sensitivity else (log_ratio * LOG_LEVELS) >> ratio_tree
         if decode and by_sensitivity and (scale >= LOG_LEVELS or ratio > scale):
             return -1, coder
@@ -258,24 +259,11 @@ def code_section(decode, layer, rows, columns, plan, earlier, patches, symbols, 
         )
         column_cells = cells(span, column_bits) if by_sensitivity else np.int64(1) << plan[5]
         row_cells = cells(span, row_bits) if by_sensitivity else np.int64(1) << plan[6]
-        elongated = 16 * (ratio >= SUBDIVISIONS)
+        x, y = np.int64(symbols[row, COLUMN]), np.int64(symbols[row, ROW])
         tree = bit_length(column_cells - 1)
-        contexts = (
-            min(tree, 15) + elongated,
-            features[own, _X] + 8 * held,
-            features[a, _X] + 8 * min(a_count, 3),
-        )
-        x = np.int64(symbols[row, COLUMN])
-        x, coder = code_tree(decode, x, tree, none, _MODELLED_POSITION_BITS, where(COLUMN, contexts), coder, models)
-        eighth_x = (x << 3) >> tree
+        x, coder = code_tree(decode, x, tree, none, _MODELLED_POSITION_BITS, where_alone(COLUMN), coder, models)
         tree = bit_length(row_cells - 1)
-        contexts = (
-            min(tree, 15) + elongated,
-            features[own, _YPOS] + 8 * held,
-            eighth_x + 8 * min(b_count, 3),
-        )
-        y = np.int64(symbols[row, ROW])
-        y, coder = code_tree(decode, y, tree, none, _MODELLED_POSITION_BITS, where(ROW, contexts), coder, models)
+        y, coder = code_tree(decode, y, tree, none, _MODELLED_POSITION_BITS, where_alone(ROW), coder, models)
         if decode:
             if x >= column_cells or y >= row_cells:
                 return -1, coder
@@ -286,7 +274,6 @@ def code_section(decode, layer, rows, columns, plan, earlier, patches, symbols, 
         features[own, _LAYER] = now
         features[own, _Y], features[own, _R], features[own, _B] = _clipped(luma), _clipped(cr), _clipped(cb)
         features[own, _SCALE], features[own, _RATIO], features[own, _TURN] = scale, ratio, turn
-        features[own, _X], features[own, _YPOS] = eighth_x, (y << 3) >> tree
         models = (known_cells, learning_rate(earlier + count), own_data, size)
     return count, coder if decode else finish_encoding(coder, models)
 

@@ -8,7 +8,7 @@ import struct
 import zlib
 from fractions import Fraction
 
-NAMES = ["Y", "R", "B", "scale", "ratio", "turn", "X8", "Y8", "layer", "count"]
+NAMES = ["Y", "R", "B", "scale", "ratio", "turn", "layer", "count"]
 
 
 def near(value: float) -> int:
@@ -62,10 +62,11 @@ class Reader:
         self.place += number
         return int.from_bytes(found.ljust(number, bytes(1)), "big")
 
-    def decision(self, kind: int, contexts: tuple[int, int, int], node: int) -> int:
+    def decision(self, kind: int, contexts: tuple[int, ...], node: int) -> int:
         assert all(0 <= context < 32 for context in contexts), (kind, contexts)
+        assert len(contexts) in (0, 3)
         assert 0 <= node < 64
-        places = [(t, kind, context, node) for t, context in enumerate((*contexts, 0))]
+        places = [(t, kind, context, node) for t, context in enumerate(contexts)] + [(3, kind, 0, node)]
         logit = sum(self.logits.get(place, 0) for place in places)
         chance = SQUASH[within(logit >> 12, -1535, 1535)]
         bound = (self.span >> 12) * chance
@@ -95,7 +96,7 @@ class Reader:
     def flag(self, kind: int, contexts: tuple[int, int, int], node: int) -> int:
         return self.decision(kind, contexts, node)
 
-    def tree(self, kind: int, contexts: tuple[int, int, int], size: int, modelled: int, zeros: int = 0) -> int:
+    def tree(self, kind: int, contexts: tuple[int, ...], size: int, modelled: int, zeros: int = 0) -> int:
         value = 0
         for i in range(zeros, min(size, modelled)):
             value = 2 * value + self.decision(kind, contexts, 2**i + value)
@@ -287,18 +288,8 @@ class File:
             xc, yc = -(-self.span // 2 ** (6 - xb)), -(-self.span // 2 ** (6 - yb))
         else:
             xc, yc = 2 ** self.channels[0][0], 2 ** self.channels[1][0]
-        size = bits(xc - 1)
-        x_symbol = reader.tree(
-            6,
-            (min(size, 15) + 16 * (ratio >= 64), own["X8"] + 8 * held, a["X8"] + 8 * min(a["count"], 3)),
-            size,
-            4,
-        )
-        size = bits(yc - 1)
-        x8 = 8 * x_symbol >> bits(xc - 1)
-        y_symbol = reader.tree(
-            7, (min(size, 15) + 16 * (ratio >= 64), own["Y8"] + 8 * held, x8 + 8 * min(b["count"], 3)), size, 4
-        )
+        x_symbol = reader.tree(6, (), bits(xc - 1), 5)
+        y_symbol = reader.tree(7, (), bits(yc - 1), 5)
         own.update(
             layer=now,
             count=min(own["count"] + 1, 255),
@@ -308,8 +299,6 @@ class File:
             scale=scale,
             ratio=ratio,
             turn=turn,
-            X8=x8,
-            Y8=8 * y_symbol >> bits(yc - 1),
         )
         if by_sensitivity:
             return self.by_sensitivity(row, column, (x_symbol, xb), (y_symbol, yb), scale, ratio, turn, (luma, cr, cb))
