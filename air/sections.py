@@ -92,7 +92,7 @@ def _code_signed(decode, value, negative_like, places, sign_places, coder, model
 
 
 @kernel
-def code_section(decode, layer, rows, columns, plan, earlier, patches, symbols, features, knowledge, data):
+def code_section(decode, layer, rows, columns, plan, earlier, patches, symbols, features, logits, data):
     """Codes one section: patch by patch in row-major order whether it has a Gaussian, and the symbols of those.
 
     Args:
@@ -106,7 +106,7 @@ def code_section(decode, layer, rows, columns, plan, earlier, patches, symbols, 
         patches: int64 (N,), ascending.
         symbols: int32 (N, 8); columns as in `air.sensitivity`.
         features: int16 (rows · columns + 1, _FEATURES), zero at the start of a file; the last row stays zero.
-        knowledge: The cells of `air.entropy.Models`.
+        logits: The cells of `air.entropy.Models`.
         data: uint8, room enough for what is written, or the section; see `air.entropy.MARGIN`.
 
     Returns:
@@ -116,8 +116,8 @@ def code_section(decode, layer, rows, columns, plan, earlier, patches, symbols, 
     by_sensitivity = plan[0] == 1
     span = plan[1]
     weights = (plan[2], plan[3], plan[4])
-    known_cells, own_data, size = pointer_to(knowledge), pointer_to(data), data.shape[0] - MARGIN
-    models = (known_cells, learning_rate(earlier), own_data, size)
+    size = data.shape[0] - MARGIN
+    models = (pointer_to(logits), learning_rate(earlier), pointer_to(data), size)
     nothing = rows * columns
     now = layer + 1
     coder = start_coding(decode, models)
@@ -274,7 +274,7 @@ def code_section(decode, layer, rows, columns, plan, earlier, patches, symbols, 
         features[own, _LAYER] = now
         features[own, _Y], features[own, _R], features[own, _B] = _clipped(luma), _clipped(cr), _clipped(cb)
         features[own, _SCALE], features[own, _RATIO], features[own, _TURN] = scale, ratio, turn
-        models = (known_cells, learning_rate(earlier + count), own_data, size)
+        models = (pointer_to(logits), learning_rate(earlier + count), pointer_to(data), size)
     return count, coder if decode else finish_encoding(coder, models)
 
 
