@@ -183,9 +183,12 @@ def read_torch_file(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{path}: is not a torch file of tensors and plain values: {reason}") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError):
+        # torch's own message advises to load the file in a way that runs what is in it.
+        raise CheckpointError(
+            f"{path}: is not a torch file of tensors and plain values: it is damaged, of another kind, or holds "
+            "objects, which are not loaded"
+        ) from None
 
 
 def is_state(document: Any) -> bool:

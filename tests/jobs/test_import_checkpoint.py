@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from released_dinov3 import TINY, authors_checkpoint
+from toys import encode_picture
 
 from jobs.cli import main
 
@@ -44,8 +45,13 @@ def test_the_command_writes_a_checkpoint_that_predicts_the_same(released: Path, 
 
 def test_a_wrong_file_is_explained_and_nothing_is_written(released: Path, tmp_path: Path, capsys):
     (tmp_path / "text.pt").write_text("no weights")
-    assert main(["import-checkpoint", str(tmp_path / "text.pt"), str(tmp_path / "out.safetensors")]) == 1
-    assert "text.pt: is not a torch file" in capsys.readouterr().err
+    (tmp_path / "picture.jpg").write_bytes(encode_picture(0, kind="JPEG"))
+    torch.save({"model": print}, tmp_path / "object.pt")
+    for name in ("text.pt", "picture.jpg", "object.pt"):
+        assert main(["import-checkpoint", str(tmp_path / name), str(tmp_path / "out.safetensors")]) == 1
+        said = capsys.readouterr().err
+        assert f"{name}: is not a torch file" in said
+        assert "weights_only" not in said  # torch's advice, to run what the file holds
     assert main(["import-checkpoint", str(released), str(tmp_path / "out.pt")]) == 2
     assert "ends in .safetensors" in capsys.readouterr().err
     assert not list(tmp_path.glob("out*"))

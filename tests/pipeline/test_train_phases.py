@@ -25,6 +25,7 @@ from pipeline.config import RunnerConfig
 from pipeline.distill import DistillConfig
 from pipeline.errors import ConfigError, TrainingError
 from pipeline.losses import distill_losses
+from pipeline.start import check_start
 from pipeline.storage import open_storage
 from pipeline.targets import cut_targets
 from pipeline.train_config import TrainConfig, TrainerConfig
@@ -177,6 +178,16 @@ def test_gradient_checkpointing_reaches_the_network_and_changes_no_loss(
     again = losses(run(shards, tmp_path / "again", {"gradient_checkpointing": True}, **network, steps=2))
     assert recomputed
     np.testing.assert_allclose(again, kept, rtol=1e-5)
+
+
+def test_a_backbone_without_learned_weights_is_spoken_of(caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("transformers", reason="the backbone comes with transformers")
+    check_start(TrainConfig.model_validate(TINY), TrainerConfig())
+    assert not caplog.text
+    settings = {"backbone": BACKBONE, "channels": CHANNELS, "features": FEATURES}
+    check_start(TrainConfig.model_validate({**TINY, "architecture": "dinov3", "settings": settings}), TrainerConfig())
+    assert "the backbone of dinov3 starts from random weights" in caplog.text
+    assert "--from" in caplog.text
 
 
 def test_gradient_checkpointing_is_refused_where_there_is_none(shards: Path, tmp_path: Path) -> None:
