@@ -21,7 +21,7 @@ COMMANDS = {
     "distill": "shards -> distillation targets in Parquet",
     "train": "targets or shards -> a predictor's checkpoint",
     "evaluate": "what a predictor makes of images, beside grids; or the codec, beside others",
-    "encode": "images or shards -> .air files in tars, and a Parquet row about each",
+    "encode": "images or shards -> .air files in tars, and a Parquet row about each; or one image -> one file",
     "decode": ".air files -> pictures, at any size",
     "render": "one .air file -> a picture",
     "fit": "one image -> Gaussians, with progress and a picture",

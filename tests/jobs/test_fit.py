@@ -47,7 +47,7 @@ def test_without_steps_the_start_is_drawn(
 @pytest.mark.parametrize(
     ("arguments", "status", "said"),
     [
-        (["missing.jpg"], 1, "missing.jpg"),
+        (["missing.jpg"], 2, "missing.jpg"),
         (["text.jpg"], 1, "not_an_image"),
         (["fine.png", "out.jpg"], 2, ".png"),
         (["fine.png", "nowhere/out.png"], 1, "nowhere/out.png"),
