@@ -24,6 +24,7 @@ from pipeline.batches import Feed
 from pipeline.errors import PlanMismatchError, TrainingError
 from pipeline.storage import open_storage
 from pipeline.train_config import TrainConfig, TrainerConfig
+from pipeline.training_audit import verify_run
 from pipeline.training_log import read_metrics
 from pipeline.training_state import remove_old_checkpoints
 
@@ -205,6 +206,20 @@ def test_status_and_verify_and_gc_know_training(
     assert air("status")[1].endswith("not finished. Run the same `air train` again to go on, if none is at work.\n")
     run(shards, out)
     assert air("verify")[0] == 0
+
+
+def test_a_run_in_an_object_store_is_verified_and_mended(shards: Path) -> None:
+    output = open_storage("memory://bucket/run")
+    config, trainer = TrainConfig.model_validate({**TINY, "steps": 2}), TrainerConfig.model_validate(INLINE)
+    train(str(shards), output.uri(), config, trainer, str(shards))
+    assert list(verify_run(output)) == []
+    output.delete("best.json")
+    output.delete("last.safetensors")
+    told = "\n".join(verify_run(output))
+    assert "best.json" in told
+    assert "last.safetensors is missing" in told
+    train(str(shards), output.uri(), config, trainer, str(shards))
+    assert list(verify_run(output)) == []
 
 
 def test_a_second_process_in_the_same_folder_stops(
