@@ -86,7 +86,10 @@ class _Terminated(KeyboardInterrupt):
 
 @contextmanager
 def _termination_raises() -> Iterator[None]:
-    """Within, SIGTERM cleans up as ^C does, and then raises `_Terminated`. From the first one on, more do nothing."""
+    """Within, SIGTERM cleans up as ^C does, and then raises `_Terminated`.
+
+    From the first one on, more of them do nothing; while Ray shuts down, they end the process at once.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield  # signals are the main thread's
         return

@@ -278,12 +278,15 @@ def ray_session(config: RunnerConfig) -> Iterator[None]:
         yield
     finally:
         if ours:
-            ray.shutdown()
+            with _own_termination():
+                ray.shutdown()
 
 
 @contextmanager
 def _own_termination() -> Iterator[None]:
-    """Keeps what this process does on SIGTERM. Ray, as it starts, puts an exit in its place that reads like a crash."""
+    """Keeps what this process does on SIGTERM: Ray's start puts an exit in its place that reads like a crash, its end
+    the system's default.
+    """
     handler = signal.getsignal(signal.SIGTERM)
     try:
         yield

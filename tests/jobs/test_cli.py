@@ -366,8 +366,6 @@ def test_a_ray_of_its_own_ends_with_the_job_that_a_scheduler_ends(pictures: Path
     while process.poll() is None and not list(manifests.glob("*.json")):
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
-    time.sleep(0.2)
-    process.send_signal(signal.SIGTERM)  # an impatient one
     _, err = process.communicate(timeout=120)
     assert process.returncode == 143
     assert err == "air shard: terminated; run the same command again to go on\n"
