@@ -17,6 +17,7 @@ from pipeline.distill import DistillConfig, DistillJob
 from pipeline.errors import ConfigError
 from pipeline.runner import Tally, run
 from pipeline.shards import list_shards
+from pipeline.sources import check_outside
 from pipeline.storage import open_storage
 from pipeline.work import Plan, settle_plan
 
@@ -25,12 +26,14 @@ def distill(source_uri: str, output_uri: str, config: DistillConfig, runner: Run
     """Plans and runs; returns the totals.
 
     Raises:
-        ConfigError: GPUs are asked for, but none are to be reserved; or the predictor does not fit the configuration.
+        ConfigError: GPUs are asked for, but none are to be reserved; or the predictor does not fit the configuration; or
+            the output lies in the shards' folder, or around it.
         CheckpointError: There is no such predictor.
     """
     if config.device == "cuda" and runner.executor == "ray" and not runner.num_gpus:
         raise ConfigError("device = cuda on Ray needs GPUs to be reserved: set num_gpus, such as num_gpus = 1")
     source, output = open_storage(source_uri), open_storage(output_uri)
+    check_outside(output, [source.uri()])
     predictor = config.find_predictor()
     plan = Plan.make("distill", config.settled(predictor), list_shards(source), [source.uri()])
     plan = settle_plan(output, predictor.hold(plan))

@@ -128,6 +128,12 @@ def test_another_plan_is_refused_by_name(shards: Path, targets: Path, change: di
         distill(str(shards), str(targets), QUICK.model_copy(update=change), INLINE)
 
 
+@pytest.mark.parametrize(("output", "named"), [("shards/targets", "lies in the input"), (".", "lies in the output")])
+def test_targets_lie_beside_the_shards(tmp_path: Path, output: str, named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        distill(str(tmp_path / "shards"), str(tmp_path / output), QUICK, INLINE)
+
+
 def test_an_image_below_one_patch_goes_to_quarantine(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "thin.png").write_bytes(images.encode_png(np.full((3, 40, 3), 200, np.uint8)))
