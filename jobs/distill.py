@@ -26,8 +26,8 @@ def distill(source_uri: str, output_uri: str, config: DistillConfig, runner: Run
     """Plans and runs; returns the totals.
 
     Raises:
-        ConfigError: GPUs are asked for, but none are to be reserved; or the predictor does not fit the configuration; or
-            the output lies in the shards' folder, or around it.
+        ConfigError: GPUs are asked for, but none are to be reserved; or the predictor does not fit the configuration;
+            or the output lies in the shards' folder, or around it.
         CheckpointError: There is no such predictor.
     """
     if config.device == "cuda" and runner.executor == "ray" and not runner.num_gpus:
