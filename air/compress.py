@@ -50,7 +50,7 @@ from air.errors import TargetMissedError
 from air.gaussians import RAW_CHANNELS, activate
 from air.growth import grow
 from air.optimize import OptimizeConfig, check_counts, compile_kernels, image_tensor, kernels_are_compiled, optimize
-from air.predictor import Predictor, checkpoint_path, load_predictor
+from air.predictor import Predictor, load_predictor
 from air.refine import Refiner
 from air.render.simd import compiling, is_compiled
 from air.render.threads import Workers
@@ -162,11 +162,7 @@ def _find_start(predictor: Predictor | str | Path | None, has_target: bool) -> P
         return None
     if predictor == COMPACT:
         return _shipped()
-    if not isinstance(predictor, (str, Path)):
-        return predictor
-    if predictor != GRID:
-        checkpoint_path(predictor, others=(GROW, GRID))  # else the message would not know of "grow"
-    return load_predictor(predictor)
+    return load_predictor(predictor, others=(GROW, GRID)) if isinstance(predictor, (str, Path)) else predictor
 
 
 @lru_cache(maxsize=1)

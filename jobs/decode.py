@@ -22,7 +22,7 @@ from pipeline.config import RunnerConfig
 from pipeline.decode import AIR_ENDING, DecodeConfig, DecodeJob, draw_file, plan_decode, prepare_decoder
 from pipeline.errors import ConfigError, Rejected
 from pipeline.runner import Tally, run
-from pipeline.sources import check_outside, missing_input
+from pipeline.sources import check_outside, find_file
 from pipeline.storage import Storage, normalise, open_parent, open_storage
 from pipeline.work import PLAN_PATH, read_quarantine, settle_plan
 
@@ -117,14 +117,6 @@ def check_output(output_uri: str, single: bool, asked: str | None) -> None:
             f"{output_uri}: a picture's name ends in {known}, not in {ending}; "
             "for a folder of that name put a slash at its end"
         )
-
-
-def find_file(given: str) -> tuple[Storage, str]:
-    """Where one .air file lies, and its path there. Raises ConfigError if there is none."""
-    source, name = open_parent(given)
-    if not source.exists(name):
-        raise missing_input(given)
-    return source, name
 
 
 def find_files(given: str) -> tuple[Storage, list[str]] | None:

@@ -32,7 +32,7 @@ from pipeline.decode import AIR_ENDING
 from pipeline.encode import EncodeConfig, EncodeJob, encode_image, find_start, measure, plan_encode, prepare_encoder
 from pipeline.errors import ConfigError, JobFailedError, Rejected
 from pipeline.runner import Tally, run
-from pipeline.sources import check_outside, missing_input
+from pipeline.sources import check_outside, find_file
 from pipeline.storage import check_writable, normalise, open_parent, open_storage
 from pipeline.work import settle_plan
 
@@ -73,9 +73,7 @@ def encode_file(image: str, output_uri: str, config: EncodeConfig) -> dict[str, 
         JobFailedError: The image cannot be used, or no file meets the target.
         CheckpointError: There is no such predictor.
     """
-    source, name = open_parent(image)
-    if not source.exists(name):
-        raise missing_input(image)
+    source, name = find_file(image)
     data = source.read(name)
     predictor = find_start(config)
     check_writable(output_uri)

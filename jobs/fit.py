@@ -20,8 +20,7 @@ from jobs.command import configure, make_parser
 from pipeline import images
 from pipeline.config import Config
 from pipeline.errors import Rejected, StorageError
-from pipeline.sources import missing_input
-from pipeline.storage import open_parent
+from pipeline.sources import find_file
 
 _PIXELS_PER_GAUSSIAN = 16
 
@@ -54,14 +53,12 @@ def main(arguments: Sequence[str]) -> int:
     )
     given = parser.parse_args(arguments)
     (config,) = configure(given, fit=FitConfig)
-    storage, name = open_parent(given.image)
+    storage, name = find_file(given.image)
     target = given.out or f"{os.path.splitext(name)[0]}-fitted.png"
     if not target.lower().endswith(".png"):
         parser.error(f"{target}: the render is written as PNG; give it a name that ends in .png")
     if config.gaussians and config.patch_size:
         parser.error("give --gaussians or --patch-size, not both: a grid's size follows from its patches")
-    if not storage.exists(name):
-        raise missing_input(given.image)
     try:
         rgb = images.decode(storage.read(name), max_pixels=config.max_pixels)
     except Rejected as rejection:

@@ -8,8 +8,9 @@ The picture's name says its format (.png, .webp, .jpg); a picture of that name i
 from collections.abc import Sequence
 
 from jobs.command import configure, make_parser
-from jobs.decode import check_output, draw_all, find_file
+from jobs.decode import check_output, draw_all
 from pipeline.decode import DecodeConfig
+from pipeline.sources import find_file
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from air.defaults import GRID, GROW, GROWING_STEPS, STEPS_AFTER_PREDICTION, STORED_STEPS, start_of_encoding
+from air.errors import CodecError, InvalidGaussiansError, NonFiniteLossError, TargetMissedError
 from pipeline import images, tables
 from pipeline.config import Config
 from pipeline.errors import ConfigError, Rejected
@@ -240,13 +242,19 @@ def encode_image(
     import torch
 
     from air.compress import encode
-    from air.errors import CodecError, InvalidGaussiansError, NonFiniteLossError, TargetMissedError
 
     torch.set_num_threads(1)  # sums of another order would make another file on another machine
     start = GROW if predictor is None else load(predictor, torch.device("cpu"))
     options = {"steps": config.steps, "stored_steps": config.stored_steps, **config.target(*rgb.shape[:2])}
-    try:
+    with encoding_rejects():
         return encode(rgb, predictor=start, stages=config.stages, threads=threads, **options)
+
+
+@contextmanager
+def encoding_rejects() -> Iterator[None]:
+    """Within, what `air.encode` raises about an image is Rejected, with the reasons of `encode_image`."""
+    try:
+        yield
     except TargetMissedError as error:
         raise Rejected("target_missed", str(error)) from None
     except CodecError as error:

@@ -18,13 +18,12 @@ import torch
 from air.bitstream import MOST_SIDE, read_header
 from air.codec import decode, read_info
 from air.compress import compile_encoder, encode
-from air.errors import CodecError, TargetMissedError
 from air.metrics import ms_ssim, psnr
 from air.optimize import image_tensor
 from air.render.cpu import draw_levels
 from air.sensitivity import SensitivityQuantizer
-from pipeline import images, rivals
-from pipeline.errors import Rejected
+from pipeline import rivals
+from pipeline.encode import encoding_rejects
 from pipeline.evaluate import Evaluation, Rows, measure_pictures
 from pipeline.evaluate_config import EvaluateConfig
 from pipeline.pictures import Picture
@@ -97,12 +96,8 @@ def _measure(
         }
 
     begin = time.perf_counter()
-    try:
+    with encoding_rejects():
         blob = encode(rgb, bpp=target, steps=config.steps, stored_steps=config.stored_steps, threads=config.threads)
-    except TargetMissedError as error:
-        raise Rejected("target_missed", str(error)) from None
-    except CodecError as error:
-        raise Rejected(images.Reason.UNSUPPORTED, str(error)) from None
     seconds = time.perf_counter() - begin
     info = read_info(blob, max_pixels=height * width)
     quantizer = info.header.quantizer

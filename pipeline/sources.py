@@ -115,6 +115,14 @@ def _find_in(root: int, given: str, image_column: str | None) -> Iterator[Item]:
         logger.info("%s: skipped %d files that are no images, tars or Parquet (%s)", given, skipped.total(), kinds)
 
 
+def find_file(given: str) -> tuple[Storage, str]:
+    """Where a single file lies, and its path there. Raises ConfigError if there is none."""
+    storage, name = open_parent(given)
+    if not storage.exists(name):
+        raise missing_input(given)
+    return storage, name
+
+
 def missing_input(given: str) -> ConfigError:
     """The error for an input where nothing lies."""
     return ConfigError(f"{given} does not exist, or is empty")

@@ -74,13 +74,16 @@ class GridPredictor:
         return Prediction(start(image - canvas, self.patch_size), anchor)
 
 
-def load_predictor(name_or_path: str | Path, patch_size: int | None = None) -> Predictor:
+def load_predictor(
+    name_or_path: str | Path, patch_size: int | None = None, others: Sequence[str] = (GRID,)
+) -> Predictor:
     """The predictor of that name.
 
     Args:
         name_or_path: "grid", the closed form; "compact", the checkpoint that this package ships; or the path of a
             checkpoint NAME.safetensors with its card beside it.
         patch_size: Pixels between anchors; by default 7 for the grid and its own for a network, which has no other.
+        others: As for `checkpoint_path`.
 
     Raises:
         CheckpointError: There is no such predictor, its files cannot be read, or it has another patch size.
@@ -89,7 +92,7 @@ def load_predictor(name_or_path: str | Path, patch_size: int | None = None) -> P
         return GridPredictor(GRID_PATCH_SIZE if patch_size is None else patch_size)
     from air.predictor.checkpoint import load_checkpoint
 
-    network, _ = load_checkpoint(checkpoint_path(name_or_path))
+    network, _ = load_checkpoint(checkpoint_path(name_or_path, others))
     if patch_size is not None and network.patch_size != patch_size:
         raise CheckpointError(f"{name_or_path} has patch size {network.patch_size}, not {patch_size}: ask for its own")
     return network

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, ClassVar
@@ -21,7 +22,7 @@ _QUANTIZER_RATE = 10.0
 _DECAYING = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
 
 
-class PredictorNetwork(nn.Module):
+class PredictorNetwork(nn.Module, ABC):
     """Base of the networks. A subclass implements `forward`, `global_feature` and `start_stage`.
 
     All its tensors are in its state dict.
@@ -58,6 +59,7 @@ class PredictorNetwork(nn.Module):
             None if quantizer_bits is None else ImageAdaptiveQuantizer(feature_size, self.patch_size, quantizer_bits)
         )
 
+    @abstractmethod
     def forward(self, image: Tensor, canvas: Tensor, active: Tensor, stage: int) -> Tensor:
         """Raw Gaussians of one stage for a batch of images of one size, differentiable in the parameters.
 
@@ -70,7 +72,6 @@ class PredictorNetwork(nn.Module):
         Returns:
             Shape (B, rows · columns, 8), patches in row-major order.
         """
-        raise NotImplementedError
 
     def proposals(self, image: Tensor, canvas: Tensor, active: Tensor, stage: int) -> list[Tensor]:
         """What the network passes through on its way to `forward`'s result, which is the last: training judges each.
@@ -79,6 +80,7 @@ class PredictorNetwork(nn.Module):
         """
         return [self(image, canvas, active, stage)]
 
+    @abstractmethod
     def global_feature(self, image: Tensor, canvas: Tensor, stage: int) -> Tensor:
         """What the quantiser adapts to, shape (B, feature_size), differentiable in the parameters.
 
@@ -87,11 +89,10 @@ class PredictorNetwork(nn.Module):
             canvas: What the last stage was given.
             stage: The last stage that added Gaussians.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def start_stage(self, stage: int) -> None:
         """Prepares a stage that was not trained yet: it starts as a copy of the one before it."""
-        raise NotImplementedError
 
     def parameter_groups(self, rate: float, weight_decay: float) -> list[dict[str, Any]]:
         """The parameters in groups for a torch optimiser.
