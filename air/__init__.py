@@ -19,23 +19,23 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "AirError": "air.errors",
     "Gaussians": "air.gaussians",
-    "decode": "air.codec",
-    "encode": "air.compress",
-    "fit": "air.optimize",
-    "grow": "air.growth",
-    "render": "air.render",
+    "decode": "air.codec.file",
+    "encode": "air.encoding.encode",
+    "fit": "air.optimization.optimize",
+    "grow": "air.fitting.grow",
+    "render": "air.rendering.render",
 }
 
 __all__ = ["AirError", "Gaussians", "__version__", "decode", "encode", "fit", "grow", "render"]
 
 if TYPE_CHECKING:
-    from air.codec import decode
-    from air.compress import encode
+    from air.codec.file import decode
+    from air.encoding.encode import encode
     from air.errors import AirError
+    from air.fitting.grow import grow
     from air.gaussians import Gaussians
-    from air.growth import grow
-    from air.optimize import fit
-    from air.render import render
+    from air.optimization.optimize import fit
+    from air.rendering.render import render
 
 
 def __getattr__(name: str) -> Any:

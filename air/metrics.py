@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from air.loss import SSIM_C1, SSIM_C2, WINDOW_SIGMA, WINDOW_SIZE
+from air.loss.reference import SSIM_C1, SSIM_C2, WINDOW_SIGMA, WINDOW_SIZE
 
 HIGHEST_PSNR = 100.0
 """Decibels; no error at all counts as this, so that means over images stay numbers."""

@@ -18,12 +18,12 @@ from typing import IO, Any
 
 from PIL import Image, ImageFile
 
-from air.bitstream import MAGIC, MOST_SIDE
-from air.codec import decode, read_header
-from air.compress import encode
+from air.codec.bitstream import MAGIC, MOST_SIDE
+from air.codec.file import decode, read_header
+from air.encoding.encode import encode
 from air.errors import CodecError
 from air.gaussians import Gaussians
-from air.render.cpu import draw_levels
+from air.rendering.cpu import draw_levels
 
 FORMAT, ENDING, MIME = "AIR", ".air", "image/x-air"
 

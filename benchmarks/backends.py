@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 from workload import PATCH_SIZE, Size, workload
 
-from air import optimize_cpu, raw_cpu
+from air.compute.threads import Workers
 from air.gaussians import SUPPORT_CUTOFF, Gaussians, activate
-from air.loss import loss as torch_loss
-from air.optimize import OptimizeConfig
-from air.render.threads import Workers
+from air.loss.reference import loss as torch_loss
+from air.optimization import cpu
+from air.optimization.optimize import OptimizeConfig
+from air.rendering import raw_cpu
 
 PARTS = ("activate", "draw", "loss", "gather", "Adam")
 
@@ -69,11 +70,11 @@ class Backend(Protocol):
 
 
 class FusedStep:
-    """The compiled step of `air.optimize`."""
+    """The compiled step of `air.optimization.optimize`."""
 
     def __init__(self, size: Size, workers: Workers) -> None:
         raw, anchor, target = (tensor.numpy() for tensor in workload(size))
-        self.state = optimize_cpu.FusedOptimizer(raw, anchor, target, PATCH_SIZE, np.zeros_like(target), workers)
+        self.state = cpu.FusedOptimizer(raw, anchor, target, PATCH_SIZE, np.zeros_like(target), workers)
         self._config = OptimizeConfig(steps=1)
 
     def step(self, clock: Clock | None) -> None:
@@ -85,7 +86,7 @@ class FusedStep:
                     (state.drawing.raster, "draw", "draw"),
                     (state.loss, "evaluate", "loss"),
                     (state.drawing.raster, "gather_range", "gather"),
-                    (optimize_cpu, "adam_step", "Adam"),
+                    (cpu, "adam_step", "Adam"),
                 ):
                     timed = clock.wrap(getattr(owner, name), part)
                     stack.enter_context(mock.patch.object(owner, name, timed))

@@ -22,15 +22,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from air.codec import decode, encode_gaussians, encode_stages, lay_out, patch_size_for, quantize_stages
+from air.codec.file import decode, encode_gaussians, encode_stages, lay_out, patch_size_for, quantize_stages
+from air.codec.sensitivity import SensitivityQuantizer
+from air.codec.uniform import channel_values, fit_uniform_quantizer
+from air.fitting.grow import grow
 from air.gaussians import Gaussians, anchors
-from air.growth import grow
 from air.metrics import psnr
-from air.optimize import compile_kernels, image_tensor
-from air.quantize import channel_values, fit_uniform_quantizer
-from air.render import render
-from air.sensitivity import SensitivityQuantizer
-from pipeline.pictures import find_pictures
+from air.optimization.optimize import compile_kernels, image_tensor
+from air.rendering.render import render
+from pipeline.inputs.pictures import find_pictures
 
 WAYS = (
     ("53 bits, raw (method.md section 6)", "raw", "psnr_uniform"),

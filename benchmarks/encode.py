@@ -25,23 +25,24 @@ from typing import Any
 import psutil
 from executors import make_images, timed
 
-from air import compress, refine
+from air.encoding import encode as encoder
+from air.encoding import refine
 from jobs.encode import encode
 from jobs.shard import shard
-from pipeline import encode as encoding
+from pipeline.bulk import encode as encoding
+from pipeline.bulk.encode import EncodeConfig
 from pipeline.config import RunnerConfig
-from pipeline.encode import EncodeConfig
-from pipeline.shards import ShardConfig
-from pipeline.storage import open_storage
-from pipeline.work import read_manifests
+from pipeline.inputs.shards import ShardConfig
+from pipeline.storage.open import open_storage
+from pipeline.work.plan import read_manifests
 
 # What is timed, where it is looked up, and what it is called. A part's time is without that of parts within it.
 _PARTS = (
     (encoding.images, "decode", "decode the image"),
-    (compress, "_grown", "grow"),
-    (compress, "_predicted", "predict and optimise"),
+    (encoder, "_grown", "grow"),
+    (encoder, "_predicted", "predict and optimise"),
     (refine.Refiner, "run", "refine as stored"),
-    (compress, "write_stages", "entropy coding"),
+    (encoder, "write_stages", "entropy coding"),
     (encoding, "measure", "decode and measure the file"),
     (encoding.EncodeWriter, "add", "write"),
     (encoding.EncodeWriter, "finish", "write"),
@@ -77,7 +78,7 @@ class Clock:
 def parts_of_one_process(shards: Path, output: Path, config: EncodeConfig) -> dict[str, Any]:
     """Rates of one inline process, and the share of each part in percent."""
     clock = Clock()
-    compress.compile_encoder()
+    encoder.compile_encoder()
     for owner, attribute, name in _PARTS:
         setattr(owner, attribute, clock.watch(getattr(owner, attribute), name))
     encode([str(shards)], str(output), config, _INLINE)

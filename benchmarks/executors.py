@@ -22,11 +22,11 @@ from PIL import Image
 
 from jobs.demo import collect_pictures
 from jobs.shard import shard
-from pipeline import images
 from pipeline.config import RunnerConfig
-from pipeline.shards import ShardConfig
-from pipeline.storage import open_storage
-from pipeline.work import read_manifests
+from pipeline.formats import images
+from pipeline.inputs.shards import ShardConfig
+from pipeline.storage.open import open_storage
+from pipeline.work.plan import read_manifests
 
 OPTIONS = [
     "--predictor",

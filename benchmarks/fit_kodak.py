@@ -18,9 +18,9 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from air.growth import GrowthResult, grow
-from air.optimize import FitResult, compile_kernels, fit
-from pipeline.plot import Chart, Curve, svg
+from air.fitting.grow import GrowthResult, grow
+from air.optimization.optimize import FitResult, compile_kernels, fit
+from pipeline.reports.charts import Chart, Curve, svg
 
 
 def main() -> None:

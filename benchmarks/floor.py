@@ -37,9 +37,9 @@ import numba
 import numpy as np
 from workload import Size, Support
 
-from air.render.planes import FloatArray, aligned_zeros
-from air.render.simd import LANES, fma, load, splat, store
-from air.render.threads import Workers
+from air.compute.planes import FloatArray, aligned_zeros
+from air.compute.simd import LANES, fma, load, splat, store
+from air.compute.threads import Workers
 
 _DIVISION, _EXPONENTIAL = 4, 10
 _SQUASH = _EXPONENTIAL + 1 + _DIVISION + 1

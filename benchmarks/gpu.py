@@ -27,9 +27,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from workload import PATCH_SIZE, SIZES, Size, count_support, workload
 
-from air.optimize import OptimizeConfig, Problem, optimize_batch
-from air.predictor import GridPredictor
-from air.stages import run_stages, run_stages_batch
+from air.optimization.optimize import OptimizeConfig, Problem, optimize_batch
+from air.predictor.base import GridPredictor
+from air.stages.loop import run_stages, run_stages_batch
 
 BATCHES = (1, 8, 32)
 BATCH_SIZE = SIZES["8k"]
@@ -141,7 +141,7 @@ def main() -> None:
 def check() -> None:
     """Runs the GPU tests; ends the benchmark if one fails."""
     folder = Path(__file__).parent.parent / "tests"
-    tests = [str(folder / "air" / "test_cuda.py"), str(folder / "pipeline" / "test_distill_cuda.py")]
+    tests = [str(folder / "air" / "test_cuda.py"), str(folder / "pipeline" / "bulk" / "test_distill_cuda.py")]
     result = subprocess.run([sys.executable, "-m", "pytest", "-m", "gpu", "-rs", *tests], check=False)
     if result.returncode:
         sys.exit("the GPU tests fail, so the times would mean nothing")
@@ -197,7 +197,7 @@ def floor_seconds(images: int, size: Size, speeds: Speeds) -> float:
 
 
 def measure(images: int, size: Size, steps: int, speeds: Speeds) -> Row:
-    from air.optimize_cuda import BatchOptimizer
+    from air.optimization.cuda import BatchOptimizer
 
     batch = problems(images, size)
     state = BatchOptimizer(batch, PATCH_SIZE, OptimizeConfig(steps=steps))
@@ -224,7 +224,7 @@ def print_table(rows: list[Row]) -> None:
 
 def top_kernels(images: int, size: Size, steps: int = 40) -> dict[str, float]:
     """Microseconds per step of the five kernels that take the most time on the device."""
-    from air.optimize_cuda import BatchOptimizer
+    from air.optimization.cuda import BatchOptimizer
 
     state = BatchOptimizer(problems(images, size), PATCH_SIZE, OptimizeConfig(steps=steps))
     state.run()

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
-from pipeline.evaluate_codec import AIR, charts, means
-from pipeline.plot import Curve, svg
+from pipeline.evaluation.codec import AIR, charts, means
+from pipeline.reports.charts import Curve, svg
 
 GAUSSIAN_IMAGE = {0.15: 25.0, 1.0: 29.7}
 """GaussianImage's codec on Kodak as published: bits per pixel and PSNR in dB."""

@@ -5,12 +5,12 @@
 A step is: activate the raw numbers, draw, loss and its gradient, gather the gradient of the Gaussians, Adam. For each
 size and number of threads these take turns in one run, so that other work on the machine meets all alike:
 
-- *cpu*: `air.optimize_cpu.FusedOptimizer`, what `air.optimize` runs.
+- *cpu*: `air.optimization.cpu.FusedOptimizer`, what `air.optimization.optimize` runs.
 - *torch*: the same step in plain torch: Gaussians in patches sorted by size, autograd, SSIM by separable
   convolutions, torch's fused Adam.
 - *prototype*: an earlier one, the modules raster_numba, ssim_l1_numba and common in DIR, put together as its own
   fullstep.py does: kernels draw, gather and take the loss; torch activates and does the rest, under "Adam" here.
-- *cuda*: `air.optimize_cuda.BatchOptimizer`, a batch of one; only where there is a GPU.
+- *cuda*: `air.optimization.cuda.BatchOptimizer`, a batch of one; only where there is a GPU.
 
 Times are the best of many steps, since other work on a machine can only make a step slower. With one thread they are
 CPU time, which does not count waiting for a core; with more they are wall time. Every other step runs with clocks
@@ -41,10 +41,10 @@ from backends import PARTS, Backend, Clock, FusedStep, PrototypeStep, TorchStep
 from floor import Speedometer, count_needs
 from workload import SIZES, Size, count_support
 
-from air.optimize import compile_kernels
-from air.render import triton_is_installed
-from air.render.simd import LANES
-from air.render.threads import Workers
+from air.compute.simd import LANES
+from air.compute.threads import Workers
+from air.optimization.optimize import compile_kernels
+from air.rendering.render import triton_is_installed
 
 SLICE_SECONDS = 0.2
 """How long a backend runs before it is the next one's turn."""

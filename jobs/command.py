@@ -21,12 +21,12 @@ def sections() -> dict[str, type[Config]]:
     """The sections of a configuration file: one per configurable command, and `runner` for all."""
     from jobs.demo import DemoConfig
     from jobs.fit import FitConfig
-    from pipeline.decode import DecodeConfig
-    from pipeline.distill import DistillConfig
-    from pipeline.encode import EncodeConfig
-    from pipeline.evaluate_config import EvaluateConfig
-    from pipeline.shards import ShardConfig
-    from pipeline.train_config import TrainConfig, TrainerConfig
+    from pipeline.bulk.decode import DecodeConfig
+    from pipeline.bulk.distill import DistillConfig
+    from pipeline.bulk.encode import EncodeConfig
+    from pipeline.evaluation.config import EvaluateConfig
+    from pipeline.inputs.shards import ShardConfig
+    from pipeline.training.config import TrainConfig, TrainerConfig
 
     return {
         "demo": DemoConfig,

@@ -18,13 +18,13 @@ from functools import partial
 from jobs.command import configure, make_parser
 from jobs.display import show
 from jobs.report import counted, print_outcome
+from pipeline.bulk.decode import AIR_ENDING, DecodeConfig, DecodeJob, draw_file, plan_decode, prepare_decoder
 from pipeline.config import RunnerConfig
-from pipeline.decode import AIR_ENDING, DecodeConfig, DecodeJob, draw_file, plan_decode, prepare_decoder
 from pipeline.errors import ConfigError, Rejected
-from pipeline.runner import Tally, run
-from pipeline.sources import check_outside, find_file
-from pipeline.storage import Storage, normalise, open_parent, open_storage
-from pipeline.work import PLAN_PATH, read_quarantine, settle_plan
+from pipeline.inputs.sources import check_outside, find_file
+from pipeline.storage.open import Storage, normalise, open_parent, open_storage
+from pipeline.work.plan import PLAN_PATH, read_quarantine, settle_plan
+from pipeline.work.runner import Tally, run
 
 _FORMATS = {".png": "png", ".webp": "webp", ".jpg": "jpeg", ".jpeg": "jpeg"}
 _MOST_NAMED = 20

@@ -16,12 +16,12 @@ from pathlib import Path
 from pydantic import Field
 
 from jobs.command import configure, make_parser
+from pipeline.bulk.distill import DistillConfig
 from pipeline.config import Config, RunnerConfig
-from pipeline.distill import DistillConfig
 from pipeline.errors import ConfigError, DamagedDataError
-from pipeline.shards import ShardConfig
-from pipeline.storage import open_storage
-from pipeline.work import read_plan
+from pipeline.inputs.shards import ShardConfig
+from pipeline.storage.open import open_storage
+from pipeline.work.plan import read_plan
 
 _PICTURES = (
     ("sklearn.datasets.images", "china.jpg"),
@@ -88,7 +88,7 @@ def run_demo(
     """All the steps, each with the command that does it alone; `file` is the configuration, for those commands."""
     from jobs import distill, shard, stats, verify
     from jobs.report import counted, print_outcome
-    from pipeline.sheet import save_sheet
+    from pipeline.reports.sheet import save_sheet
 
     begin = time.monotonic()
     option = f" --config {file}" if file else ""

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 from jobs.report import mean_psnr
-from pipeline.runner import Display, Tally
+from pipeline.work.runner import Display, Tally
 
 _LOG_EVERY_SECONDS = 60.0
 

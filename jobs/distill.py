@@ -12,14 +12,14 @@ from collections.abc import Sequence
 from jobs.command import configure, make_parser
 from jobs.display import show
 from jobs.report import counted, print_outcome
+from pipeline.bulk.distill import DistillConfig, DistillJob
 from pipeline.config import RunnerConfig
-from pipeline.distill import DistillConfig, DistillJob
 from pipeline.errors import ConfigError
-from pipeline.runner import Tally, run
-from pipeline.shards import list_shards
-from pipeline.sources import check_outside
-from pipeline.storage import open_storage
-from pipeline.work import Plan, settle_plan
+from pipeline.inputs.shards import list_shards
+from pipeline.inputs.sources import check_outside
+from pipeline.storage.open import open_storage
+from pipeline.work.plan import Plan, settle_plan
+from pipeline.work.runner import Tally, run
 
 
 def distill(source_uri: str, output_uri: str, config: DistillConfig, runner: RunnerConfig) -> Tally:

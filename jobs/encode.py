@@ -26,15 +26,23 @@ from typing import Any
 from jobs.command import configure, make_parser
 from jobs.display import show
 from jobs.report import counted, print_outcome
-from pipeline import images
+from pipeline.bulk.decode import AIR_ENDING
+from pipeline.bulk.encode import (
+    EncodeConfig,
+    EncodeJob,
+    encode_image,
+    find_start,
+    measure,
+    plan_encode,
+    prepare_encoder,
+)
 from pipeline.config import RunnerConfig
-from pipeline.decode import AIR_ENDING
-from pipeline.encode import EncodeConfig, EncodeJob, encode_image, find_start, measure, plan_encode, prepare_encoder
 from pipeline.errors import ConfigError, JobFailedError, Rejected
-from pipeline.runner import Tally, run
-from pipeline.sources import check_outside, find_file
-from pipeline.storage import check_writable, normalise, open_parent, open_storage
-from pipeline.work import settle_plan
+from pipeline.formats import images
+from pipeline.inputs.sources import check_outside, find_file
+from pipeline.storage.open import check_writable, normalise, open_parent, open_storage
+from pipeline.work.plan import settle_plan
+from pipeline.work.runner import Tally, run
 
 _OF_BULK = ("embed", "max_count", "image_column")
 
@@ -65,7 +73,7 @@ def encode_file(image: str, output_uri: str, config: EncodeConfig) -> dict[str, 
         config: What to make.
 
     Returns:
-        As `pipeline.encode.measure`.
+        As `pipeline.bulk.encode.measure`.
 
     Raises:
         ConfigError: There is no such image.

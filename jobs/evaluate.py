@@ -28,15 +28,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import air
 from jobs.command import configure, make_parser
 from jobs.report import counted, print_table, rejections
-from pipeline import tables
 from pipeline.errors import ConfigError, JobFailedError, StorageError
-from pipeline.evaluate_config import EvaluateConfig
-from pipeline.pictures import Picture, find_pictures
+from pipeline.evaluation.config import EvaluateConfig
+from pipeline.formats import tables
+from pipeline.inputs.pictures import Picture, find_pictures
 from pipeline.predictors import default_predictor, find_predictor
-from pipeline.storage import check_writable, open_parent
+from pipeline.storage.open import check_writable, open_parent
 
 if TYPE_CHECKING:
-    from pipeline.evaluate import Evaluation
+    from pipeline.evaluation.predictor import Evaluation
 
 
 def evaluate(inputs: Sequence[str], config: EvaluateConfig, output: str | None = None) -> Evaluation:
@@ -49,8 +49,8 @@ def evaluate(inputs: Sequence[str], config: EvaluateConfig, output: str | None =
         StorageError: The output cannot be written: found out before anything is measured, if it can be.
     """
     _check_output(output, ".parquet", "the table is one Parquet file")
-    from air.optimize import COMPILE_SECONDS, kernels_are_compiled
-    from pipeline.evaluate import evaluate as measure
+    from air.optimization.optimize import COMPILE_SECONDS, kernels_are_compiled
+    from pipeline.evaluation.predictor import evaluate as measure
 
     reference = (
         default_predictor(config.patch_size, config.stages)
@@ -79,21 +79,23 @@ def evaluate_codec(
     """
     _check_output(output, ".parquet", "the table is one Parquet file")
     _check_output(plot, ".svg", "the plot is an SVG file")
-    from air.compress import ENCODER_COMPILE_SECONDS, encoder_is_compiled
-    from pipeline import rivals
-    from pipeline.evaluate_codec import charts
-    from pipeline.evaluate_codec import evaluate_codec as measure
-    from pipeline.plot import svg
+    from air.encoding.encode import ENCODER_COMPILE_SECONDS, encoder_is_compiled
+    from pipeline.evaluation import baselines
+    from pipeline.evaluation.codec import charts
+    from pipeline.evaluation.codec import evaluate_codec as measure
+    from pipeline.reports.charts import svg
 
-    others = rivals.available()
-    missing = [rival.name for rival in rivals.RIVALS if rival not in others]
+    others = baselines.available()
+    missing = [rival.name for rival in baselines.RIVALS if rival not in others]
     if missing:
         print(f"not measured: {', '.join(missing)}; this Pillow is built without", flush=True)
     seconds = 0 if encoder_is_compiled() else ENCODER_COMPILE_SECONDS
     evaluation = _measure(inputs, config, seconds, lambda pictures, report: measure(pictures, others, config, report))
     print_codec_means(evaluation, inputs)
     if output is not None:
-        _write_table(evaluation.rows, output, tables.CODEC_EVALUATION, config, {"air.codecs": rivals.describe(others)})
+        _write_table(
+            evaluation.rows, output, tables.CODEC_EVALUATION, config, {"air.codecs": baselines.describe(others)}
+        )
     if plot is not None:
         _deliver(lambda local: local.write_text(svg(charts(evaluation.rows)), encoding="utf-8"), plot)
     return evaluation
@@ -147,7 +149,7 @@ def _check_output(name: str | None, ending: str, what: str) -> None:
 
 def print_codec_means(evaluation: Evaluation, inputs: Sequence[str]) -> None:
     """Prints the means over images, a line for each target and codec."""
-    from pipeline.evaluate_codec import means
+    from pipeline.evaluation.codec import means
 
     columns = ("target, bpp", "codec", "bpp", "PSNR, dB", "MS-SSIM", "Gaussians", "encode, s", "decode, ms")
     lines = [

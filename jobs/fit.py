@@ -17,10 +17,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from jobs.command import configure, make_parser
-from pipeline import images
 from pipeline.config import Config
 from pipeline.errors import Rejected, StorageError
-from pipeline.sources import find_file
+from pipeline.formats import images
+from pipeline.inputs.sources import find_file
 
 _PIXELS_PER_GAUSSIAN = 16
 
@@ -69,9 +69,16 @@ def main(arguments: Sequence[str]) -> int:
 
 def fit_image(rgb: np.ndarray, target: str, config: FitConfig) -> None:
     """Fits, shows progress where someone watches, writes the render and prints what was reached."""
-    from air.growth import GrowthConfig, grow
-    from air.optimize import COMPILE_SECONDS, OptimizeConfig, choose_device, compile_kernels, fit, kernels_are_compiled
-    from air.render import render
+    from air.fitting.grow import GrowthConfig, grow
+    from air.optimization.optimize import (
+        COMPILE_SECONDS,
+        OptimizeConfig,
+        choose_device,
+        compile_kernels,
+        fit,
+        kernels_are_compiled,
+    )
+    from air.rendering.render import render
 
     if config.backend in ("auto", "cpu") and choose_device(config.device).type == "cpu":
         if not kernels_are_compiled():

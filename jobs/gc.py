@@ -11,9 +11,9 @@ from collections.abc import Sequence
 
 from jobs.command import make_parser
 from jobs.report import counted
-from pipeline.audit import remove_garbage
-from pipeline.storage import open_storage
-from pipeline.work import read_plan
+from pipeline.storage.open import open_storage
+from pipeline.work.audit import remove_garbage
+from pipeline.work.plan import read_plan
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -19,8 +19,8 @@ def main(arguments: Sequence[str]) -> int:
     given = parser.parse_args(arguments)
     if not given.out.endswith(".safetensors"):
         parser.error(f"{given.out}: give the output a name that ends in .safetensors")
-    from air.predictor.authors import read_authors_checkpoint
     from air.predictor.checkpoint import save_checkpoint
+    from air.predictor.dinov3.authors import read_authors_checkpoint
 
     read = read_authors_checkpoint(given.file)
     network, out = read.network, Path(given.out)

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 from jobs.command import configure, make_parser
 from jobs.decode import check_output, draw_all
-from pipeline.decode import DecodeConfig
-from pipeline.sources import find_file
+from pipeline.bulk.decode import DecodeConfig
+from pipeline.inputs.sources import find_file
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pipeline.runner import Tally
+from pipeline.work.runner import Tally
 
 
 def counted(count: int, thing: str) -> str:

@@ -12,11 +12,11 @@ from jobs.command import configure, make_parser
 from jobs.display import show
 from jobs.report import counted, print_outcome
 from pipeline.config import RunnerConfig
-from pipeline.runner import Tally, run
-from pipeline.shards import ShardConfig, ShardJob, plan_shards
-from pipeline.sources import check_outside
-from pipeline.storage import normalise, open_storage
-from pipeline.work import settle_plan
+from pipeline.inputs.shards import ShardConfig, ShardJob, plan_shards
+from pipeline.inputs.sources import check_outside
+from pipeline.storage.open import normalise, open_storage
+from pipeline.work.plan import settle_plan
+from pipeline.work.runner import Tally, run
 
 
 def shard(inputs: Sequence[str], output_uri: str, config: ShardConfig, runner: RunnerConfig) -> Tally:

@@ -21,9 +21,9 @@ import duckdb
 from jobs.command import make_parser
 from jobs.report import print_table
 from pipeline.errors import ConfigError
-from pipeline.query import connect
-from pipeline.storage import open_storage
-from pipeline.work import read_plan
+from pipeline.reports.query import connect
+from pipeline.storage.open import open_storage
+from pipeline.work.plan import read_plan
 
 _OVERVIEW = """
     select count(distinct key), count(*), coalesce(sum(len(stage)), 0)::bigint, avg(height * width),

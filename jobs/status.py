@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 from jobs.command import make_parser
 from jobs.report import mean_psnr, print_table, rejections
-from pipeline.storage import Storage, open_storage
-from pipeline.work import Plan, count_rows, read_manifests, read_plan
+from pipeline.storage.open import Storage, open_storage
+from pipeline.work.plan import Plan, count_rows, read_manifests, read_plan
 
 MAX_MISSING_SHOWN = 5
 
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def print_training(title: str, output: Storage, plan: Plan) -> None:
     """How far a training run is, by its checkpoints and metrics."""
-    from pipeline.training_audit import standing
+    from pipeline.training.audit import standing
 
     run = standing(output)
     rows: list[tuple[str, object]] = [

@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING
 from air.defaults import GRID
 from jobs.command import configure, make_parser
 from pipeline.errors import ConfigError, TrainingError
-from pipeline.feed import find_blocks
-from pipeline.pictures import fingerprint
+from pipeline.inputs.blocks import find_blocks
+from pipeline.inputs.pictures import fingerprint
+from pipeline.inputs.sources import check_outside
 from pipeline.predictors import find_predictor
-from pipeline.sources import check_outside
-from pipeline.storage import Storage, normalise, open_storage
-from pipeline.train_config import TrainConfig, TrainerConfig
-from pipeline.work import Plan, read_plan, settle_plan
+from pipeline.storage.open import Storage, normalise, open_storage
+from pipeline.training.config import TrainConfig, TrainerConfig
+from pipeline.work.plan import Plan, read_plan, settle_plan
 
 if TYPE_CHECKING:
     import torch
@@ -47,10 +47,10 @@ def train(
         valid: Images or shards to validate on; packaged photographs if not given.
     """
     from jobs.train_display import show_training
-    from pipeline.start import check_start
-    from pipeline.train import Group, TrainJob
-    from pipeline.train import train as train_here
-    from pipeline.validation import check_images
+    from pipeline.training.loop import Group, TrainJob
+    from pipeline.training.loop import train as train_here
+    from pipeline.training.start import check_start
+    from pipeline.training.validation import check_images
 
     if trainer.executor == "inline" and trainer.workers > 1:
         raise ConfigError("--executor inline is one worker in this process; several need --executor ray")
@@ -87,7 +87,7 @@ def train(
     with show_training(config) as report:
         if trainer.executor == "inline":
             return train_here(job, Group(device=_device(trainer)), report)
-        from pipeline.train_ray import train_on_ray
+        from pipeline.training.ray import train_on_ray
 
         return train_on_ray(job, report)
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from pipeline.train_config import TrainConfig
+from pipeline.training.config import TrainConfig
 
 _LOG_EVERY_SECONDS = 30.0
 

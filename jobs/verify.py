@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 from jobs.command import make_parser
 from jobs.report import counted
-from pipeline.storage import open_storage
-from pipeline.work import count_rows, read_manifests, read_plan
+from pipeline.storage.open import open_storage
+from pipeline.work.plan import count_rows, read_manifests, read_plan
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -24,10 +24,10 @@ def main(arguments: Sequence[str]) -> int:
     output = open_storage(given.out)
     training = read_plan(output).job == "train"
     if training:
-        from pipeline.training_audit import repair_run as repair
-        from pipeline.training_audit import verify_run as verify
+        from pipeline.training.audit import repair_run as repair
+        from pipeline.training.audit import verify_run as verify
     else:
-        from pipeline.audit import repair, verify
+        from pipeline.work.audit import repair, verify
     if given.repair:
         for path in repair(output):
             print(f"took back {path}", file=sys.stderr)

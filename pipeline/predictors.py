@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING
 
 from air.defaults import COMPACT, GRID, GRID_PATCH_SIZE, GRID_STAGES, has_compact
 from pipeline.errors import ConfigError
-from pipeline.storage import MissingFileError, normalise, open_parent
-from pipeline.work import Plan
+from pipeline.storage.open import MissingFileError, normalise, open_parent
+from pipeline.work.plan import Plan
 
 if TYPE_CHECKING:
     import torch
 
-    from air.predictor import Predictor
+    from air.predictor.base import Predictor
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def find_predictor(name: str, patch_size: int | None = None, others: Sequence[st
     """
     if name == GRID:
         return PredictorReference(GRID, GRID, "", patch_size or GRID_PATCH_SIZE, None)
-    from air.predictor import checkpoint_path
+    from air.predictor.base import checkpoint_path
     from air.predictor.checkpoint import check_weights, read_card
 
     checkpoint_path(name, others)  # speaks of the name as it was typed
@@ -116,7 +116,7 @@ def load(reference: PredictorReference, device: torch.device) -> Predictor:
     Raises:
         CheckpointError: It cannot be loaded, or is no longer the one that the reference names.
     """
-    from air.predictor import GridPredictor
+    from air.predictor.base import GridPredictor
 
     return GridPredictor(reference.patch_size) if reference.name == GRID else _load(reference, str(device))
 
@@ -160,7 +160,7 @@ def local_checkpoint(name: str) -> Iterator[Path]:
         CheckpointError: It is neither.
         StorageError: It cannot be fetched.
     """
-    from air.predictor import checkpoint_path
+    from air.predictor.base import checkpoint_path
 
     if name == COMPACT:
         yield checkpoint_path(name)

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-ROOT = Path(__file__).parent.parent
-_IMPORTABLE = [str(ROOT), str(ROOT / "tests" / "pipeline")]
+from tests.support.paths import ROOT
 
-# Ray workers and spawned processes must find the project and the toy job. The root goes first here, too: the folders
-# tests/air and tests/pipeline would pass for the packages of those names.
-sys.path[:0] = _IMPORTABLE
-os.environ["PYTHONPATH"] = os.pathsep.join([*_IMPORTABLE, *filter(None, [os.environ.get("PYTHONPATH")])])
+# Ray workers and spawned processes must find the project and the toy job.
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
 
@@ -24,7 +20,7 @@ os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
     """A folder `pictures` with six PNG files, two of them in a folder below."""
-    from toys import encode_picture
+    from tests.support.toys import encode_picture
 
     folder = tmp_path / "pictures"
     (folder / "below").mkdir(parents=True)
@@ -58,7 +54,7 @@ def shards(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The photographs in two shards, to be read only."""
     from jobs.shard import shard
     from pipeline.config import RunnerConfig
-    from pipeline.shards import ShardConfig
+    from pipeline.inputs.shards import ShardConfig
 
     folder = tmp_path_factory.mktemp("photographs") / "shards"
     shard([str(photographs)], str(folder), ShardConfig(max_count=2), RunnerConfig(executor="inline"))

@@ -12,9 +12,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from air.codec.uniform import ImageAdaptiveQuantizer
 from air.gaussians import anchors
-from air.predictor import Prediction
-from air.quantize import ImageAdaptiveQuantizer
+from air.predictor.base import Prediction
 
 _QUANTIZER_RATE = 10.0
 """Steps and lows lie tenths from where they start, a trained network's weights thousandths from where they go."""
@@ -29,7 +29,7 @@ class PredictorNetwork(nn.Module, ABC):
 
     Args:
         feature_size: Length of its global feature.
-        quantizer_bits: Per channel, of the quantiser that the network learns (`air.quantize`); None: it has none.
+        quantizer_bits: Per channel, of the quantiser that the network learns (`air.codec.uniform`); None: it has none.
         settings: The other keyword arguments of the subclass.
 
     Attributes:
@@ -135,7 +135,7 @@ class PredictorNetwork(nn.Module, ABC):
 
     @torch.no_grad()
     def predict(self, image: Tensor, canvas: Tensor, active: Tensor, stage: int) -> Prediction:
-        """As `air.predictor.Predictor`: one image, no gradient."""
+        """As `air.predictor.base.Predictor`: one image, no gradient."""
         if not 0 <= stage < self.num_stages:
             raise ValueError(f"this predictor has {self.num_stages} stages, there is no stage {stage}")
         _, height, width = image.shape
@@ -143,7 +143,10 @@ class PredictorNetwork(nn.Module, ABC):
         return Prediction(raw, self.anchors(raw, height, width))
 
 
-ARCHITECTURES = {"compact": "air.predictor.compact:CompactPredictor", "dinov3": "air.predictor.dinov3:DinoPredictor"}
+ARCHITECTURES = {
+    "compact": "air.predictor.compact.network:CompactPredictor",
+    "dinov3": "air.predictor.dinov3.network:DinoPredictor",
+}
 """Where each architecture's class is; its module loads with the first use."""
 
 

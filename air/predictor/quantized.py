@@ -1,7 +1,7 @@
 """The quantiser that a network has learned, for the Gaussians of one image (method.md section 6).
 
     table = learned_table(network, image, stages)
-    blob = air.codec.encode_stages(stages, height, width, network.patch_size, table)
+    blob = air.codec.file.encode_stages(stages, height, width, network.patch_size, table)
 
 The table goes into the file, so that nobody who decodes it needs the network.
 """
@@ -13,12 +13,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from air.codec import Stage
+from air.codec.file import Stage
+from air.codec.uniform import UniformQuantizer
 from air.errors import CodecError
 from air.gaussians import Gaussians
 from air.predictor.network import PredictorNetwork
-from air.quantize import UniformQuantizer
-from air.render import render
+from air.rendering.render import render
 
 
 @torch.no_grad()

@@ -11,18 +11,18 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from cases import needles, random_gaussians, smooth_image
 from torch import Tensor
 
 from air.errors import InvalidGaussiansError, NonFiniteLossError
+from air.fitting.grid import grid_initialization
+from air.fitting.grow import grow
 from air.gaussians import SUPPORT_CUTOFF, Gaussians, activate, anchors
-from air.grid import grid_initialization
-from air.growth import grow
-from air.loss import loss
-from air.optimize import OptimizeConfig, Problem, choose_device, fit, optimize, optimize_batch
-from air.predictor import GridPredictor
-from air.render import render
-from air.stages import StageControl, run_stages, run_stages_batch
+from air.loss.reference import loss
+from air.optimization.optimize import OptimizeConfig, Problem, choose_device, fit, optimize, optimize_batch
+from air.predictor.base import GridPredictor
+from air.rendering.render import render
+from air.stages.loop import StageControl, run_stages, run_stages_batch
+from tests.support.cases import needles, random_gaussians, smooth_image
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -106,7 +106,7 @@ class GsplatInTorch:
 
 @pytest.mark.parametrize("name", ["usual", "over the borders", "off the image", "needles"])
 def test_both_binnings_give_the_same_bits(name, monkeypatch):
-    from air.render import cuda
+    from air.rendering import cuda
 
     make, height, width = CASES[name]
     gaussians = make().to(DEVICE)
@@ -138,7 +138,7 @@ def test_gsplat_finds_the_same_pairs_of_gaussian_and_pixel(name):
 
     Its lists end where a pixel would be opaque. So each image there gets only 8 Gaussians, and 1e38 of light.
     """
-    from air.render import cuda
+    from air.rendering import cuda
 
     if INTERPRETED:
         pytest.skip("needs a real GPU")
@@ -178,8 +178,8 @@ SIZES = [(1, 1), (1, 45), (18, 1), (5, 3)]
 
 @pytest.mark.parametrize("sizes", [SIZES, pytest.param([(130, 200), (64, 48), (37, 61)], marks=real_gpu)])
 def test_the_loss_of_a_batch_and_its_gradient_agree_with_float64_torch(sizes):
-    from air.loss_cuda import SUMS, BatchLoss
-    from air.render.ragged import RaggedImages
+    from air.compute.ragged import RaggedImages
+    from air.loss.cuda import SUMS, BatchLoss
 
     targets = [smooth_image(*size, seed) for seed, size in enumerate(sizes)]
     generator = torch.Generator().manual_seed(1)
@@ -233,7 +233,7 @@ def test_whole_steps_agree_with_the_definition():
 
 def test_a_run_replays_its_graph_and_does_the_rest_step_by_step(monkeypatch):
     """The bookkeeping around graphs, with something that replays steps as a graph would."""
-    from air import optimize_cuda
+    from air.optimization import cuda
 
     class Steps:
         replays = 0
@@ -244,9 +244,9 @@ def test_a_run_replays_its_graph_and_does_the_rest_step_by_step(monkeypatch):
                 state.evaluate()
                 state.update()
 
-    monkeypatch.setattr(optimize_cuda, "GRAPH_STEPS", 2)
+    monkeypatch.setattr(cuda, "GRAPH_STEPS", 2)
     config = OptimizeConfig(steps=3, opposed_share=0.3)
-    state = optimize_cuda.BatchOptimizer([problem(4, 5)], PATCH, config)
+    state = cuda.BatchOptimizer([problem(4, 5)], PATCH, config)
     state._graph = Steps()
     state.run()
     assert state._graph.replays == 1
@@ -346,12 +346,12 @@ def test_a_loss_that_is_not_a_number_names_the_step_and_the_image():
 
 @pytest.mark.parametrize("steps", [0, 2, 3])
 def test_progress_is_reported_on_the_way(steps, monkeypatch):
-    from air import optimize_cuda
+    from air.optimization import cuda
 
-    monkeypatch.setattr(optimize_cuda, "GRAPH_STEPS", 2)
+    monkeypatch.setattr(cuda, "GRAPH_STEPS", 2)
     launched = []
-    update = optimize_cuda.BatchOptimizer.update
-    monkeypatch.setattr(optimize_cuda.BatchOptimizer, "update", lambda self: (launched.append(1), update(self)))
+    update = cuda.BatchOptimizer.update
+    monkeypatch.setattr(cuda.BatchOptimizer, "update", lambda self: (launched.append(1), update(self)))
     seen = []
 
     def on_step(step, loss, psnr):

@@ -7,21 +7,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import random_gaussians, smooth_image
 
 from air.errors import BackendUnavailableError
+from air.fitting.grid import grid_initialization
 from air.gaussians import anchors
-from air.grid import grid_initialization
-from air.optimize import OptimizeConfig, Problem, choose_device, optimize, optimize_batch
-from air.render import render, triton_is_installed
+from air.optimization.optimize import OptimizeConfig, Problem, choose_device, optimize, optimize_batch
+from air.rendering.render import render, triton_is_installed
+from tests.support.cases import random_gaussians, smooth_image
+from tests.support.paths import ROOT
 
-HERE = Path(__file__).parent
 needs_triton = pytest.mark.skipif(not triton_is_installed(), reason="triton is not installed")
 
 
 def run(*command: str | Path, **environment: str) -> str:
     """The output of a Python process of its own: whether kernels are interpreted is settled when triton is imported."""
-    path = os.pathsep.join([str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     result = subprocess.run(
         [sys.executable, *map(str, command)],
         env={**os.environ, "PYTHONPATH": path, **environment},
@@ -35,18 +35,20 @@ def run(*command: str | Path, **environment: str) -> str:
 
 @needs_triton
 @pytest.mark.parametrize(
-    "tests", ["test_cuda.py", pytest.param("../pipeline/test_distill_cuda.py", marks=pytest.mark.slow)]
+    "tests", ["air/test_cuda.py", pytest.param("pipeline/bulk/test_distill_cuda.py", marks=pytest.mark.slow)]
 )
 def test_the_kernels_pass_their_tests_in_the_interpreter(tests):
     options = ["-p", "no:cacheprovider", "-m", "gpu"]
-    output = run("-m", "pytest", *options, HERE / tests, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+    output = run("-m", "pytest", *options, ROOT / "tests" / tests, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
     assert "." in output.splitlines()[0]  # some ran, and were not skipped
 
 
 @needs_triton
 @pytest.mark.slow
 def test_every_kernel_compiles_for_gpus_of_two_generations(tmp_path):
-    output = run(HERE / "compile_cuda_kernels.py", TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0")
+    output = run(
+        ROOT / "tests" / "support" / "compile_cuda_kernels.py", TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0"
+    )
     sizes = [int(line.split()[-1]) for line in output.splitlines() if line.startswith(("sm_80 ", "sm_90 "))]
     assert len(sizes) == 18
     assert min(sizes) > 1000

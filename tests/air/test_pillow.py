@@ -9,10 +9,10 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 import air.pillow
-from air.codec import decode, encode_gaussians
+from air.codec.file import decode, encode_gaussians
+from air.codec.sensitivity import SensitivityQuantizer
 from air.gaussians import Gaussians
-from air.render import render
-from air.sensitivity import SensitivityQuantizer
+from air.rendering.render import render
 
 HEIGHT, WIDTH = 37, 53
 

@@ -1,18 +1,18 @@
 """The codec's benchmarks: bits by their definition, ways compared at one quality, curves read where they are."""
 
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from air.growth import grow
+from air.fitting.grow import grow
+from tests.support.paths import ROOT
 
 
 @pytest.fixture(autouse=True)
 def _import_from_benchmarks(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
 
 
 def test_static_histograms_cost_the_entropy_of_the_symbols():

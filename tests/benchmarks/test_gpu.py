@@ -1,17 +1,16 @@
 """The GPU benchmark's stage loop, on the CPU: it times what distilling does, and counts what comes out."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
-from air.optimize import OptimizeConfig
-from air.predictor import GridPredictor
-from air.stages import run_stages
+from air.optimization.optimize import OptimizeConfig
+from air.predictor.base import GridPredictor
+from air.stages.loop import run_stages
+from tests.support.paths import ROOT
 
 
 def test_the_stage_loop_is_timed_and_its_gaussians_counted(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import gpu
     from workload import Size
 

@@ -1,18 +1,18 @@
 """The speed benchmark's counting and clocks: what it prints must mean what its docstring says."""
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
 
+from air.compute.threads import Workers
 from air.gaussians import activate
-from air.render.threads import Workers
+from tests.support.paths import ROOT
 
 
 @pytest.fixture(autouse=True)
 def _import_from_benchmarks(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
 
 
 def test_the_pixels_inside_supports_are_counted_by_their_definition():

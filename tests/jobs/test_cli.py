@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-import toys
 
 import air
 from jobs.cli import COMMANDS, main
 from jobs.command import sections
-from pipeline.shards import list_shards
-from pipeline.storage import open_storage
+from pipeline.inputs.shards import list_shards
+from pipeline.storage.open import open_storage
+from tests.support import toys
+from tests.support.paths import ROOT
 
 DONE, FAILED, USAGE = 0, 1, 2
 INLINE = ("--executor", "inline")
@@ -292,9 +293,7 @@ def test_a_missing_file_is_wrong_usage(run_air, pictures: Path, tmp_path: Path):
     assert "nowhere.yaml" in answer.err
 
 
-@pytest.mark.parametrize(
-    "file", sorted((Path(__file__).parents[2] / "configs").glob("*.yaml")), ids=lambda file: file.name
-)
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda file: file.name)
 def test_every_configuration_of_the_project_can_be_read(file: Path):
     from pipeline.config import read_sections
 

@@ -10,16 +10,16 @@ import pytest
 import torch
 from PIL import Image
 
-from air.codec import decode, encode_gaussians
+from air.codec.file import decode, encode_gaussians
+from air.codec.sensitivity import SensitivityQuantizer
 from air.gaussians import Gaussians
-from air.render import render
-from air.sensitivity import SensitivityQuantizer
+from air.rendering.render import render
 from jobs.cli import main
-from pipeline.audit import verify
-from pipeline.encode import EncodeConfig, EncodedFile, EncodeJob, measure
-from pipeline.process import EncodedImage, Sample, execute
-from pipeline.storage import open_storage
-from pipeline.work import Plan, Unit, read_manifests, settle_plan
+from pipeline.bulk.encode import EncodeConfig, EncodedFile, EncodeJob, measure
+from pipeline.storage.open import open_storage
+from pipeline.work.audit import verify
+from pipeline.work.plan import Plan, Unit, read_manifests, settle_plan
+from pipeline.work.process import EncodedImage, Sample, execute
 
 HEIGHT, WIDTH = 30, 44
 INLINE = ["--executor", "inline"]

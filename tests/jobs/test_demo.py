@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from jobs.cli import main
+from tests.support.paths import ROOT
 
 SMALL = """
 demo: {pictures: 2}
@@ -36,4 +37,4 @@ def test_the_shipped_configurations_are_valid(name: str) -> None:
     from jobs.command import sections
     from pipeline.config import read_sections
 
-    assert read_sections(Path(__file__).parents[2] / "configs" / f"{name}.yaml", sections())
+    assert read_sections(ROOT / "configs" / f"{name}.yaml", sections())

@@ -6,8 +6,8 @@ import pytest
 from rich.console import Console
 
 from jobs.display import LogDisplay
-from pipeline.process import Progress
-from pipeline.runner import Tally
+from pipeline.work.process import Progress
+from pipeline.work.runner import Tally
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,13 @@ import pytest
 
 from jobs.distill import distill
 from jobs.encode import encode
+from pipeline.bulk.distill import DistillConfig
+from pipeline.bulk.encode import EncodeConfig
 from pipeline.config import RunnerConfig
-from pipeline.distill import DistillConfig
-from pipeline.encode import EncodeConfig
-from pipeline.query import connect
-from pipeline.storage import open_storage
+from pipeline.reports.query import connect
+from pipeline.storage.open import open_storage
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 INLINE = RunnerConfig(executor="inline")
 
 

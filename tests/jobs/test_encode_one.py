@@ -10,7 +10,7 @@ from PIL import Image
 
 import air
 from jobs.cli import main
-from pipeline.storage import open_storage
+from pipeline.storage.open import open_storage
 
 QUICK = ["--steps", "4", "--stored-steps", "2"]
 

@@ -12,26 +12,26 @@ import pytest
 import torch
 from PIL import Image
 
+from air.fitting.grid import grid_initialization
 from air.gaussians import activate, anchors
-from air.grid import grid_initialization
 from air.metrics import ms_ssim, psnr
-from air.optimize import OptimizeConfig, optimize
+from air.optimization.optimize import OptimizeConfig, optimize
 from air.predictor.checkpoint import save_checkpoint
 from air.predictor.network import build
-from air.render import render
-from air.stages import StageControl, active_patches
+from air.rendering.render import render
+from air.stages.loop import StageControl, active_patches
 from jobs.cli import main
 from jobs.encode import encode
 from jobs.evaluate import evaluate
 from jobs.shard import shard
-from pipeline import tables
+from pipeline.bulk.encode import EncodeConfig
 from pipeline.config import RunnerConfig
-from pipeline.encode import EncodeConfig
 from pipeline.errors import ConfigError, JobFailedError, StorageError
-from pipeline.evaluate import nearest_patch_size
-from pipeline.evaluate_config import EvaluateConfig
-from pipeline.shards import ShardConfig
-from pipeline.storage_local import LocalStorage
+from pipeline.evaluation.config import EvaluateConfig
+from pipeline.evaluation.predictor import nearest_patch_size
+from pipeline.formats import tables
+from pipeline.inputs.shards import ShardConfig
+from pipeline.storage.local import LocalStorage
 
 INLINE = RunnerConfig(executor="inline")
 

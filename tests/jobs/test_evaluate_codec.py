@@ -15,10 +15,11 @@ from PIL import Image, features
 import air
 from jobs.cli import main
 from jobs.evaluate import evaluate_codec
-from pipeline import rivals, tables
 from pipeline.errors import ConfigError, JobFailedError, Rejected
-from pipeline.evaluate_codec import charts, means
-from pipeline.evaluate_config import EvaluateConfig
+from pipeline.evaluation import baselines
+from pipeline.evaluation.codec import charts, means
+from pipeline.evaluation.config import EvaluateConfig
+from pipeline.formats import tables
 
 TARGETS = (0.8, 2.0)
 STEPS, STORED_STEPS = 8, 4
@@ -95,7 +96,7 @@ def original_of(row: dict, originals: dict[str, np.ndarray]) -> np.ndarray:
 def test_there_is_a_row_for_every_image_target_and_codec(written: Path, rows: list[dict]) -> None:
     table = pq.read_table(written / "figures.parquet")
     assert table.schema.equals(tables.CODEC_EVALUATION, check_metadata=False)
-    codecs = ["AIR", *(rival.name for rival in rivals.available())]
+    codecs = ["AIR", *(rival.name for rival in baselines.available())]
     assert [(row["target_bpp"], row["codec"]) for row in rows] == [
         (bpp, name) for bpp in TARGETS for name in codecs
     ] * 2
@@ -126,7 +127,7 @@ def test_our_row_is_what_the_decoded_file_shows(rows: list[dict], originals: dic
 
 
 def test_other_codecs_have_the_best_file_that_is_no_larger(rows: list[dict], originals: dict[str, np.ndarray]) -> None:
-    settings = {rival.name: list(rival.settings) for rival in rivals.RIVALS}
+    settings = {rival.name: list(rival.settings) for rival in baselines.RIVALS}
     ours = {(row["key"], row["target_bpp"]): row["bytes"] for row in rows if row["codec"] == "AIR"}
     for row in (row for row in rows if row["codec"] != "AIR"):
         rgb, limit = original_of(row, originals), ours[row["key"], row["target_bpp"]]
@@ -173,18 +174,18 @@ def test_a_codec_that_pillow_lacks_is_named_and_left_out(
 
 
 def test_a_codec_that_cannot_hold_an_image_says_so() -> None:
-    (webp,) = (rival for rival in rivals.RIVALS if rival.name == "WebP")
-    if webp not in rivals.available():
+    (webp,) = (rival for rival in baselines.RIVALS if rival.name == "WebP")
+    if webp not in baselines.available():
         pytest.skip("this Pillow is built without WebP")
     with pytest.raises(Rejected, match=r"unsupported: WebP cannot hold it: .*16383"):
-        rivals.encode_within(webp, np.zeros((1, 16384, 3), np.uint8), 1000)
+        baselines.encode_within(webp, np.zeros((1, 16384, 3), np.uint8), 1000)
 
 
 def test_a_limit_below_the_smallest_file_gives_the_smallest(originals: dict[str, np.ndarray]) -> None:
-    for rival in rivals.available():
-        file = rivals.encode_within(rival, originals["face"], 10)
+    for rival in baselines.available():
+        file = baselines.encode_within(rival, originals["face"], 10)
         assert file.setting == rival.settings[0]
-        assert rivals.decode(rival, file.data).shape == originals["face"].shape
+        assert baselines.decode(rival, file.data).shape == originals["face"].shape
 
 
 def test_images_that_cannot_be_used_or_miss_a_target_are_named_and_passed_over(

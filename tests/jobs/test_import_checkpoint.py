@@ -5,16 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from released_dinov3 import TINY, authors_checkpoint
-from toys import encode_picture
 
 from jobs.cli import main
+from tests.support.released_dinov3 import TINY, authors_checkpoint
+from tests.support.toys import encode_picture
 
 pytest.importorskip("transformers", reason="the backbone comes with transformers")
 
-from air.predictor import dinov3
-from air.predictor.authors import read_authors_checkpoint
 from air.predictor.checkpoint import load_checkpoint
+from air.predictor.dinov3 import network as dinov3
+from air.predictor.dinov3.authors import read_authors_checkpoint
 
 
 @pytest.fixture

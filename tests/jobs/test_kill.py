@@ -13,19 +13,19 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from toys import committed_bytes
 
 from jobs.distill import distill
 from jobs.encode import encode
 from jobs.shard import shard
-from pipeline import images
-from pipeline.audit import verify
+from pipeline.bulk.distill import DistillConfig
+from pipeline.bulk.encode import EncodeConfig
 from pipeline.config import RunnerConfig
-from pipeline.distill import DistillConfig
-from pipeline.encode import EncodeConfig
-from pipeline.shards import ShardConfig
-from pipeline.storage import open_storage
-from pipeline.work import committed_units, read_manifests
+from pipeline.formats import images
+from pipeline.inputs.shards import ShardConfig
+from pipeline.storage.open import open_storage
+from pipeline.work.audit import verify
+from pipeline.work.plan import committed_units, read_manifests
+from tests.support.toys import committed_bytes
 
 INLINE = RunnerConfig(executor="inline")
 CONFIG = DistillConfig(patch_size=8, stages=2, steps=(25,), min_view_pixels=10_000, max_view_pixels=20_000)

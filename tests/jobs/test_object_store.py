@@ -17,11 +17,12 @@ import pytest
 from jobs.cli import main
 from jobs.distill import distill
 from jobs.shard import shard
+from pipeline.bulk.distill import DistillConfig
 from pipeline.config import RunnerConfig
-from pipeline.distill import DistillConfig
-from pipeline.shards import ShardConfig, list_shards, read_samples
-from pipeline.storage import Storage, open_storage
-from pipeline.work import read_manifests
+from pipeline.inputs.shards import ShardConfig, list_shards, read_samples
+from pipeline.storage.open import Storage, open_storage
+from pipeline.work.plan import read_manifests
+from tests.support.paths import ROOT
 
 INLINE = RunnerConfig(executor="inline")
 TWO_EACH = ShardConfig(max_count=2)
@@ -286,9 +287,7 @@ def test_ray_workers_reach_the_store(shards: str, s3_bucket: str, local_rows: pa
     """A process of its own: the workers of a Ray that runs already have the environment that it was started with."""
     output = f"{s3_bucket}/{uuid.uuid4().hex}"
     command = [sys.executable, "-m", "jobs.cli", "distill", shards, output, "--executor", "ray", *QUICK_OPTIONS]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=240, cwd=Path(__file__).parents[2], env=dict(os.environ)
-    )
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=ROOT, env=dict(os.environ))
     assert done.returncode == 0, done.stderr
     assert rows_of(open_storage(output)).equals(local_rows)
     run("verify", output)

@@ -13,11 +13,11 @@ from jobs.distill import distill
 from jobs.evaluate import evaluate
 from jobs.shard import shard
 from jobs.train import train
+from pipeline.bulk.distill import DistillConfig
 from pipeline.config import RunnerConfig
-from pipeline.distill import DistillConfig
-from pipeline.evaluate_config import EvaluateConfig
-from pipeline.shards import ShardConfig
-from pipeline.train_config import TrainConfig, TrainerConfig
+from pipeline.evaluation.config import EvaluateConfig
+from pipeline.inputs.shards import ShardConfig
+from pipeline.training.config import TrainConfig, TrainerConfig
 
 HELD_OUT = ("china.jpg", "chelsea.png", "coins.png")
 TRAINING: dict[str, Any] = {

@@ -8,12 +8,12 @@ import pytest
 from jobs.cli import main
 from jobs.distill import distill
 from jobs.shard import shard
-from pipeline import images
+from pipeline.bulk.distill import DistillConfig
 from pipeline.config import RunnerConfig
-from pipeline.distill import DistillConfig
-from pipeline.query import connect
-from pipeline.shards import ShardConfig
-from pipeline.storage import open_storage
+from pipeline.formats import images
+from pipeline.inputs.shards import ShardConfig
+from pipeline.reports.query import connect
+from pipeline.storage.open import open_storage
 
 INLINE = RunnerConfig(executor="inline")
 

@@ -19,10 +19,10 @@ from air.errors import NonFiniteLossError
 from air.predictor.checkpoint import load_checkpoint, save_checkpoint
 from jobs.train import train
 from pipeline.errors import JobFailedError
-from pipeline.storage import open_storage
-from pipeline.train_config import TrainConfig, TrainerConfig
-from pipeline.training_log import read_metrics
-from pipeline.training_state import checkpoints
+from pipeline.storage.open import open_storage
+from pipeline.training.config import TrainConfig, TrainerConfig
+from pipeline.training.log import read_metrics
+from pipeline.training.state import checkpoints
 
 psutil = pytest.importorskip("psutil", reason="finding a worker's process needs psutil")
 pytest.importorskip("pandas", reason="ray.train needs pandas")

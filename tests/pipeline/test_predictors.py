@@ -7,12 +7,12 @@ import torch
 
 from air import defaults
 from air.errors import CheckpointError
-from air.predictor import GridPredictor, load_predictor
+from air.predictor.base import GridPredictor, load_predictor
 from air.predictor.checkpoint import save_checkpoint
 from air.predictor.network import build
 from pipeline.errors import ConfigError
 from pipeline.predictors import find_predictor, load
-from pipeline.work import checksum_of
+from pipeline.work.plan import checksum_of
 
 CPU = torch.device("cpu")
 
@@ -78,7 +78,7 @@ def test_weights_that_change_under_their_name_are_refused(checkpoint: Path) -> N
 
 
 def test_a_checkpoint_comes_from_an_object_store(checkpoint: Path, s3_bucket: str) -> None:
-    from pipeline.storage import open_storage
+    from pipeline.storage.open import open_storage
 
     store = open_storage(f"{s3_bucket}/models")
     for name in ("net.safetensors", "net.json"):

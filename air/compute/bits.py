@@ -1,0 +1,36 @@
+"""What kernels that work bit by bit need and numba has no quick word for: lengths of numbers, and bare pointers."""
+
+from __future__ import annotations
+
+from llvmlite import ir
+from numba.core import types
+
+from air.compute.simd import inline, intrinsic
+
+
+@intrinsic
+def _leading_zeros(typing_context, value):
+    def generate(context, builder, signature, values):
+        return builder.ctlz(values[0], ir.Constant(ir.IntType(1), 0))  # 0: defined for zero, too
+
+    return types.int64(types.int64), generate
+
+
+@inline
+def bit_length(value):
+    """The number of bits of |value|, as `int.bit_length`."""
+    return 64 - _leading_zeros(abs(value))
+
+
+@intrinsic
+def pointer_to(typing_context, array):
+    """The address of an array's first element, which can be indexed.
+
+    Kernels that pass arrays on in tuples count references, at a cost that shows where a call takes nanoseconds; with a
+    pointer they do not. Nothing checks the index, and the caller keeps the array alive.
+    """
+
+    def generate(context, builder, signature, values):
+        return context.make_array(signature.args[0])(context, builder, values[0]).data
+
+    return types.CPointer(array.dtype)(array), generate

@@ -1,0 +1,141 @@
+"""The compiled optimiser: one Adam step as a kernel, and the state around it (method.md section 5).
+
+Adam's two moments are planar tables as the raw numbers are (`air.rendering.raw_cpu`).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from air.compute.planes import FloatArray, image_planes, pixels, table
+from air.compute.simd import LANES, fma, kernel, load, splat, sqrt, store, where_ge
+from air.compute.threads import Workers
+from air.gaussians import RAW_CHANNELS
+from air.loss.cpu import FusedLoss, LossValues, blur_target, sweep_loss
+from air.rendering.cpu_kernels import ONE, ZERO, chain_to_parameters, derive_geometry, draw_runs, gather_runs, sweep
+from air.rendering.raw_cpu import RawRaster, activate_raw, sigmoid_slope, slope_factors
+
+f32 = np.float32
+
+
+@kernel
+def adam_step(raw, patch_size, mean, square, gradient, rates, beta1, beta2, eps, opposed_share, step, first, end):
+    """Adam's update number `step` (from 1) of Gaussians first .. end - 1, with a learning rate per row in `rates`.
+
+    Of what goes against the present gradient only `opposed_share` is done. `gradient` is with respect to the
+    parameters: `differentiate_raw` is done on the way, to touch memory once.
+    """
+    row = raw.shape[1]
+    keep1 = f32(beta1)
+    keep2 = f32(beta2)
+    kept = f32(opposed_share)
+    correction = f32(1.0 / np.sqrt(1.0 - beta2**step))
+    for k in range(RAW_CHANNELS):
+        a, b = slope_factors(k, patch_size)
+        rate = f32(-rates[k] / (1.0 - beta1**step))
+        for i in range(k * row + first, k * row + end, LANES):
+            old = load(raw, i)
+            slope = load(gradient, i) * (sigmoid_slope(old * a) * b)
+            new_mean = fma(load(mean, i), keep1, slope * (ONE - keep1))
+            new_square = fma(load(square, i), keep2, slope * slope * (ONE - keep2))
+            store(mean, i, new_mean)
+            store(square, i, new_square)
+            scale = splat(ONE) / fma(sqrt(new_square), correction, f32(eps))
+            scale = where_ge(new_mean * slope, ZERO, scale, scale * kept)
+            store(raw, i, fma(new_mean * rate, scale, old))
+
+
+class FusedOptimizer:
+    """The state of one optimisation in the kernels' layout: raw numbers, Adam's moments, image and loss buffers.
+
+    Call `evaluate`, then `update`, in turns. The step inside touches no torch and allocates no image.
+
+    Args:
+        raw: float32 (N, 8). anchor: float32 (N, 2), pixels.
+        target, background: float32 (3, height, width); the Gaussians are added to the background.
+        patch_size: Range of the activations in pixels.
+        workers: The threads to use.
+
+    Attributes:
+        drawing: The Gaussians as they are now.
+        loss: What the image is held against.
+    """
+
+    def __init__(
+        self,
+        raw: FloatArray,
+        anchor: FloatArray,
+        target: FloatArray,
+        patch_size: int,
+        background: FloatArray,
+        workers: Workers,
+    ) -> None:
+        _, height, width = target.shape
+        self.drawing = RawRaster(anchor, height, width, patch_size, workers)
+        self.drawing.set_rows(raw)
+        self.loss = FusedLoss(target, workers)
+        self._mean = table(RAW_CHANNELS, len(raw))
+        self._square = table(RAW_CHANNELS, len(raw))
+        self._updates = 0
+        self.background = None
+        if background.any():
+            self.background = image_planes(height, width)
+            pixels(self.background, height, width)[:] = background
+        self.image = image_planes(height, width)
+
+    def evaluate(self) -> LossValues:
+        """Draws the present state; returns its loss and leaves the loss's gradient for `update`."""
+        self.drawing.draw(self.image, self.background)
+        return self.loss.evaluate(self.image)
+
+    def raw_gradient(self) -> FloatArray:
+        """The table of the loss's gradient with respect to raw numbers, from what `evaluate` left."""
+        return self.drawing.raw_gradient(self.loss.gradient)
+
+    def update(
+        self, rates: NDArray[np.float64], beta1: float, beta2: float, eps: float, opposed_share: float = 1.0
+    ) -> None:
+        """One Adam step from the gradient that `evaluate` left; `rates` holds one rate per raw column."""
+        self._updates += 1
+        drawing = self.drawing
+        raster = drawing.raster
+
+        def step(first: int, end: int) -> None:
+            # Range by range, so that the gradient may still be in the cache when Adam reads it.
+            raster.gather_range(self.loss.gradient, first, end)
+            adam_step(
+                drawing.raw,
+                drawing.patch_size,
+                self._mean,
+                self._square,
+                raster.gradient,
+                rates,
+                beta1,
+                beta2,
+                eps,
+                opposed_share,
+                self._updates,
+                first,
+                end,
+            )
+
+        raster.workers.run(step, raster.ranges)
+
+    def raw_rows(self) -> FloatArray:
+        """The raw numbers, shape (N, 8)."""
+        return self.drawing.rows()
+
+
+ALL_KERNELS = (
+    activate_raw,
+    adam_step,
+    derive_geometry,
+    draw_runs,
+    gather_runs,
+    sweep,
+    chain_to_parameters,
+    blur_target,
+    sweep_loss,
+)
+"""Every kernel that a fit calls."""

@@ -1,0 +1,277 @@
+"""The optimiser on CUDA: a ragged batch of images, every step four kernels, replayed as CUDA graphs.
+
+A step draws (`air.rendering.cuda_kernels`), differentiates the loss (two kernels of `air.loss.cuda`), and in one kernel
+per Gaussian gathers its gradient, takes it through the activations, makes Adam's update and activates the result for
+the next step (method.md sections 2 and 5). All buffers are allocated once. Nothing depends on the host within a run:
+what changes from step to step, rates and Adam's corrections, is a table on the device, read at the row of a clock that
+the drawing kernel advances; losses are summed into a table in the same way and fetched at the end, or when asked for.
+
+Tables of Gaussians are float32 (N, 8), all images' one after another. Importing this module needs triton.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from numpy.typing import NDArray
+
+from air.compute.launch import launch, selected
+from air.compute.ragged import RaggedImages
+from air.gaussians import MIN_RAW_SCALE, RAW_CHANNELS
+from air.loss.cuda import SUMS, BatchLoss
+from air.optimization.config import OptimizeConfig
+from air.optimization.optimize import Problem
+from air.rendering.cuda import BLOCKS, launch_draw
+from air.rendering.cuda_kernels import COLOUR, HALF_TURNS, IMAGE_COLUMNS, PARAMETERS, SCALE_1, gather_gradient
+
+GRAPH_STEPS = 20
+"""Steps in one CUDA graph: enough that starting a graph costs little beside its steps."""
+
+OFF_IMAGE = -1e6
+"""Anchor of the Gaussian that stands in where there are none: the clock ticks in a kernel of Gaussians."""
+
+RATE_COLUMNS = 16
+"""Columns of the rate table: 8 rates, divided by Adam's first correction, and one over the root of its second."""
+
+_BLOCK = 64  # Gaussians per program of `activate_raw`
+_RATE_COLUMNS, _CORRECTION = tl.constexpr(RATE_COLUMNS), tl.constexpr(RAW_CHANNELS)
+_MIN_SCALE = tl.constexpr(MIN_RAW_SCALE)
+_TWO_PI = tl.constexpr(2 * math.pi)
+
+
+@triton.jit
+def activate_channels(raw, anchor, patch_size, channel):
+    """(parameter, slope) of raw numbers in their channels, whatever the shape (method.md section 2).
+
+    `anchor` is the anchor's coordinate in the channels of the centre and 0 elsewhere. The slope is that of the
+    parameter by the raw number, the angle's in radians.
+    """
+    is_tanh = (channel < SCALE_1) | (channel >= COLOUR)
+    # tanh(u) = 2 σ(2u) - 1
+    sigmoid = tl.sigmoid(tl.where(is_tanh, 2 * raw, raw))
+    # σ (1 - σ) = e/(1 + e)² with e = exp(-|u|), which neither cancels nor overflows.
+    e = tl.exp(-tl.abs(tl.where(is_tanh, 2 * raw, raw)))
+    bell = e / ((1 + e) * (1 + e))
+    reach = tl.where(channel < HALF_TURNS, patch_size, tl.where(channel == HALF_TURNS, _TWO_PI, 1.0))
+    slope = tl.where(is_tanh, 4 * bell, bell) * reach
+    # The angle is 2 σ half turns; whole half turns change nothing.
+    turns = 2 * sigmoid
+    turns = turns - tl.floor(turns + 0.5)
+    parameter = tl.where(is_tanh, reach * (2 * sigmoid - 1) + anchor, reach * sigmoid + _MIN_SCALE)
+    return tl.where(channel == HALF_TURNS, turns, parameter), slope
+
+
+@triton.jit
+def load_anchor(anchors, gaussian, channel, exists):
+    """The anchor's coordinate in the channels of the centre, 0 in the others."""
+    return tl.load(anchors + gaussian * 2 + channel, mask=exists & (channel < SCALE_1), other=0.0)
+
+
+@triton.jit
+def activate_raw(raw, anchors, patch_size, parameters, count, BLOCK: tl.constexpr):
+    """The parameters of `count` raw Gaussians, BLOCK of them per program."""
+    gaussian = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[:, None]
+    channel = tl.arange(0, PARAMETERS)[None, :]
+    exists = gaussian < count
+    place = gaussian * PARAMETERS + channel
+    anchor = load_anchor(anchors, gaussian, channel, exists)
+    parameter, _ = activate_channels(tl.load(raw + place, mask=exists, other=0.0), anchor, patch_size, channel)
+    tl.store(parameters + place, parameter, mask=exists)
+
+
+@triton.jit
+def gather_and_step(
+    raw,
+    mean,
+    square,
+    anchors,
+    patch_size,
+    parameters,
+    image_of,
+    images,
+    gradient,
+    rates,
+    beta1,
+    beta2,
+    eps,
+    opposed_share,
+    clock,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Adam's update of raw Gaussian number program_id from the images' gradient, and its new parameters."""
+    gaussian = tl.program_id(0)
+    image = images + tl.load(image_of + gaussian) * IMAGE_COLUMNS
+    by_parameter = gather_gradient(parameters + gaussian * PARAMETERS, image, gradient, ROWS, COLUMNS)
+    channel = tl.arange(0, PARAMETERS)
+    place = gaussian * PARAMETERS + channel
+    anchor = load_anchor(anchors, gaussian, channel, channel >= 0)
+    value = tl.load(raw + place)
+    _, slope = activate_channels(value, anchor, patch_size, channel)
+    by_raw = by_parameter * slope
+    new_mean = beta1 * tl.load(mean + place) + (1 - beta1) * by_raw
+    new_square = beta2 * tl.load(square + place) + (1 - beta2) * by_raw * by_raw
+    row = rates + (tl.load(clock) - 1) * _RATE_COLUMNS
+    kept = tl.where(new_mean * by_raw < 0, opposed_share, 1.0)
+    value -= kept * tl.load(row + channel) * new_mean / (tl.sqrt(new_square) * tl.load(row + _CORRECTION) + eps)
+    parameter, _ = activate_channels(value, anchor, patch_size, channel)
+    tl.store(mean + place, new_mean)
+    tl.store(square + place, new_square)
+    tl.store(raw + place, value)
+    tl.store(parameters + place, parameter)
+
+
+class BatchOptimizer:
+    """Adam on the raw Gaussians of several images at once; images may differ in size and number of Gaussians.
+
+    - Create it: allocates and fills all buffers on the device of the problems.
+    - `run` it: all steps of the configuration, from the start, without waiting for the device.
+    - Read `raw`, and `trajectories`, which wait for it.
+
+    Args:
+        problems: At least one; float32, all on one device that the kernels run on.
+        patch_size: Range of the activations in pixels.
+        config: Steps, rates and schedule, the same for all.
+
+    Attributes:
+        raw: One tensor (N, 8) per problem.
+    """
+
+    def __init__(self, problems: Sequence[Problem], patch_size: int, config: OptimizeConfig) -> None:
+        self.config = config
+        self.device = problems[0].target.device
+        self.patch_size = float(patch_size)
+        self.layout = RaggedImages([(p.target.shape[1], p.target.shape[2]) for p in problems], self.device)
+        stand_in = torch.full((1, 2), OFF_IMAGE, device=self.device)
+        numbers = [len(problem.raw) for problem in problems]
+        self._raw = torch.cat([*(p.raw for p in problems), torch.zeros(1, RAW_CHANNELS, device=self.device)])
+        self._anchor = torch.cat([*(p.anchor for p in problems), stand_in])
+        image_of = np.repeat(np.arange(len(problems), dtype=np.int32), numbers)
+        self._image_of = torch.from_numpy(np.append(image_of, np.int32(0))).to(self.device)
+        self.raw = self._raw[:-1].split(numbers)
+        self._start = self._raw.clone()
+        self._mean = torch.zeros_like(self._raw)
+        self._square = torch.zeros_like(self._raw)
+        self._parameters = torch.zeros_like(self._raw)
+        self._rates = torch.from_numpy(rate_table(config)).to(self.device)
+        self._clock = torch.zeros(1, dtype=torch.int32, device=self.device)
+        self._sums = torch.zeros(config.steps + 1, len(problems), SUMS, dtype=torch.float64, device=self.device)
+        black = [torch.zeros_like(problem.target) for problem in problems]
+        canvases = [empty if p.canvas is None else p.canvas for p, empty in zip(problems, black, strict=True)]
+        self._background = self.layout.pack(canvases)
+        self._image = self.layout.buffer()
+        # Kept, so that it does not go while the device still works at it.
+        self._graph: torch.cuda.CUDAGraph | None = None
+        with selected(self.device):
+            self._loss = BatchLoss(self.layout, [problem.target for problem in problems])
+
+    def reset(self) -> None:
+        """Back to the start of the run."""
+        self._raw.copy_(self._start)
+        self._mean.zero_()
+        self._square.zero_()
+        self._clock.zero_()
+        self._sums.zero_()
+        self._image.copy_(self._background)
+        count = len(self._raw)
+        blocks = triton.cdiv(count, _BLOCK)
+        launch(activate_raw, blocks, self._raw, self._anchor, self.patch_size, self._parameters, count, BLOCK=_BLOCK)
+
+    def evaluate(self) -> None:
+        """Launches drawing and the loss with its gradient, two halves: three kernels."""
+        launch_draw(self._parameters, self._image_of, self.layout, self._image, self._clock)
+        self._loss.evaluate(self._image, self._background, self._sums, self._clock)
+
+    def update(self) -> None:
+        """Launches the kernel of one update, from what `evaluate` left."""
+        config = self.config
+        launch(
+            gather_and_step,
+            len(self._raw),
+            self._raw,
+            self._mean,
+            self._square,
+            self._anchor,
+            self.patch_size,
+            self._parameters,
+            self._image_of,
+            self.layout.table,
+            self._loss.gradient,
+            self._rates,
+            config.beta1,
+            config.beta2,
+            config.eps,
+            config.opposed_share,
+            self._clock,
+            **BLOCKS,
+        )
+
+    def run(self, on_launched: Callable[[int, int], None] | None = None) -> None:
+        """Launches all steps, and the loss of the last state.
+
+        Args:
+            on_launched: Called with (first, last) whenever the entries [first, last) of the trajectory are under way:
+                after every GRAPH_STEPS steps, and at the end.
+        """
+        steps = self.config.steps
+        with selected(self.device):
+            if self._graph is None and self.device.type == "cuda" and steps >= GRAPH_STEPS:
+                self._graph = self._capture()
+            self.reset()
+            done = 0
+            while done < steps:
+                count = min(GRAPH_STEPS, steps - done)
+                if self._graph is not None and count == GRAPH_STEPS:
+                    self._graph.replay()
+                else:
+                    for _ in range(count):
+                        self.evaluate()
+                        self.update()
+                if on_launched is not None:
+                    on_launched(done, done + count)
+                done += count
+            self.evaluate()
+            if on_launched is not None:
+                on_launched(steps, steps + 1)
+
+    def _capture(self) -> torch.cuda.CUDAGraph:
+        """A graph of GRAPH_STEPS steps."""
+        # Kernels are compiled and loaded by a first run, which a capture does not allow.
+        self.reset()
+        self.evaluate()
+        self.update()
+        graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream())
+        # Not `with torch.cuda.graph(graph)`, which also collects garbage and empties the cache of device memory: that
+        # may take longer than the steps. Nothing here allocates. Other threads may use the GPU meanwhile.
+        with torch.cuda.stream(stream):
+            graph.capture_begin(capture_error_mode="thread_local")
+            for _ in range(GRAPH_STEPS):
+                self.evaluate()
+                self.update()
+            graph.capture_end()
+        torch.cuda.current_stream().wait_stream(stream)
+        return graph
+
+    def trajectories(self, first: int = 0, last: int | None = None) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """(loss, mean squared error of the clamped image) after every number of updates, each (updates, images).
+
+        All steps + 1 of them, or those of [first, last). Waits for the device.
+        """
+        loss, squared_error = self._loss.values(self._sums[first:last])
+        return loss.cpu().numpy(), squared_error.cpu().numpy()
+
+
+def rate_table(config: OptimizeConfig) -> NDArray[np.float32]:
+    """What update number k needs, in row k: (max(steps, 1), RATE_COLUMNS)."""
+    table = np.zeros((max(config.steps, 1), RATE_COLUMNS))
+    for step in range(config.steps):
+        table[step, :RAW_CHANNELS] = config.rates(step) / (1 - config.beta1 ** (step + 1))
+        table[step, RAW_CHANNELS] = 1 / math.sqrt(1 - config.beta2 ** (step + 1))
+    return table.astype(np.float32)

@@ -1,0 +1,1 @@
+"""What the bulk jobs do with a unit of work: shard, distill, encode, decode."""

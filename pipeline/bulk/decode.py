@@ -1,0 +1,148 @@
+"""Bulk decoding: the pictures of .air files, in tars with one image and one JSON member per sample, as shards have.
+
+This module knows nothing of Ray; torch and the kernels load with the first file.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import pyarrow.parquet as pq
+from pydantic import Field
+
+from pipeline.config import Config
+from pipeline.errors import DamagedDataError, Rejected
+from pipeline.formats import images
+from pipeline.inputs.shards import MAX_SHARD_BYTES, TarWriter, foreign_shard, list_shards, make_sample, read_samples
+from pipeline.storage.open import Storage, open_parent, open_storage
+from pipeline.work.plan import PLAN_PATH, Plan, Unit, checksum_of, read_plan
+from pipeline.work.process import EncodedImage, Sample
+
+AIR_ENDING = ".air"
+
+
+class DecodeConfig(Config):
+    """What `air decode` makes of a file."""
+
+    format: Literal["png", "webp", "jpeg"] = Field("png", description="of the pictures")
+    quality: int = Field(90, ge=1, le=100, description="of WebP and JPEG")
+    scale: float = Field(1.0, gt=0, le=1000, description="draw the pictures so many times as large")
+    stages: int | None = Field(None, ge=0, le=255, description="draw so many stages of a file; default: all it has")
+    max_pixels: int = Field(images.MAX_PIXELS, ge=1, description="larger pictures are refused before anything is drawn")
+
+
+def draw_file(blob: bytes, config: DecodeConfig, threads: int = 1) -> tuple[bytes, images.ImageInfo]:
+    """The picture of an .air file, as the bytes of an image file, and what its header says.
+
+    Args:
+        blob: The file; only the stages asked for need be there.
+        config: What to make of it.
+        threads: CPU threads at most.
+
+    Raises:
+        Rejected: `damaged`: it cannot be read; `too_many_pixels`: the picture would be larger than allowed.
+    """
+    from air.codec.bitstream import MOST_SIDE
+    from air.codec.file import decode, read_header
+    from air.errors import CodecError
+    from air.pillow import draw, scaled_size
+
+    largest = MOST_SIDE**2  # config.max_pixels is about what is drawn
+    try:
+        header = read_header(blob, max_pixels=largest)
+        height, width = scaled_size(header.height, header.width, config.scale)
+        if height * width > config.max_pixels:
+            raise Rejected(
+                images.Reason.TOO_MANY_PIXELS,
+                f"the picture would have {width} x {height} pixels, above max_pixels = {config.max_pixels}",
+            )
+        stages = None if config.stages is None else min(config.stages, header.num_stages)
+        gaussians = decode(blob, stages, max_pixels=largest)
+    except CodecError as error:
+        raise Rejected("damaged", str(error)) from None
+    picture = draw(gaussians, header.height, header.width, scale=config.scale, threads=threads)
+    file = io.BytesIO()
+    options = {} if config.format == "png" else {"quality": config.quality}
+    picture.save(file, config.format, **options)
+    return file.getvalue(), images.ImageInfo(config.format.upper(), "RGB", width, height, 1)
+
+
+def prepare_decoder(say: Callable[[str], None]) -> None:
+    """Compiles what `draw_file` needs, and says so if that takes long."""
+    from air.codec.file import DECODER_COMPILE_SECONDS, compile_decoder, decoder_is_compiled
+
+    if not decoder_is_compiled():
+        say(f"compiling kernels, once on this machine: about {DECODER_COMPILE_SECONDS} s")
+    compile_decoder()
+
+
+def plan_decode(config: DecodeConfig, given: str) -> tuple[Plan, Callable[[Unit], Iterator[Sample]]]:
+    """What is to be done, and how the files of a unit are read.
+
+    Args:
+        config: What to make.
+        given: The output of `air encode`, a tar with .air files, or a folder of such tars; a local path or a URI.
+
+    Raises:
+        JobFailedError: `air encode` has not finished there, or there is no tar.
+    """
+    if given.endswith(".tar"):
+        source, name = open_parent(given)
+        return Plan.make("decode", config, [foreign_shard(source, name)], [given]), partial(_read_tar, source)
+    source = open_storage(given)
+    embedded = False
+    if source.exists(PLAN_PATH):
+        plan = read_plan(source)
+        embedded = plan.job == "encode" and plan.config["embed"]
+    units = list_shards(source, "encode", ".parquet" if embedded else ".tar")
+    return Plan.make("decode", config, units, [source.uri()]), partial(_read_rows if embedded else _read_tar, source)
+
+
+def _read_tar(source: Storage, unit: Unit) -> Iterator[Sample]:
+    return read_samples(source, unit, frozenset({AIR_ENDING}))
+
+
+def _read_rows(source: Storage, unit: Unit) -> Iterator[Sample]:
+    """The files that are in rows."""
+    with source.local_file(unit.input) as local:
+        if checksum_of(local) != unit.sha256:
+            raise DamagedDataError(f"input {source.uri(unit.input)} has changed since the plan was made")
+        for batch in pq.ParquetFile(local).iter_batches(batch_size=64, columns=["key", "air"]):
+            for row in batch.to_pylist():
+                yield Sample(row["key"], f"{unit.name}/{row['key']}", lambda row=row: row["air"])
+
+
+class DecodeJob:
+    """Turns .air files into pictures.
+
+    Args:
+        config: What to make.
+        read: The files of a unit.
+    """
+
+    name: ClassVar[str] = "decode"
+
+    def __init__(self, config: DecodeConfig, read: Callable[[Unit], Iterator[Sample]]) -> None:
+        self._config = config
+        self._read = read
+
+    def prepare(self, say: Callable[[str], None]) -> None:
+        """Compiles the kernels, once per machine and version."""
+        prepare_decoder(say)
+
+    def samples(self, unit: Unit, scratch: Path) -> Iterator[Sample]:
+        """The unit's files."""
+        return self._read(unit)
+
+    def process(self, image: EncodedImage) -> dict[str, Any]:
+        """The sample of the picture. Raises Rejected as `draw_file`."""
+        picture, info = draw_file(image.data, self._config)
+        return make_sample(image, info, picture)
+
+    def writer(self, unit: Unit, scratch: Path, metadata: Mapping[str, str]) -> TarWriter:
+        """A writer of tars as large as shards."""
+        return TarWriter(unit.name, scratch, MAX_SHARD_BYTES)

@@ -1,0 +1,358 @@
+"""Distillation: for every view of an image and every stage, predict Gaussians, optimise them shortly, record both.
+
+`process` is pure: what it returns depends on the image's bytes and key and on the configuration alone (on a GPU, up to
+the last bits). On a GPU many views are optimised together. This module knows nothing of Ray; torch and the kernels load
+with the first image, so that a driver can plan without them (with the grid: a network's card is read with torch).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from air.defaults import GRID
+from pipeline.bulk.views import ViewConfig, make_view
+from pipeline.errors import Rejected
+from pipeline.formats import images, tables
+from pipeline.inputs.shards import read_samples
+from pipeline.predictors import PredictorReference, default_predictor, find_predictor, load
+from pipeline.storage.open import Storage
+from pipeline.work.plan import Unit, seed_of
+from pipeline.work.process import EncodedImage, Sample, batched
+
+if TYPE_CHECKING:
+    import torch
+
+    from air.gaussians import Gaussians
+    from air.optimization.optimize import OptimizeConfig
+    from air.predictor.base import Predictor
+    from air.stages.loop import StageResult
+
+logger = logging.getLogger(__name__)
+
+_Rows = list[dict[str, Any]]
+
+_VIEWS_ON_GPU = 16
+"""Views that a GPU takes at once unless the configuration says otherwise."""
+
+
+class DistillConfig(ViewConfig):
+    """What `air distill` makes of an image: its views, and how Gaussians are fitted to them."""
+
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of the views")
+    predictor: str | None = Field(
+        None,
+        description="grid, the closed form; compact, the shipped network; or NAME.safetensors; default: compact where "
+        "it is shipped and has this patch_size and as many stages, else grid",
+    )
+    stages: int | None = Field(
+        None,
+        ge=1,
+        le=16,
+        description="stages, each adding where the picture is bad; default: the network's, the grid's 4",
+    )
+    steps: tuple[int, ...] = Field(
+        (50,), description="optimisation steps per stage; the last one holds for all further"
+    )
+    rate: float = Field(1.0, gt=0, le=100, description="factor on the optimiser's learning rates (docs/optimizer.md)")
+    canvas: Literal["target", "predicted"] | None = Field(
+        None,
+        description="what the next stage builds on: this stage's optimised Gaussians, or the predicted ones; "
+        "default: target, the best picture; predicted with a network that is named, what the next round trains on",
+    )
+    max_patch_mse: float = Field(10**-3.5, ge=0, le=10, description="a patch with a larger mean squared error is bad")
+    max_patch_dssim: float = Field(0.05, ge=0, le=2, description="a patch with a larger 1 - SSIM is bad")
+    max_pixels: int = Field(images.MAX_PIXELS, ge=1, description="images with more pixels are refused before decoding")
+    background: tuple[int, int, int] = Field((255, 255, 255), description="colour behind transparent pixels, 0 to 255")
+    # How the work is done, not what comes out: excluded from dumps, and so from the plan.
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", exclude=True, description="where to compute; auto takes a GPU that the worker has"
+    )
+    batch: int | None = Field(
+        None, ge=1, le=256, exclude=True, description="views optimised together; default: 1 on a CPU, 16 on a GPU"
+    )
+
+    @model_validator(mode="after")
+    def _bounded(self) -> DistillConfig:
+        if not self.steps or not all(0 <= count <= 100_000 for count in self.steps):
+            raise ValueError("steps must be one or more counts from 0 to 100000")
+        if not all(0 <= value <= 255 for value in self.background):
+            raise ValueError("background must be three numbers from 0 to 255")
+        return self
+
+    def find_predictor(self) -> PredictorReference:
+        """The predictor that is asked for, or else the best that this installation has for it.
+
+        Raises:
+            CheckpointError: There is no such predictor.
+            ConfigError: It has another patch size.
+        """
+        if self.predictor is None:
+            return default_predictor(self.patch_size, self.stages)
+        return find_predictor(self.predictor, self.patch_size)
+
+    def settled(self, reference: PredictorReference) -> DistillConfig:
+        """With what depends on the predictor filled in.
+
+        Raises:
+            ConfigError: More stages are asked for than the predictor has.
+        """
+        named_network = self.predictor is not None and reference.name != GRID
+        canvas = self.canvas or ("predicted" if named_network else "target")
+        return self.model_copy(
+            update={"predictor": reference.name, "stages": reference.stages(self.stages), "canvas": canvas}
+        )
+
+    def optimization(self) -> list[OptimizeConfig]:
+        """The optimiser's configuration for every stage of a settled configuration."""
+        from air.optimization.optimize import OptimizeConfig
+
+        assert self.stages is not None
+        counts = [self.steps[min(stage, len(self.steps) - 1)] for stage in range(self.stages)]
+        return [OptimizeConfig(steps=count).scaled(self.rate) for count in counts]
+
+
+class DistillJob:
+    """Turns shards into targets.
+
+    Args:
+        config: What to make.
+        source: Where the shards are.
+        predictor: From `config.find_predictor`; looked up if not given.
+
+    Raises:
+        CheckpointError: There is no such predictor.
+        ConfigError: It does not fit the configuration.
+    """
+
+    name: ClassVar[str] = "distill"
+
+    def __init__(self, config: DistillConfig, source: Storage, predictor: PredictorReference | None = None) -> None:
+        self._predictor = predictor or config.find_predictor()
+        self._config = config.settled(self._predictor)
+        self._source = source
+
+    def prepare(self, say: Callable[[str], None]) -> None:
+        """Compiles the kernels, once per machine and version. (Those of a GPU are compiled when they are first used.)
+
+        Raises:
+            BackendUnavailableError: The configuration asks for a GPU that this worker does not have.
+            CheckpointError: The predictor cannot be loaded, or is not the one that was planned with.
+        """
+        from air.optimization.optimize import COMPILE_SECONDS, compile_kernels, kernels_are_compiled
+
+        load(self._predictor, self._device())
+        if self._device().type == "cuda":
+            return
+        if not kernels_are_compiled():
+            say(f"compiling kernels, once on this machine: about {COMPILE_SECONDS} s")
+        compile_kernels()
+
+    def _device(self) -> torch.device:
+        """Where this worker computes."""
+        from air.optimization.optimize import choose_device
+
+        return choose_device(self._config.device)
+
+    def _views_at_once(self) -> int:
+        return self._config.batch or (_VIEWS_ON_GPU if self._device().type == "cuda" else 1)
+
+    def batch_size(self) -> int:
+        """As many images as have the views that are optimised together, at least one."""
+        return max(1, self._views_at_once() // self._config.views)
+
+    def samples(self, unit: Unit, scratch: Path) -> Iterator[Sample]:
+        """The samples of the input shard."""
+        return read_samples(self._source, unit)
+
+    def process(self, image: EncodedImage) -> _Rows:
+        """The target rows of all views of an image."""
+        (result,) = self.process_many([image])
+        if isinstance(result, Rejected):
+            raise result
+        return result
+
+    def process_many(self, encoded: Sequence[EncodedImage]) -> list[_Rows | Rejected]:
+        """The target rows of all views of each image, or why there are none."""
+        results: list[_Rows | Rejected] = [[] for _ in encoded]
+        for views in batched(self._views(encoded, results), self._views_at_once()):
+            predictor = load(self._predictor, self._device())
+            fitted = distill_views([view.rgb for view in views], predictor, self._config, self._device())
+            for view, columns in zip(views, fitted, strict=True):
+                rows = results[view.image]
+                if isinstance(rows, Rejected):
+                    continue
+                if isinstance(columns, Rejected):
+                    results[view.image] = columns
+                    continue
+                image = encoded[view.image]
+                rows.append(
+                    {
+                        "key": image.key,
+                        "view": view.number,
+                        "shard": image.unit,
+                        "seed": view.seed,
+                        "patch_size": self._config.patch_size,
+                        **columns,
+                    }
+                )
+        return results
+
+    def _views(self, encoded: Sequence[EncodedImage], results: list[_Rows | Rejected]) -> Iterator[_View]:
+        """The views of all images, one decoded image in memory at a time; notes in `results` which are rejected."""
+        config = self._config
+        for number, image in enumerate(encoded):
+            try:
+                rgb = images.decode(image.data, background=config.background, max_pixels=config.max_pixels)
+                for view in range(config.views):
+                    seed = seed_of(config.seed, image.key, view)
+                    yield _View(number, view, seed, make_view(rgb, config, seed))
+                    if isinstance(results[number], Rejected):
+                        break  # an earlier view has failed
+            except Rejected as rejection:
+                results[number] = rejection
+
+    def writer(self, unit: Unit, scratch: Path, metadata: Mapping[str, str]) -> TargetWriter:
+        """A writer of one Parquet file of targets."""
+        return TargetWriter(scratch / f"{unit.name}.parquet", {**metadata, "air.model": self._predictor.model})
+
+
+@dataclass(frozen=True, eq=False)
+class _View:
+    """A view to be fitted.
+
+    Attributes:
+        image: Place of its image among those processed together.
+        number: Of the view, from 0.
+        seed: 64 bits, which it was drawn from.
+        rgb: Its pixels, shape (H, W, 3), uint8, whole patches.
+    """
+
+    image: int
+    number: int
+    seed: int
+    rgb: np.ndarray
+
+
+def distill_views(
+    views: Sequence[np.ndarray], predictor: Predictor, config: DistillConfig, device: torch.device
+) -> list[dict[str, Any] | Rejected]:
+    """The columns of a target row that depend on the view's pixels, for each of several views optimised together.
+
+    Args:
+        views: Each of shape (H, W, 3), uint8, whole patches.
+        predictor: What predicts, on that device.
+        config: How to fit; settled.
+        device: Where to compute.
+
+    Returns:
+        For each view its columns, or Rejected `non_finite` if its optimisation diverged.
+    """
+    import torch
+
+    torch.set_num_threads(1)  # sums of another order would make other values on another machine
+    pictures = [torch.from_numpy(rgb.astype(np.float32) / 255).permute(2, 0, 1).contiguous() for rgb in views]
+    return [
+        stages if isinstance(stages, Rejected) else _view_columns(rgb, stages, config)
+        for rgb, stages in zip(
+            views, _fit([picture.to(device) for picture in pictures], predictor, config), strict=True
+        )
+    ]
+
+
+def _fit(
+    pictures: Sequence[torch.Tensor], predictor: Predictor, config: DistillConfig
+) -> list[list[StageResult] | Rejected]:
+    """The stages of each picture, on the CPU. One that diverges, or too little memory for all, costs no other."""
+    import torch
+
+    from air.errors import InvalidGaussiansError, NonFiniteLossError
+    from air.stages.loop import StageControl, run_stages_batch
+
+    assert config.canvas is not None
+    try:
+        fitted = run_stages_batch(
+            pictures,
+            predictor,
+            config.optimization(),
+            control=StageControl(config.max_patch_mse, config.max_patch_dssim),
+            canvas=config.canvas,
+        )
+        return [[stage.to("cpu") for stage in stages] for stages in fitted]
+    except (InvalidGaussiansError, NonFiniteLossError) as error:
+        if len(pictures) == 1:
+            return [Rejected("non_finite", str(error))]
+    except torch.OutOfMemoryError:
+        if len(pictures) == 1:
+            raise
+        logger.warning("the GPU's memory does not hold %d views at once: taking half of them", len(pictures))
+    half = len(pictures) // 2
+    return [*_fit(pictures[:half], predictor, config), *_fit(pictures[half:], predictor, config)]
+
+
+def _view_columns(rgb: np.ndarray, stages: Sequence[StageResult], config: DistillConfig) -> dict[str, Any]:
+    from air.stages.loop import all_gaussians
+
+    return {
+        "height": rgb.shape[0],
+        "width": rgb.shape[1],
+        "image": images.encode_png(rgb),
+        "stage": np.concatenate(
+            [np.full(len(stage), stage.stage, np.int8) for stage in stages] or [np.empty(0, np.int8)]
+        ),
+        "anchor": np.concatenate([stage.patch.numpy().astype(np.int32) for stage in stages] or [np.empty(0, np.int32)]),
+        **_columns("predicted", all_gaussians(stages, config.patch_size, "predicted")),
+        **_columns("target", all_gaussians(stages, config.patch_size, "target")),
+        **_stage_columns(stages),
+    }
+
+
+def _columns(prefix: str, gaussians: Gaussians) -> dict[str, np.ndarray]:
+    quantities = (*gaussians.xy.unbind(1), *gaussians.scale.unbind(1), gaussians.angle, *gaussians.colour.unbind(1))
+    return {
+        f"{prefix}_{name}": values.numpy().astype(np.float32)
+        for name, values in zip(tables.GAUSSIAN_QUANTITIES, quantities, strict=True)
+    }
+
+
+def _stage_columns(stages: Sequence[StageResult]) -> dict[str, list[Any]]:
+    return {
+        "gaussians": [len(stage) for stage in stages],
+        "steps": [stage.steps for stage in stages],
+        "psnr_predicted": [stage.psnr[0] for stage in stages],
+        "psnr_target": [stage.psnr[1] for stage in stages],
+        "loss_first": [stage.loss[0] for stage in stages],
+        "loss_last": [stage.loss[1] for stage in stages],
+    }
+
+
+class TargetWriter:
+    """Writes target rows to one Parquet file."""
+
+    def __init__(self, path: Path, metadata: Mapping[str, str]) -> None:
+        self._rows = tables.RowWriter(path, tables.TARGETS, metadata)
+
+    def add(self, result: _Rows) -> Mapping[str, float]:
+        """Takes the views of one image; counts views, Gaussians and decibels."""
+        self._rows.add(result)
+        # A view without any bad patch from the start (all black) has no stage and no PSNR to count.
+        fitted = [row for row in result if row["psnr_target"]]
+        return {
+            "images": 1,
+            "views": len(result),
+            "gaussians": sum(len(row["stage"]) for row in result),
+            "pixels": sum(row["height"] * row["width"] for row in result),
+            "psnr_views": len(fitted),
+            "psnr_predicted_sum": sum(row["psnr_predicted"][0] for row in fitted),
+            "psnr_target_sum": sum(row["psnr_target"][-1] for row in fitted),
+        }
+
+    def finish(self) -> list[tuple[Path, int]]:
+        """Closes the file."""
+        return [self._rows.finish()]

@@ -1,0 +1,1 @@
+"""What predictors and codecs reach on images, beside baselines."""

@@ -1,0 +1,85 @@
+"""Configuration of `air evaluate`. Loads without torch, as every command reads it."""
+
+from __future__ import annotations
+
+from pydantic import Field, model_validator
+
+from air.defaults import GROWING_STEPS, STORED_STEPS
+from pipeline.config import Config
+from pipeline.formats import images
+
+_ABOUT_PREDICTORS = (
+    "predictor",
+    "refine",
+    "rate",
+    "stages",
+    "patch_size",
+    "gaussians",
+    "baseline",
+    "max_patch_mse",
+    "max_patch_dssim",
+)
+_ABOUT_THE_CODEC = ("bpp", "steps", "stored_steps")
+_MOST_BPP = 24.0
+
+
+class EvaluateConfig(Config):
+    """What `air evaluate` measures: a predictor, or the codec."""
+
+    predictor: str | None = Field(
+        None,
+        description="grid, compact or a checkpoint NAME.safetensors; default: compact where it is shipped and has the "
+        "patch size and stages asked for, else grid",
+    )
+    refine: tuple[int, ...] = Field((0, 10, 50), description="numbers of refinement steps, each from the prediction")
+    rate: float = Field(
+        1.0,
+        gt=0,
+        le=100,
+        description="factor on the refinement's learning rates, which suit the start (docs/optimizer.md)",
+    )
+    stages: int | None = Field(None, ge=1, le=16, description="stages; default: the network's, 4 of the grid")
+    patch_size: int | None = Field(
+        None, ge=2, le=64, description="pixels between anchors; default: the network's, which has no other, or 7"
+    )
+    gaussians: int | None = Field(
+        None,
+        ge=1,
+        le=100_000_000,
+        description="most Gaussians of an image, for its worst patches; default: no limit",
+    )
+    baseline: bool = Field(True, description="measure grids in the same run, at the same patch size and at equal count")
+    limit: int | None = Field(None, ge=1, description="take only the first so many images")
+    threads: int = Field(1, ge=1, le=1024, description="CPU threads")
+    max_pixels: int = Field(images.MAX_PIXELS, ge=1, description="images with more pixels are refused before decoding")
+    max_patch_mse: float = Field(10**-3.5, ge=0, le=10, description="a patch with a larger mean squared error is bad")
+    max_patch_dssim: float = Field(0.05, ge=0, le=2, description="a patch with a larger 1 - SSIM is bad")
+    codec: bool = Field(
+        False,
+        description="measure .air files beside JPEG, WebP, JPEG 2000 and AVIF that are no larger, not a predictor",
+    )
+    bpp: tuple[float, ...] = Field(
+        (0.15, 0.25, 0.5, 1.0), description="of the codec: targets, the most bits per pixel of the .air files"
+    )
+    steps: int = Field(GROWING_STEPS, ge=0, le=1_000_000, description="of the codec: steps of each fit")
+    stored_steps: int = Field(
+        STORED_STEPS, ge=0, le=1_000_000, description="of the codec: further steps on the Gaussians as they are stored"
+    )
+
+    @model_validator(mode="after")
+    def _bounded(self) -> EvaluateConfig:
+        if not self.refine or not all(0 <= steps <= 100_000 for steps in self.refine):
+            raise ValueError("refine must be one or more counts from 0 to 100000")
+        if list(self.refine) != sorted(set(self.refine)):
+            raise ValueError("refine must rise, without repetition")
+        if not self.bpp or not all(0 < bpp <= _MOST_BPP for bpp in self.bpp):
+            raise ValueError(f"bpp must be one or more numbers above 0, {_MOST_BPP:g} at most")
+        if list(self.bpp) != sorted(set(self.bpp)):
+            raise ValueError("bpp must rise, without repetition")
+        foreign = _ABOUT_PREDICTORS if self.codec else _ABOUT_THE_CODEC
+        wrong = [name for name in foreign if name in self.model_fields_set]
+        if wrong and self.codec:
+            raise ValueError(f"{', '.join(wrong)}: not with codec, which measures no predictor")
+        if wrong:
+            raise ValueError(f"{', '.join(wrong)}: only with codec, which is not asked for")
+        return self

@@ -1,0 +1,1 @@
+"""Bytes of images, tars and Parquet tables to arrays and back. It knows no folders and no jobs."""

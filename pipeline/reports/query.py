@@ -1,0 +1,90 @@
+"""SQL over the output of a job: DuckDB views of exactly the files that manifests name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import duckdb
+import pyarrow as pa
+
+from pipeline.errors import StorageError
+from pipeline.formats import tables
+from pipeline.storage.open import Storage
+from pipeline.work.plan import Manifest, read_manifests, read_plan
+
+_COMMITS = pa.schema(
+    [
+        ("unit", pa.string()),
+        ("attempt", pa.string()),
+        ("samples", pa.int64()),
+        ("seconds", pa.float64()),
+        ("rejected", pa.int64()),
+        ("summary", pa.map_(pa.string(), pa.float64())),  # of a shard without usable images it is empty
+    ]
+)
+
+
+@contextmanager
+def connect(output: Storage) -> Iterator[duckdb.DuckDBPyConnection]:
+    """A DuckDB connection with views over the output of a job: of all, `shards` and `quarantine`; of `air distill`,
+    `views` and `gaussians`; of `air encode`, `images`.
+
+    Local files are read in place; remote ones are copied to this machine first, as DuckDB's own readers for object
+    stores are extensions that would have to be fetched.
+
+    Raises:
+        StorageError: The folder is not the output of one of these, or nothing is committed yet.
+    """
+    plan = read_plan(output)
+    if plan.job not in ("distill", "encode"):
+        raise StorageError(f"{output.uri()} is the output of `air {plan.job}`, not of `air distill` or `air encode`")
+    manifests = list(read_manifests(output))
+    if not manifests:
+        raise StorageError(f"{output.uri()} has no committed shard yet; see `air status`")
+    with ExitStack() as stack, duckdb.connect() as connection:
+        rows, refused = (
+            [str(stack.enter_context(output.local_file(file.path))) for file in files]
+            for files in (
+                [file for manifest in manifests for file in manifest.files if file.path.endswith(".parquet")],
+                [manifest.quarantine for manifest in manifests if manifest.quarantine],
+            )
+        )
+        if plan.job == "encode":
+            connection.execute(f"create view images as select * from {_parquet(rows)}")
+        else:
+            connection.execute(f"create view views as select *, psnr_target[-1] as psnr from {_parquet(rows)}")
+            connection.execute(f"create view gaussians as select {_unnested()} from views")
+        if refused:
+            connection.execute(f"create view quarantine as select * from {_parquet(refused)}")
+        else:
+            connection.register("quarantine", tables.QUARANTINE.empty_table())
+        connection.register("shards", _commits(manifests))
+        yield connection
+
+
+def _unnested() -> str:
+    lists = [field.name for field in tables.TARGETS if "per Gaussian" in field.metadata[b"unit"].decode()]
+    return ", ".join(["key", "view", *(f"unnest({name}) as {name}" for name in lists)])
+
+
+def _parquet(paths: Sequence[str]) -> str:
+    listed = ", ".join("'" + path.replace("'", "''") + "'" for path in paths)
+    return f"read_parquet([{listed}])"
+
+
+def _commits(manifests: Sequence[Manifest]) -> pa.Table:
+    return pa.Table.from_pylist(
+        [
+            {
+                "unit": manifest.unit,
+                "attempt": manifest.attempt,
+                "samples": manifest.samples,
+                "seconds": manifest.seconds,
+                "rejected": sum(manifest.rejected.values()),
+                "summary": list(manifest.summary.items()),
+            }
+            for manifest in manifests
+        ],
+        schema=_COMMITS,
+    )

@@ -1,0 +1,127 @@
+"""A worker's training batches: its slice of each global batch, decoded, cropped, augmented, in groups of one size."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.errors import Rejected
+from pipeline.inputs.blocks import Block, BlockReader, GlobalOrder, RawSample, rank_slice
+from pipeline.storage.open import open_storage
+from pipeline.training.augment import crop_side, make_crop
+from pipeline.training.config import TrainConfig
+from pipeline.training.targets import StageTargets, cut_targets
+from pipeline.work.plan import seed_of
+
+logger = logging.getLogger(__name__)
+
+_MOST_NAMED = 10_000
+"""Samples that the log names as unusable; of further ones only the count is told."""
+
+
+@dataclass
+class Crops:
+    """Crops of one size.
+
+    Attributes:
+        images: Shape (B, 3, H, W), float32 in [0, 1].
+        targets: By stage, where they are trained on.
+    """
+
+    images: Tensor
+    targets: list[StageTargets] = field(default_factory=list)
+
+    def to(self, device: torch.device) -> Crops:
+        """The same on a device."""
+        return Crops(self.images.to(device), [stage.to(device) for stage in self.targets])
+
+
+@dataclass
+class LocalBatch:
+    """A rank's slice of a global batch.
+
+    Attributes:
+        keys: Of its samples.
+        groups: Its crops, by size.
+        refused: Samples that could not be used: where each is, and why.
+    """
+
+    keys: list[str] = field(default_factory=list)
+    groups: list[Crops] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
+
+
+class Feed:
+    """Makes a rank's batches.
+
+    Args:
+        source: URI of the samples.
+        blocks: Where they are.
+        config: Order, crops, augmentation.
+        canvas: For training on targets, which of a stage's Gaussians the next stage was built on; None: on images.
+        cache_bytes: Memory for decoded images.
+        rank: Of this worker.
+        size: Number of workers.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        blocks: Sequence[Block],
+        config: TrainConfig,
+        canvas: str | None,
+        cache_bytes: int,
+        rank: int,
+        size: int,
+    ) -> None:
+        self._config = config
+        self._canvas = canvas
+        self._order = GlobalOrder([block.count for block in blocks], config)
+        self._slice = rank_slice(config.batch, rank, size)
+        self._reader = BlockReader(
+            open_storage(source), blocks, config.window, cache_bytes, with_targets=canvas is not None
+        )
+        self._named: set[tuple[int, int]] = set()
+
+    def batch(self, step: int) -> LocalBatch:
+        """The slice of the global batch of a step."""
+        config = self._config
+        side = crop_side(config, config.seed, step)
+        batch = LocalBatch()
+        sizes: dict[tuple[int, ...], list[tuple[np.ndarray, list[StageTargets]]]] = {}
+        for place in self._order.batch(step)[self._slice]:
+            try:
+                sample = self._reader.read(place.block, place.row)
+                batch.keys.append(sample.key)
+                crop, targets = self._crop(sample, side, place.epoch)
+            except Rejected as rejection:
+                batch.refused.append(f"{self._reader.name(place.block, place.row)}: {rejection}")
+                self._warn((place.block, place.row), batch.refused[-1])
+                continue
+            sizes.setdefault(crop.shape, []).append((crop, targets))
+        for members in sizes.values():
+            pixels = torch.from_numpy(np.stack([crop for crop, _ in members])).permute(0, 3, 1, 2)
+            stages = [StageTargets.stack(parts) for parts in zip(*(targets for _, targets in members), strict=True)]
+            batch.groups.append(Crops(pixels.to(torch.float32).contiguous() / 255, stages))
+        return batch
+
+    def _warn(self, where: tuple[int, int], what: str) -> None:
+        """Names a sample when it is first met, not in every epoch again."""
+        if where not in self._named and len(self._named) < _MOST_NAMED:
+            self._named.add(where)
+            logger.warning("passed over: %s", what)
+            if len(self._named) == _MOST_NAMED:
+                logger.warning("further samples that cannot be used are counted and not named")
+
+    def _crop(self, sample: RawSample, side: int, epoch: int) -> tuple[np.ndarray, list[StageTargets]]:
+        config = self._config
+        seed = seed_of(config.seed, "augment", epoch, sample.key, sample.view)
+        if self._canvas is None:
+            return make_crop(sample.rgb, side, config, seed), []
+        assert sample.row is not None
+        return cut_targets(sample.row, sample.rgb, config.stages, side, self._canvas, seed)

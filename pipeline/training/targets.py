@@ -1,0 +1,93 @@
+"""What a row of targets teaches in a crop of its view: by stage the canvas, the active patches, their Gaussians."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from air.gaussians import RAW_CHANNELS, Gaussians, anchors, deactivate
+from air.rendering.render import render
+from pipeline.formats import tables
+from pipeline.training.augment import aligned_corner
+
+
+class StageTargets(NamedTuple):
+    """Of one stage, for one crop or a batch of them (then with a leading dimension B).
+
+    Attributes:
+        canvas: What is drawn before the stage, shape (3, H, W).
+        active: Which patches have a Gaussian, boolean, shape (patches,).
+        raw: Their optimised raw numbers, shape (patches, 8); zeros elsewhere.
+    """
+
+    canvas: Tensor
+    active: Tensor
+    raw: Tensor
+
+    @staticmethod
+    def stack(parts: Sequence[StageTargets]) -> StageTargets:
+        """A batch of crops of one size."""
+        return StageTargets(*(torch.stack(column) for column in zip(*parts, strict=True)))
+
+    def to(self, device: torch.device) -> StageTargets:
+        """The same on a device."""
+        return StageTargets(*(tensor.to(device) for tensor in self))
+
+
+def cut_targets(
+    row: dict[str, Any], rgb: np.ndarray, stages: int, side: int, canvas: str, seed: int
+) -> tuple[np.ndarray, list[StageTargets]]:
+    """A crop of whole patches of a view, and what its row says about it.
+
+    Args:
+        row: A row of targets.
+        rgb: Its view, shape (H, W, 3), uint8.
+        stages: How many are wanted; a stage that the row lacks has no active patch.
+        side: Of the crop, in pixels, whole patches.
+        canvas: "target" or "predicted": which of a stage's Gaussians the row's next stage was built on.
+        seed: Of the crop's place.
+
+    Returns:
+        The crop (h, w, 3), uint8, and its targets by stage.
+    """
+    patch_size = row["patch_size"]
+    rows, columns = rgb.shape[0] // patch_size, rgb.shape[1] // patch_size
+    top, left, height, width = aligned_corner(rows, columns, side, patch_size, seed)
+    corner = torch.tensor([left * patch_size, top * patch_size], dtype=torch.float32)
+    stage_of, patch = np.asarray(row["stage"]), np.asarray(row["anchor"], np.int64)
+    patch_row, patch_column = patch // columns - top, patch % columns - left
+    inside = (patch_row >= 0) & (patch_row < height) & (patch_column >= 0) & (patch_column < width)
+    anchor = anchors(rgb.shape[0], rgb.shape[1], patch_size)[torch.from_numpy(patch)]
+    targets, drawn = _gaussians(row, "target"), _gaussians(row, canvas)
+    goals = deactivate(targets, anchor, patch_size)
+    # A plain sum: moved by the corner, the whole view's Gaussians draw the crop of the whole view's canvas.
+    moved = Gaussians(drawn.xy - corner, drawn.scale, drawn.angle, drawn.colour)
+
+    background = torch.zeros(3, height * patch_size, width * patch_size)
+    found = []
+    for stage in range(stages):
+        chosen = torch.from_numpy(np.flatnonzero((stage_of == stage) & inside))
+        place = torch.from_numpy(patch_row * width + patch_column)[chosen]
+        active = torch.zeros(height * width, dtype=torch.bool)
+        active[place] = True
+        raw = torch.zeros(height * width, RAW_CHANNELS)
+        raw[place] = goals[chosen]
+        found.append(StageTargets(background, active, raw))
+        if stage + 1 < stages:
+            of_stage = torch.from_numpy(np.flatnonzero(stage_of == stage))
+            background = background + render(moved[of_stage], *background.shape[1:])
+    rows_cut = slice(top * patch_size, (top + height) * patch_size)
+    columns_cut = slice(left * patch_size, (left + width) * patch_size)
+    return rgb[rows_cut, columns_cut], found
+
+
+def _gaussians(row: dict[str, Any], which: str) -> Gaussians:
+    columns = [torch.tensor(row[f"{which}_{name}"], dtype=torch.float32) for name in tables.GAUSSIAN_QUANTITIES]
+    x, y, scale_1, scale_2, angle, *colour = columns
+    return Gaussians(
+        torch.stack([x, y], dim=1), torch.stack([scale_1, scale_2], dim=1), angle, torch.stack(colour, dim=1)
+    )

@@ -1,0 +1,263 @@
+"""Runs the units of a plan, in this process or on Ray, until all are committed.
+
+It retries what fails, isolates what kills its worker, runs stragglers twice and stops when too much is bad. It knows
+nothing of what a job does: workers call `pipeline.work.process.execute`, which commits by itself.
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import time
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Protocol
+
+from pipeline.config import RunnerConfig
+from pipeline.errors import JobFailedError
+from pipeline.storage.open import Storage
+from pipeline.work.audit import check_present, remove_garbage
+from pipeline.work.executor import Failure, Handle, Task, open_executor
+from pipeline.work.plan import Manifest, Plan, Unit, read_manifests, read_quarantine
+from pipeline.work.process import Job, Progress
+
+logger = logging.getLogger(__name__)
+
+MIN_SAMPLES_TO_JUDGE = 100
+"""The share of bad images is not looked at before this many, except at the end."""
+
+CRASHES_BEFORE_ISOLATION = 2
+"""A unit whose worker died this often is run one image per process: once may be the machine's fault."""
+
+FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 1.0, 60.0
+"""A unit whose storage failed waits before it is tried again, twice as long each time."""
+
+_OLD_SECONDS = 24 * 3600.0  # a temporary file this old has no writer any more
+_MOST_SHOWN = 3  # bad images that the message names
+_MIN_DURATIONS = 5  # finished units before stragglers are looked for
+
+
+@dataclass
+class Tally:
+    """How far a run is; what a display shows.
+
+    Attributes:
+        units_total: Units in the plan.
+        units_done: Units committed.
+        samples_total: Samples in the plan, where known.
+        samples_before: Samples that earlier runs committed.
+        samples: Samples committed.
+        rejected: Committed rejections by reason.
+        summary: Sums over the summaries of committed units.
+        seconds: Work spent on committed units.
+        running: Last word of each unit at work.
+    """
+
+    units_total: int
+    units_done: int = 0
+    samples_total: int | None = None
+    samples_before: int = 0
+    samples: int = 0
+    rejected: Counter[str] = field(default_factory=Counter)
+    summary: Counter[str] = field(default_factory=Counter)
+    seconds: float = 0.0
+    running: dict[str, Progress] = field(default_factory=dict)
+
+    def add(self, manifest: Manifest) -> None:
+        """Counts a committed unit."""
+        self.running.pop(manifest.unit, None)
+        self.units_done += 1
+        self.samples += manifest.samples
+        self.rejected.update(manifest.rejected)
+        self.summary.update(manifest.summary)
+        self.seconds += manifest.seconds
+
+    @property
+    def samples_so_far(self) -> int:
+        """Samples seen, those of running attempts included."""
+        return self.samples + sum(progress.samples for progress in self.running.values())
+
+    @property
+    def rejected_so_far(self) -> int:
+        """Samples in quarantine, those of running attempts included."""
+        return self.rejected.total() + sum(progress.rejected for progress in self.running.values())
+
+    def summary_so_far(self, key: str) -> float:
+        """A sum of the job's summary, running attempts included."""
+        return self.summary[key] + sum((progress.summary or {}).get(key, 0.0) for progress in self.running.values())
+
+
+class Display(Protocol):
+    """Shows a run to a person. `update` is called often."""
+
+    def update(self, tally: Tally) -> None: ...
+
+
+class Silent:
+    """Shows nothing."""
+
+    def update(self, tally: Tally) -> None:
+        """Does nothing."""
+
+
+def run(job: Job, plan: Plan, output: Storage, config: RunnerConfig, display: Display | None = None) -> Tally:
+    """Does every unit of the plan that is not committed yet.
+
+    Returns:
+        The totals over all units, those of earlier runs included.
+
+    Raises:
+        JobFailedError: Units failed for good, or too many images are bad. What was committed stays.
+    """
+    display = display or Silent()
+    manifests = list(read_manifests(output))
+    check_present(output, manifests)
+    done = {manifest.unit for manifest in manifests}
+    todo = [unit for unit in plan.units if unit.name not in done]
+    counts = [unit.samples for unit in plan.units]
+    tally = Tally(
+        units_total=len(plan.units),
+        samples_total=None if None in counts else sum(count or 0 for count in counts),
+    )
+    for manifest in manifests:
+        tally.add(manifest)
+    tally.samples_before = tally.samples
+    display.update(tally)
+    if todo:
+        failures = _Drive(job, plan, output, config, tally, display)(todo)
+        if failures:
+            listed = "".join(f"\n  {unit}: {cause}" for unit, cause in sorted(failures.items())[:5])
+            raise JobFailedError(
+                f"{len(failures)} of {len(plan.units)} shards failed; the others are committed. "
+                f"Run the same command again to go on.{listed}"
+            )
+    _judge(tally, config, output, final=True)
+    remove_garbage(output)
+    output.sweep_temporaries(older_than=_OLD_SECONDS)
+    return tally
+
+
+def _judge(tally: Tally, config: RunnerConfig, output: Storage, final: bool = False) -> None:
+    """Raises JobFailedError where too many images are bad; the message shows the first of them."""
+    bad = tally.rejected.total()
+    enough = final or tally.samples >= MIN_SAMPLES_TO_JUDGE
+    if enough and tally.samples and bad > config.max_bad_share * tally.samples:
+        reasons = ", ".join(f"{reason} {count}" for reason, count in tally.rejected.most_common())
+        shown = "".join(
+            f"\n  {row['key']}: {row['message']} ({row['reason']})"
+            for row in islice(read_quarantine(output), _MOST_SHOWN)
+        )
+        more = f"\n  and {bad - _MOST_SHOWN} more" if bad > _MOST_SHOWN else ""
+        raise JobFailedError(
+            f"{bad} of {tally.samples} images are bad ({reasons}), more than the share of {config.max_bad_share:g} "
+            f"that max_bad_share allows:{shown}{more}\n"
+            f"All are listed in {output.uri('quarantine')}. Raise max_bad_share if that is expected."
+        )
+
+
+class _Drive:
+    """One run of the loop: submit within the window, take what ends, retry what may pass, until nothing is left."""
+
+    def __init__(
+        self, job: Job, plan: Plan, output: Storage, config: RunnerConfig, tally: Tally, display: Display
+    ) -> None:
+        self._job = job
+        self._plan_hash = plan.hash
+        self._output = output
+        self._config = config
+        self._tally = tally
+        self._display = display
+        self._attempts: Counter[str] = Counter()
+        self._crashes: Counter[str] = Counter()
+        self._at_work: dict[Handle, Unit] = {}
+        self._first_seen: dict[str, float] = {}
+        self._durations: list[float] = []
+        self._failures: dict[str, str] = {}
+        self._not_before: dict[str, float] = {}
+
+    def __call__(self, todo: Sequence[Unit]) -> dict[str, str]:
+        """Runs all of `todo`; returns the units that failed for good, with the cause of each."""
+        pending = deque(todo)
+        with open_executor(self._config, self._report) as self._executor:
+            try:
+                while pending or self._at_work:
+                    while len(self._at_work) < self._executor.window() and (unit := self._next(pending)):
+                        self._submit(unit)
+                    if not pending:
+                        self._repeat_stragglers()
+                    self._take_what_ended(pending)
+                    self._display.update(self._tally)
+            finally:
+                for handle in self._at_work:  # of a run that stops early: the cluster may outlive it
+                    self._executor.cancel(handle)
+        return self._failures
+
+    def _next(self, pending: deque[Unit]) -> Unit | None:
+        """The first unit whose pause after a failure is over."""
+        now = time.monotonic()
+        unit = next((unit for unit in pending if self._not_before.get(unit.name, 0.0) <= now), None)
+        if unit is not None:
+            pending.remove(unit)
+        return unit
+
+    def _take_what_ended(self, pending: deque[Unit]) -> None:
+        if not self._at_work:
+            time.sleep(FIRST_PAUSE_SECONDS / 4)  # all that is left pauses
+            return
+        for handle, outcome in self._executor.wait(list(self._at_work)):
+            unit = self._at_work.pop(handle, None)
+            if unit is None:
+                continue  # the slower of two attempts, cancelled
+            if isinstance(outcome, Manifest):
+                self._finish(unit, outcome)
+            elif unit not in self._at_work.values() and self._again(unit, outcome):
+                pending.append(unit)
+
+    def _report(self, progress: Progress) -> None:
+        if any(unit.name == progress.unit for unit in self._at_work.values()):
+            self._first_seen.setdefault(progress.unit, time.monotonic())
+            self._tally.running[progress.unit] = progress
+            self._display.update(self._tally)
+
+    def _submit(self, unit: Unit) -> None:
+        self._attempts[unit.name] += 1
+        isolate = self._crashes[unit.name] >= CRASHES_BEFORE_ISOLATION
+        task = Task(self._job, unit, self._plan_hash, self._output.uri(), isolate)
+        self._at_work[self._executor.submit(task)] = unit
+
+    def _finish(self, unit: Unit, manifest: Manifest) -> None:
+        self._durations.append(manifest.seconds)
+        self._tally.add(manifest)
+        _judge(self._tally, self._config, self._output)
+        for handle in [handle for handle, other in self._at_work.items() if other == unit]:
+            self._executor.cancel(handle)
+            del self._at_work[handle]
+
+    def _again(self, unit: Unit, failure: Failure) -> bool:
+        """Whether the unit deserves another attempt; if not, its failure is final."""
+        attempt = self._attempts[unit.name]
+        logger.warning("%s: attempt %d of %d failed: %s", unit.name, attempt, self._config.max_attempts, failure.cause)
+        self._crashes[unit.name] += failure.crashed
+        self._first_seen.pop(unit.name, None)
+        self._tally.running.pop(unit.name, None)
+        if failure.may_pass and attempt < self._config.max_attempts:
+            pause = 0.0 if failure.crashed else FIRST_PAUSE_SECONDS * 2 ** (attempt - 1)
+            self._not_before[unit.name] = time.monotonic() + min(pause, LONGEST_PAUSE_SECONDS)
+            return True
+        self._failures[unit.name] = failure.cause
+        return False
+
+    def _repeat_stragglers(self) -> None:
+        """Submits a second attempt of units that take several times what others took; the first commit wins."""
+        if len(self._durations) < _MIN_DURATIONS:
+            return
+        limit = self._config.straggler_factor * statistics.quantiles(self._durations, n=20, method="inclusive")[-1]
+        for unit in list(self._at_work.values()):
+            since = self._first_seen.get(unit.name)
+            if since is None or time.monotonic() - since < limit or len(self._at_work) >= self._executor.window():
+                continue
+            if list(self._at_work.values()).count(unit) == 1:
+                logger.warning("%s takes more than %.0f s: running it a second time", unit.name, limit)
+                self._submit(unit)
