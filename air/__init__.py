@@ -2,7 +2,7 @@
 
     import air
 
-    result = air.fit(image, steps=100)
+    result = air.fit(image, num_gaussians=20_000, steps=100)
     picture = air.render(result.gaussians, height, width)
 
     blob = air.encode(image, bpp=0.5)
@@ -14,27 +14,25 @@ Everything here loads on first use, so `import air` costs nothing and needs no m
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from air.version import __version__
 
 _EXPORTS = {
     "AirError": "air.errors",
     "Gaussians": "air.gaussians",
     "decode": "air.codec.file",
     "encode": "air.encoding.encode",
-    "fit": "air.optimization.optimize",
-    "grow": "air.fitting.grow",
+    "fit": "air.fitting.fit",
     "render": "air.rendering.render",
 }
 
-__all__ = ["AirError", "Gaussians", "__version__", "decode", "encode", "fit", "grow", "render"]
+__all__ = ["AirError", "Gaussians", "__version__", "decode", "encode", "fit", "render"]
 
 if TYPE_CHECKING:
     from air.codec.file import decode
     from air.encoding.encode import encode
     from air.errors import AirError
-    from air.fitting.grow import grow
+    from air.fitting.fit import fit
     from air.gaussians import Gaussians
-    from air.optimization.optimize import fit
     from air.rendering.render import render
 
 

@@ -22,14 +22,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from air.codec.file import decode, encode_gaussians, encode_stages, lay_out, patch_size_for, quantize_stages
+from air.arguments import image_tensor
+from air.codec.file import decode, encode_gaussians, encode_stages
 from air.codec.sensitivity import SensitivityQuantizer
+from air.codec.symbols import lay_out, patch_size_for, quantize_stages
 from air.codec.uniform import channel_values, fit_uniform_quantizer
-from air.fitting.grow import grow
+from air.fitting.fit import fit
 from air.gaussians import Gaussians, anchors
 from air.metrics import psnr
-from air.optimization.optimize import compile_kernels, image_tensor
 from air.rendering.render import render
+from air.warmup import warm_up
 from pipeline.inputs.pictures import find_pictures
 
 WAYS = (
@@ -52,7 +54,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures of every picture here")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    compile_kernels()
+    warm_up("encode")
     pictures = find_pictures([str(arguments.directory)])
     if arguments.images:
         count = min(arguments.images, len(pictures))
@@ -60,7 +62,7 @@ def main() -> None:
     rows = []
     for picture in pictures:
         key, rgb = picture.read()
-        fitted = grow(rgb, arguments.gaussians, arguments.steps, threads=arguments.threads).gaussians
+        fitted = fit(rgb, arguments.steps, num_gaussians=arguments.gaussians, threads=arguments.threads).gaussians
         rows.append({"key": key, **code_five_ways(fitted, image_tensor(rgb).float())})
     print(f"{len(rows)} pictures, fits of {arguments.gaussians} Gaussians, {arguments.steps} steps; means\n")
     print_table(rows)

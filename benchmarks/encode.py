@@ -27,14 +27,15 @@ from executors import make_images, timed
 
 from air.encoding import encode as encoder
 from air.encoding import refine
+from air.warmup import warm_up
 from jobs.encode import encode
 from jobs.shard import shard
 from pipeline.bulk import encode as encoding
 from pipeline.bulk.encode import EncodeConfig
+from pipeline.bulk.shard import ShardConfig
 from pipeline.config import RunnerConfig
-from pipeline.inputs.shards import ShardConfig
 from pipeline.storage.open import open_storage
-from pipeline.work.plan import read_manifests
+from pipeline.work.manifest import read_manifests
 
 # What is timed, where it is looked up, and what it is called. A part's time is without that of parts within it.
 _PARTS = (
@@ -78,7 +79,7 @@ class Clock:
 def parts_of_one_process(shards: Path, output: Path, config: EncodeConfig) -> dict[str, Any]:
     """Rates of one inline process, and the share of each part in percent."""
     clock = Clock()
-    encoder.compile_encoder()
+    warm_up("encode")
     for owner, attribute, name in _PARTS:
         setattr(owner, attribute, clock.watch(getattr(owner, attribute), name))
     encode([str(shards)], str(output), config, _INLINE)

@@ -20,13 +20,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from jobs.demo import collect_pictures
 from jobs.shard import shard
+from pipeline.bulk.shard import ShardConfig
 from pipeline.config import RunnerConfig
 from pipeline.formats import images
-from pipeline.inputs.shards import ShardConfig
+from pipeline.inputs.packaged import collect_pictures
 from pipeline.storage.open import open_storage
-from pipeline.work.plan import read_manifests
+from pipeline.work.manifest import read_manifests
 
 OPTIONS = [
     "--predictor",

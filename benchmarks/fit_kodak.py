@@ -18,8 +18,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from air.fitting.grow import GrowthResult, grow
-from air.optimization.optimize import FitResult, compile_kernels, fit
+from air.fitting.fit import FitResult, fit
+from air.warmup import warm_up
 from pipeline.reports.charts import Chart, Curve, svg
 
 
@@ -36,12 +36,12 @@ def main() -> None:
     if not paths:
         parser.error(f"no PNG images in {arguments.directory}")
     torch.set_num_threads(arguments.threads)
-    compile_kernels()
+    warm_up("fit")
     images = [np.asarray(Image.open(path).convert("RGB")) for path in paths]
     print(f"{len(images)} images, {arguments.threads} thread(s)")
     print("| start | Gaussians | steps | mean PSNR dB | least | s per image, mean | median |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
-    kinds: dict[str, Callable[[NDArray[np.uint8], int], FitResult | GrowthResult]] = {}
+    kinds: dict[str, Callable[[NDArray[np.uint8], int], FitResult]] = {}
     for patch_size in arguments.patch_size or ([] if arguments.gaussians else [4]):
         kinds[f"grid, patch {patch_size}"] = partial(_fit, patch_size=patch_size, threads=arguments.threads)
     for budget in arguments.gaussians:
@@ -53,16 +53,16 @@ def main() -> None:
 
 
 def _fit(image: NDArray[np.uint8], steps: int, patch_size: int, threads: int) -> FitResult:
-    return fit(image, steps, patch_size, threads=threads)
+    return fit(image, steps, patch_size=patch_size, threads=threads)
 
 
-def _grow(image: NDArray[np.uint8], steps: int, budget: int, threads: int) -> GrowthResult:
-    return grow(image, budget, steps, threads=threads)
+def _grow(image: NDArray[np.uint8], steps: int, budget: int, threads: int) -> FitResult:
+    return fit(image, steps, num_gaussians=budget, threads=threads)
 
 
 def _measure(
     name: str,
-    kind: Callable[[NDArray[np.uint8], int], FitResult | GrowthResult],
+    kind: Callable[[NDArray[np.uint8], int], FitResult],
     images: list[NDArray[np.uint8]],
     steps: int,
 ) -> tuple[float, float]:

@@ -37,8 +37,9 @@ import numba
 import numpy as np
 from workload import Size, Support
 
+from air.compute.compile import LANES
 from air.compute.planes import FloatArray, aligned_zeros
-from air.compute.simd import LANES, fma, load, splat, store
+from air.compute.simd import fma, load, splat, store
 from air.compute.threads import Workers
 
 _DIVISION, _EXPONENTIAL = 4, 10

@@ -16,8 +16,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
-from pipeline.evaluation.codec import AIR, charts, means
+from pipeline.evaluation.codec import AIR, means
 from pipeline.reports.charts import Curve, svg
+from pipeline.reports.codec_curves import charts
 
 GAUSSIAN_IMAGE = {0.15: 25.0, 1.0: 29.7}
 """GaussianImage's codec on Kodak as published: bits per pixel and PSNR in dB."""

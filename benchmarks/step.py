@@ -41,10 +41,10 @@ from backends import PARTS, Backend, Clock, FusedStep, PrototypeStep, TorchStep
 from floor import Speedometer, count_needs
 from workload import SIZES, Size, count_support
 
-from air.compute.simd import LANES
+from air.compute.backends import triton_is_installed
+from air.compute.compile import LANES
 from air.compute.threads import Workers
-from air.optimization.optimize import compile_kernels
-from air.rendering.render import triton_is_installed
+from air.warmup import warm_up
 
 SLICE_SECONDS = 0.2
 """How long a backend runs before it is the next one's turn."""
@@ -205,7 +205,7 @@ def main() -> None:
     if prototype is not None and not (prototype / "raster_numba.py").is_file():
         print(f"no prototype: {prototype} has no raster_numba.py")
         prototype = None
-    compile_kernels()
+    warm_up("fit")
     machine = {
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "lanes": LANES,

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from importlib import import_module
 from types import FrameType
 
-import air
 from air.errors import AirError
+from air.version import __version__
 from pipeline.config import suggestion
 from pipeline.errors import ConfigError
 
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_DONE if arguments else EXIT_USAGE
     command, *rest = arguments
     if command in ("-V", "--version"):
-        print(f"air {air.__version__}")
+        print(f"air {__version__}")
         return EXIT_DONE
     if command not in COMMANDS:
         print(f"air: unknown command '{command}'{suggestion(command, COMMANDS)}\n\n{_overview()}", file=sys.stderr)

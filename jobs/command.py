@@ -14,32 +14,8 @@ from typing import Any, NoReturn
 
 from pydantic.fields import FieldInfo
 
-from pipeline.config import Config, RunnerConfig, build, read_sections, suggestion
-
-
-def sections() -> dict[str, type[Config]]:
-    """The sections of a configuration file: one per configurable command, and `runner` for all."""
-    from jobs.demo import DemoConfig
-    from jobs.fit import FitConfig
-    from pipeline.bulk.decode import DecodeConfig
-    from pipeline.bulk.distill import DistillConfig
-    from pipeline.bulk.encode import EncodeConfig
-    from pipeline.evaluation.config import EvaluateConfig
-    from pipeline.inputs.shards import ShardConfig
-    from pipeline.training.config import TrainConfig, TrainerConfig
-
-    return {
-        "demo": DemoConfig,
-        "fit": FitConfig,
-        "shard": ShardConfig,
-        "distill": DistillConfig,
-        "train": TrainConfig,
-        "trainer": TrainerConfig,
-        "evaluate": EvaluateConfig,
-        "encode": EncodeConfig,
-        "decode": DecodeConfig,
-        "runner": RunnerConfig,
-    }
+from jobs.sections import sections
+from pipeline.config import Config, build, read_sections, suggestion
 
 
 class _Parser(argparse.ArgumentParser):

@@ -22,8 +22,11 @@ from pipeline.bulk.decode import AIR_ENDING, DecodeConfig, DecodeJob, draw_file,
 from pipeline.config import RunnerConfig
 from pipeline.errors import ConfigError, Rejected
 from pipeline.inputs.sources import check_outside, find_file
-from pipeline.storage.open import Storage, normalise, open_parent, open_storage
-from pipeline.work.plan import PLAN_PATH, read_quarantine, settle_plan
+from pipeline.storage.base import Storage
+from pipeline.storage.open import open_parent, open_storage
+from pipeline.storage.uri import normalise
+from pipeline.work.manifest import read_quarantine
+from pipeline.work.plan import PLAN_PATH, settle_plan
 from pipeline.work.runner import Tally, run
 
 _FORMATS = {".png": "png", ".webp": "webp", ".jpg": "jpeg", ".jpeg": "jpeg"}

@@ -7,64 +7,19 @@ Everything goes to OUT (default: demo-out), and the last line printed is a pictu
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Sequence
-from importlib.resources import as_file, files
 from pathlib import Path
 
-from pydantic import Field
-
 from jobs.command import configure, make_parser
+from jobs.sections import DemoConfig
 from pipeline.bulk.distill import DistillConfig
-from pipeline.config import Config, RunnerConfig
-from pipeline.errors import ConfigError, DamagedDataError
-from pipeline.inputs.shards import ShardConfig
+from pipeline.bulk.shard import ShardConfig
+from pipeline.config import RunnerConfig
+from pipeline.errors import DamagedDataError
+from pipeline.inputs.packaged import collect_pictures
 from pipeline.storage.open import open_storage
 from pipeline.work.plan import read_plan
-
-_PICTURES = (
-    ("sklearn.datasets.images", "china.jpg"),
-    ("sklearn.datasets.images", "flower.jpg"),
-    ("skimage.data", "astronaut.png"),
-    ("skimage.data", "coffee.png"),
-    ("skimage.data", "chelsea.png"),
-    ("skimage.data", "rocket.jpg"),
-    ("skimage.data", "motorcycle_left.png"),
-    ("skimage.data", "hubble_deep_field.jpg"),
-    ("skimage.data", "camera.png"),
-    ("skimage.data", "coins.png"),
-    ("skimage.data", "moon.png"),
-    ("skimage.data", "gravel.png"),
-)
-
-
-class DemoConfig(Config):
-    """What `air demo` shows."""
-
-    pictures: int = Field(len(_PICTURES), ge=1, le=len(_PICTURES), description="how many of the pictures")
-
-
-def collect_pictures(folder: Path, count: int) -> int:
-    """Copies the first `count` packaged photographs into a folder.
-
-    Returns:
-        How many.
-
-    Raises:
-        ConfigError: The packages that ship them are not installed.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    for package, name in _PICTURES[:count]:
-        try:
-            with as_file(files(package).joinpath(name)) as source:
-                shutil.copyfile(source, folder / name)
-        except (ModuleNotFoundError, FileNotFoundError):
-            raise ConfigError(
-                f"the demo's picture {name} is missing: install scikit-image and scikit-learn "
-                "(pip install 'air-gaussians[demo]')"
-            ) from None
-    return count
 
 
 def main(arguments: Sequence[str]) -> int:

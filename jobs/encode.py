@@ -40,7 +40,8 @@ from pipeline.config import RunnerConfig
 from pipeline.errors import ConfigError, JobFailedError, Rejected
 from pipeline.formats import images
 from pipeline.inputs.sources import check_outside, find_file
-from pipeline.storage.open import check_writable, normalise, open_parent, open_storage
+from pipeline.storage.open import check_writable, open_parent, open_storage
+from pipeline.storage.uri import normalise
 from pipeline.work.plan import settle_plan
 from pipeline.work.runner import Tally, run
 

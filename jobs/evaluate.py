@@ -25,7 +25,7 @@ import pyarrow as pa
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-import air
+from air.version import __version__
 from jobs.command import configure, make_parser
 from jobs.report import counted, print_table, rejections
 from pipeline.errors import ConfigError, JobFailedError, StorageError
@@ -49,7 +49,7 @@ def evaluate(inputs: Sequence[str], config: EvaluateConfig, output: str | None =
         StorageError: The output cannot be written: found out before anything is measured, if it can be.
     """
     _check_output(output, ".parquet", "the table is one Parquet file")
-    from air.optimization.optimize import COMPILE_SECONDS, kernels_are_compiled
+    from air.warmup import kernels_of
     from pipeline.evaluation.predictor import evaluate as measure
 
     reference = (
@@ -57,7 +57,8 @@ def evaluate(inputs: Sequence[str], config: EvaluateConfig, output: str | None =
         if config.predictor is None
         else find_predictor(config.predictor, config.patch_size)
     )
-    seconds = 0 if kernels_are_compiled() else COMPILE_SECONDS
+    kernels = kernels_of("predict")
+    seconds = 0 if kernels.is_compiled() else kernels.seconds
     evaluation = _measure(
         inputs, config, seconds, lambda pictures, report: measure(pictures, reference, config, report)
     )
@@ -79,17 +80,18 @@ def evaluate_codec(
     """
     _check_output(output, ".parquet", "the table is one Parquet file")
     _check_output(plot, ".svg", "the plot is an SVG file")
-    from air.encoding.encode import ENCODER_COMPILE_SECONDS, encoder_is_compiled
+    from air.warmup import kernels_of
     from pipeline.evaluation import baselines
-    from pipeline.evaluation.codec import charts
     from pipeline.evaluation.codec import evaluate_codec as measure
     from pipeline.reports.charts import svg
+    from pipeline.reports.codec_curves import charts
 
     others = baselines.available()
     missing = [rival.name for rival in baselines.RIVALS if rival not in others]
     if missing:
         print(f"not measured: {', '.join(missing)}; this Pillow is built without", flush=True)
-    seconds = 0 if encoder_is_compiled() else ENCODER_COMPILE_SECONDS
+    kernels = kernels_of("encode")
+    seconds = 0 if kernels.is_compiled() else kernels.seconds
     evaluation = _measure(inputs, config, seconds, lambda pictures, report: measure(pictures, others, config, report))
     print_codec_means(evaluation, inputs)
     if output is not None:
@@ -226,7 +228,7 @@ def _mean(rows: Sequence[Mapping[str, Any]], name: str) -> float:
 def _write_table(
     rows: list[dict[str, Any]], output: str, schema: pa.Schema, config: EvaluateConfig, metadata: dict[str, str]
 ) -> None:
-    stamps = {**metadata, "air.config": config.model_dump_json(), "air.code_version": air.__version__}
+    stamps = {**metadata, "air.config": config.model_dump_json(), "air.code_version": __version__}
     schema = tables.stamped(schema, stamps)
 
     def write(local: Path) -> None:

@@ -8,40 +8,19 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
-from pydantic import Field
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from jobs.command import configure, make_parser
-from pipeline.config import Config
+from jobs.sections import FitConfig
 from pipeline.errors import Rejected, StorageError
 from pipeline.formats import images
 from pipeline.inputs.sources import find_file
 
 _PIXELS_PER_GAUSSIAN = 16
-
-
-class FitConfig(Config):
-    """How one image is fitted."""
-
-    gaussians: int | None = Field(None, ge=1, le=100_000_000, description="most Gaussians; default: one per 16 pixels")
-    patch_size: int | None = Field(
-        None, ge=1, le=256, description="fit a plain grid, one Gaussian per patch of so many pixels, instead of growing"
-    )
-    steps: int = Field(100, ge=0, le=1_000_000, description="optimisation steps")
-    rate: float = Field(1.0, gt=0, le=100, description="factor on the optimiser's learning rates (docs/optimizer.md)")
-    threads: int | None = Field(None, ge=1, le=1024, description="CPU threads; default: all cores")
-    max_pixels: int = Field(images.MAX_PIXELS, ge=1, description="an image with more pixels is refused")
-    device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="where to compute; auto takes a GPU that is there"
-    )
-    backend: Literal["auto", "cpu", "cuda", "reference"] = Field(
-        "auto", description="kernels; reference is plain torch, for comparison"
-    )
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -69,21 +48,15 @@ def main(arguments: Sequence[str]) -> int:
 
 def fit_image(rgb: np.ndarray, target: str, config: FitConfig) -> None:
     """Fits, shows progress where someone watches, writes the render and prints what was reached."""
-    from air.fitting.grow import GrowthConfig, grow
-    from air.optimization.optimize import (
-        COMPILE_SECONDS,
-        OptimizeConfig,
-        choose_device,
-        compile_kernels,
-        fit,
-        kernels_are_compiled,
-    )
+    from air.compute.backends import choose_device
+    from air.fitting.fit import fit
+    from air.fitting.grow import OPTIMIZATION
+    from air.optimization.config import OptimizeConfig
     from air.rendering.render import render
+    from air.warmup import warm_up
 
     if config.backend in ("auto", "cpu") and choose_device(config.device).type == "cpu":
-        if not kernels_are_compiled():
-            print(f"compiling kernels, once on this machine: about {COMPILE_SECONDS} s", flush=True)
-        compile_kernels()
+        warm_up("fit", lambda line: print(line, flush=True))
     console = Console(stderr=True)
     columns = (
         TextColumn("fit"),
@@ -102,19 +75,19 @@ def fit_image(rgb: np.ndarray, target: str, config: FitConfig) -> None:
                 shown = time.monotonic()
                 progress.update(task, completed=step, description=f"loss {loss:.4f}, {psnr:.2f} dB")
 
-        options: dict[str, Any] = {
-            "backend": config.backend,
-            "device": config.device,
-            "threads": config.threads or os.cpu_count() or 1,
-            "on_step": on_step,
-        }
-        if config.patch_size:
-            adam = OptimizeConfig().scaled(config.rate)
-            result = fit(rgb, config.steps, config.patch_size, config=adam, **options)
-        else:
-            budget = config.gaussians or max(1, rgb.shape[0] * rgb.shape[1] // _PIXELS_PER_GAUSSIAN)
-            growth = GrowthConfig(optimization=GrowthConfig().optimization.scaled(config.rate))
-            result = grow(rgb, budget, config.steps, config=growth, **options)
+        adam = OptimizeConfig() if config.patch_size else OPTIMIZATION
+        budget = config.gaussians or max(1, rgb.shape[0] * rgb.shape[1] // _PIXELS_PER_GAUSSIAN)
+        result = fit(
+            rgb,
+            config.steps,
+            num_gaussians=None if config.patch_size else budget,
+            patch_size=config.patch_size,
+            optimization=adam.scaled(config.learning_rate_factor),
+            backend=config.backend,
+            device=config.device,
+            threads=config.threads or os.cpu_count() or 1,
+            on_step=on_step,
+        )
     drawn_by = "reference" if config.backend == "reference" else "auto"  # the result is on the CPU again
     picture = render(result.gaussians, result.height, result.width, backend=drawn_by).clamp(0, 1)
     pixels = (picture.permute(1, 2, 0).numpy() * 255 + 0.5).astype(np.uint8)

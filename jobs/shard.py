@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from jobs.command import configure, make_parser
 from jobs.display import show
 from jobs.report import counted, print_outcome
+from pipeline.bulk.shard import ShardConfig, ShardJob, plan_shards
 from pipeline.config import RunnerConfig
-from pipeline.inputs.shards import ShardConfig, ShardJob, plan_shards
 from pipeline.inputs.sources import check_outside
-from pipeline.storage.open import normalise, open_storage
+from pipeline.storage.open import open_storage
+from pipeline.storage.uri import normalise
 from pipeline.work.plan import settle_plan
 from pipeline.work.runner import Tally, run
 

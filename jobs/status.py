@@ -10,8 +10,10 @@ from collections.abc import Sequence
 
 from jobs.command import make_parser
 from jobs.report import mean_psnr, print_table, rejections
-from pipeline.storage.open import Storage, open_storage
-from pipeline.work.plan import Plan, count_rows, read_manifests, read_plan
+from pipeline.storage.base import Storage
+from pipeline.storage.open import open_storage
+from pipeline.work.manifest import count_rows, read_manifests
+from pipeline.work.plan import Plan, read_plan
 
 MAX_MISSING_SHOWN = 5
 

@@ -10,28 +10,23 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from air.defaults import GRID
 from jobs.command import configure, make_parser
-from pipeline.errors import ConfigError, TrainingError
+from pipeline.errors import ConfigError
 from pipeline.inputs.blocks import find_blocks
 from pipeline.inputs.pictures import fingerprint
 from pipeline.inputs.sources import check_outside
 from pipeline.predictors import find_predictor
-from pipeline.storage.open import Storage, normalise, open_storage
+from pipeline.storage.open import open_storage
 from pipeline.training.config import TrainConfig, TrainerConfig
-from pipeline.work.plan import Plan, read_plan, settle_plan
+from pipeline.training.plan import VALIDATION, canvas_of_targets, keep_validation, validation_sources
+from pipeline.work.plan import Plan, settle_plan
 
 if TYPE_CHECKING:
     import torch
-
-VALIDATION = "validation"
-"""Folder of the run with the default pictures to validate on; in the plan, what pictures they are."""
 
 
 def train(
@@ -47,7 +42,8 @@ def train(
         valid: Images or shards to validate on; packaged photographs if not given.
     """
     from jobs.train_display import show_training
-    from pipeline.training.loop import Group, TrainJob
+    from pipeline.training.group import Group
+    from pipeline.training.loop import TrainJob
     from pipeline.training.loop import train as train_here
     from pipeline.training.start import check_start
     from pipeline.training.validation import check_images
@@ -57,7 +53,7 @@ def train(
     source, output = open_storage(source_uri), open_storage(output_uri)
     check_outside(output, [source.uri()])
     kind, units, blocks = find_blocks(source)
-    canvas = _canvas_of_targets(source, kind, config) if config.uses_targets else None
+    canvas = canvas_of_targets(source, kind, config) if config.uses_targets else None
     plan = Plan.make("train", config, units, [source.uri()])
     if config.from_:
         if config.from_ == GRID:
@@ -66,12 +62,12 @@ def train(
         config = config.model_copy(update={"from_": begin.name})
         plan = begin.hold(plan, "from_")
     check_start(config, trainer)
-    with _validation(output, valid) as pictures:
+    with validation_sources(output, valid) as pictures:
         check_images(pictures, config.valid_images)
         held = {VALIDATION: fingerprint(pictures)}
         plan = settle_plan(output, plan.model_copy(update={"config": {**plan.config, **held}}))
         if not valid:
-            pictures = _keep_validation(output, pictures)
+            pictures = keep_validation(output, pictures)
     cores = max(1, (os.cpu_count() or 1) // trainer.workers)
     job = TrainJob(
         config=config,
@@ -114,56 +110,6 @@ def describe(figures: dict[str, float], output: str) -> str:
     if math.isinf(figures["best_psnr"]):
         return f"{done}the best by validation is gone. Last: {folder}/last.safetensors"
     return f"{done}best validation {figures['best_psnr']:.2f} dB. Best: {folder}/best.safetensors"
-
-
-def _canvas_of_targets(source: Storage, kind: str, config: TrainConfig) -> str:
-    """Which of a stage's Gaussians the targets' next stage was built on.
-
-    Raises:
-        TrainingError: There are no targets, or they have another patch size.
-    """
-    if kind != "targets":
-        raise TrainingError(
-            f"{source.uri()} holds images; phase pod trains on the output of `air distill`, or makes its targets "
-            "in the loop with --targets online"
-        )
-    made = read_plan(source).config
-    if made["patch_size"] != config.patch_size:
-        raise TrainingError(
-            f"the targets in {source.uri()} have patch size {made['patch_size']}, the run {config.patch_size}: "
-            f"set patch_size to {made['patch_size']}, or distill anew"
-        )
-    return str(made["canvas"])
-
-
-@contextmanager
-def _validation(output: Storage, valid: str | None) -> Iterator[str]:
-    """Where the pictures to validate on lie: those given, or packaged ones; at first in a temporary folder."""
-    from jobs.demo import collect_pictures
-
-    if valid:
-        yield normalise(valid)
-        return
-    kept = output.uri(VALIDATION)
-    # A copy that a stop cut short does not hold what the plan says.
-    if next(output.list(VALIDATION), None) and read_plan(output).config.get(VALIDATION) == fingerprint(kept):
-        yield kept
-        return
-    with tempfile.TemporaryDirectory(prefix="air-") as folder:
-        try:
-            collect_pictures(Path(folder), 12)
-        except ConfigError as error:
-            raise ConfigError(f"{error}; or name pictures to validate on with --valid") from None
-        yield folder
-
-
-def _keep_validation(output: Storage, pictures: str) -> str:
-    """Copies pictures into the run's folder, where all workers find them."""
-    kept = output.uri(VALIDATION)
-    if pictures != kept:
-        for picture in sorted(Path(pictures).iterdir()):
-            output.upload(picture, f"{VALIDATION}/{picture.name}")
-    return kept
 
 
 def _device(trainer: TrainerConfig) -> torch.device:

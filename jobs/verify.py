@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from jobs.command import make_parser
 from jobs.report import counted
 from pipeline.storage.open import open_storage
-from pipeline.work.plan import count_rows, read_manifests, read_plan
+from pipeline.work.manifest import count_rows, read_manifests
+from pipeline.work.plan import read_plan
 
 
 def main(arguments: Sequence[str]) -> int:

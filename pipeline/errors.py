@@ -1,5 +1,7 @@
 """What can go wrong with data in motion, beyond `air.errors`: each class is one thing the operator can act on."""
 
+from enum import StrEnum
+
 from air.errors import AirError
 
 
@@ -43,3 +45,22 @@ class Rejected(AirError):
     def __reduce__(self) -> tuple[type["Rejected"], tuple[str, str]]:
         """Both parts survive pickling between processes."""
         return Rejected, (self.reason, self.message)
+
+
+class Reason(StrEnum):
+    """Why an image cannot be used: the reason codes of quarantine."""
+
+    EMPTY = "empty"
+    """Zero bytes."""
+    NOT_AN_IMAGE = "not_an_image"
+    """No known image signature at its start."""
+    UNSUPPORTED = "unsupported"
+    """An image or document, but of a format or pixel type that is not read here, or that cannot be written."""
+    TRUNCATED = "truncated"
+    """The file ends before its own structure does: fetch it again."""
+    CORRUPT = "corrupt"
+    """As long as it says, but its content contradicts itself or its checksums."""
+    TOO_MANY_PIXELS = "too_many_pixels"
+    """The header claims more pixels than allowed. Nothing was decoded."""
+    TOO_SMALL = "too_small"
+    """Smaller than one patch in height or width."""

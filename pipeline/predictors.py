@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING
 
 from air.defaults import COMPACT, GRID, GRID_PATCH_SIZE, GRID_STAGES, has_compact
 from pipeline.errors import ConfigError
-from pipeline.storage.open import MissingFileError, normalise, open_parent
+from pipeline.storage.base import MissingFileError
+from pipeline.storage.open import open_parent
+from pipeline.storage.uri import normalise
 from pipeline.work.plan import Plan
 
 if TYPE_CHECKING:
@@ -82,8 +84,8 @@ def find_predictor(name: str, patch_size: int | None = None, others: Sequence[st
     """
     if name == GRID:
         return PredictorReference(GRID, GRID, "", patch_size or GRID_PATCH_SIZE, None)
-    from air.predictor.base import checkpoint_path
     from air.predictor.checkpoint import check_weights, read_card
+    from air.predictor.load import checkpoint_path
 
     checkpoint_path(name, others)  # speaks of the name as it was typed
     uri = name if name == COMPACT else normalise(name)
@@ -160,7 +162,7 @@ def local_checkpoint(name: str) -> Iterator[Path]:
         CheckpointError: It is neither.
         StorageError: It cannot be fetched.
     """
-    from air.predictor.base import checkpoint_path
+    from air.predictor.load import checkpoint_path
 
     if name == COMPACT:
         yield checkpoint_path(name)

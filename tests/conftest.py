@@ -53,8 +53,8 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shards(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The photographs in two shards, to be read only."""
     from jobs.shard import shard
+    from pipeline.bulk.shard import ShardConfig
     from pipeline.config import RunnerConfig
-    from pipeline.inputs.shards import ShardConfig
 
     folder = tmp_path_factory.mktemp("photographs") / "shards"
     shard([str(photographs)], str(folder), ShardConfig(max_count=2), RunnerConfig(executor="inline"))

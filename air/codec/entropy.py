@@ -22,7 +22,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from air.compute.simd import inline, kernel, opaque
+from air.compute.compile import inline, kernel
+from air.compute.simd import opaque
 
 CODED = 9
 """The things that are coded: eight symbols, and whether a patch holds a Gaussian. Each has its own cells."""

@@ -13,38 +13,24 @@ as `air.grow` makes them, are laid out in as many as the fullest patch asks for,
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from air.codec.bitstream import MOST_PIXELS, MOST_STAGES, Header, read_header, read_sections, write_file
 from air.codec.sections import SectionCoder, code_section
 from air.codec.sensitivity import (
-    ANGLE,
-    CB,
-    COLUMN,
-    CR,
-    LOG_RATIO,
-    LOG_SCALE,
-    LUMA,
-    ROW,
-    SUBDIVISIONS,
     SYMBOLS,
     SensitivityQuantizer,
-    SymbolTable,
     dequantize,
-    quantize,
 )
-from air.codec.uniform import CHANNELS, UniformQuantizer, channel_values, gaussians_from_channels
-from air.compute.simd import compiling, is_compiled
+from air.codec.symbols import QuantizedStage, Stage, gaussians_of, lay_out, patch_size_for, quantize_stages
+from air.codec.uniform import CHANNELS, UniformQuantizer
+from air.compute.compile import KernelSet
 from air.errors import CodecError
-from air.gaussians import Gaussians, anchors, grid_shape
+from air.gaussians import Gaussians
 from air.rendering.cpu import draw_levels
 from air.rendering.cpu_kernels import derive_geometry, round_to_levels, sweep
 
@@ -59,25 +45,6 @@ __all__ = [
     "read_header",
     "read_info",
 ]
-
-# Columns of symbols in the order of the uniform quantiser's channels.
-_CHANNEL_COLUMNS = [COLUMN, ROW, LOG_SCALE, LOG_RATIO, ANGLE, LUMA, CR, CB]
-_MOST_REACH_PATCHES = 4
-_THINNEST, _WIDEST = 1 / 8, 500.0
-
-
-class Stage(NamedTuple):
-    """Gaussians of a stage, in ascending order of patch (row-major), one in a patch at most."""
-
-    patch: NDArray[np.int64]
-    gaussians: Gaussians
-
-
-class QuantizedStage(NamedTuple):
-    """What a file holds of a stage: ascending patches, and their symbols (N, 8)."""
-
-    patch: NDArray[np.int64]
-    symbols: SymbolTable
 
 
 @dataclass(frozen=True)
@@ -128,32 +95,11 @@ def _decode(blob: bytes, stages: int | None, max_pixels: int) -> tuple[list[NDAr
     header, sections = read_sections(blob, stages, max_pixels=max_pixels)
     if not sections:
         return [], Gaussians.empty()
-    coder = SectionCoder(*header.grid, _plan(header))
+    coder = SectionCoder(*header.grid, _section_plan(header))
     decoded = [QuantizedStage(*coder.decode(section.num_gaussians, section.payload)) for section in sections]
     patches = [stage.patch for stage in decoded]
     symbols = np.concatenate([stage.symbols for stage in decoded])
     return patches, gaussians_of(QuantizedStage(np.concatenate(patches), symbols), header)
-
-
-DECODER_COMPILE_SECONDS = 10
-"""About how long `compile_decoder` takes once per machine and version; from then on, under a second."""
-
-DECODER_KERNELS = (code_section, dequantize, derive_geometry, sweep, round_to_levels)
-"""Every kernel between a file and its picture."""
-
-
-def compile_decoder() -> None:
-    """Compiles what decodes and draws files, or loads it from numba's cache on disk, by using each kernel once."""
-    header = Header(1, 1, 1, 1, SensitivityQuantizer(1))
-    with compiling(DECODER_KERNELS):
-        nothing = QuantizedStage(np.zeros(0, np.int64), np.zeros((0, SYMBOLS), np.int32))
-        SectionCoder(1, 1, _plan(header)).encode(*nothing)  # the kernel that decodes, too
-        draw_levels(gaussians_of(nothing, header), 1, 1, 1)
-
-
-def decoder_is_compiled() -> bool:
-    """Whether the compiled kernels are in numba's cache on disk (or loaded), so that `compile_decoder` is quick."""
-    return all(map(is_compiled, DECODER_KERNELS))
 
 
 def encode_gaussians(
@@ -202,144 +148,24 @@ def write_stages(header: Header, stages: Sequence[QuantizedStage]) -> bytes:
     used = [index for index, stage in enumerate(stages) if len(stage.patch)]
     stages = stages[: used[-1] + 1 if used else 0]
     header = replace(header, num_stages=len(stages))
-    coder = SectionCoder(*header.grid, _plan(header))
+    coder = SectionCoder(*header.grid, _section_plan(header))
     return write_file(header, [(len(stage.patch), *coder.encode(*stage)) for stage in stages])
 
 
-def lay_out(gaussians: Gaussians, height: int, width: int, patch_size: int) -> list[Stage]:
-    """Free Gaussians as stages: each belongs to the patch of its centre, the strongest of a patch to the first stage.
-
-    Those centred off the image belong to the nearest patch.
-    """
-    rows, columns = grid_shape(height, width, patch_size)
-    gaussians = gaussians.detach().to("cpu")
-    cell = torch.floor((gaussians.xy.double() + 0.5) / patch_size).long().numpy()
-    patch = cell[:, 1].clip(0, rows - 1) * columns + cell[:, 0].clip(0, columns - 1)
-    strength = (gaussians.colour.square().sum(dim=1) * gaussians.scale.prod(dim=1)).numpy()
-    order = np.lexsort((-strength, patch))
-    ascending = patch[order]
-    rank = np.arange(len(order)) - np.searchsorted(ascending, ascending)
-    stages = []
-    for stage in range(int(rank.max(initial=-1)) + 1):
-        chosen = order[rank == stage]
-        stages.append(Stage(patch[chosen], gaussians[torch.from_numpy(chosen)]))
-    return stages
-
-
-def patch_size_for(count: int, height: int, width: int) -> int:
-    """About one Gaussian to a patch: fewer patches cost order within a patch, more cost empty ones."""
-    return min(max(1, round(math.sqrt(height * width / max(count, 1)))), 1 << 12)
-
-
-def quantize_stages(
-    stages: Sequence[Stage],
-    height: int,
-    width: int,
-    patch_size: int,
-    quantizer: SensitivityQuantizer | UniformQuantizer,
-) -> tuple[Header, list[QuantizedStage]]:
-    """What the file of these stages holds; `gaussians_of` gives what it decodes to. As `encode_stages`."""
-    stages = [Stage(stage.patch, stage.gaussians.detach().to("cpu")) for stage in stages]
-    for stage in stages:
-        stage.gaussians.validate()
-    header = Header(height, width, patch_size, 0, quantizer)
-    if isinstance(quantizer, UniformQuantizer):
-        grid = anchors(height, width, patch_size, torch.float64)
-        quantized = [
-            QuantizedStage(patch, _uniform_symbols(quantizer, gaussians, grid[torch.from_numpy(patch)]))
-            for patch, gaussians in stages
-        ]
-    else:
-        parameters = [canonical_parameters(stage.gaussians) for stage in stages]
-        header = with_reach(header, parameters, [stage.patch for stage in stages])
-        quantized = [quantize_stage(header, stage.patch, own) for stage, own in zip(stages, parameters, strict=True)]
-    return header, quantized
-
-
-def canonical_parameters(gaussians: Gaussians) -> NDArray[np.float64]:
-    """What `air.codec.sensitivity.quantize` takes, shape (8, N): the wider scale first, strengths for colours."""
-    plain = gaussians.detach().to("cpu").to(torch.float64)
-    first, second = plain.scale.clamp(_THINNEST, _WIDEST).unbind(dim=1)
-    swapped = first < second
-    half_turns = torch.remainder(plain.angle / math.pi + 0.5 * swapped, 1.0)
-    colour = channel_values(plain, plain.xy)[:, 5:8] * torch.sqrt(first * second)[:, None]
-    rows = [*plain.xy.unbind(dim=1), torch.maximum(first, second), torch.minimum(first, second), half_turns]
-    return torch.stack([*rows, *colour.unbind(dim=1)]).numpy()
-
-
-def corners(header: Header, patch: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Where positions in these patches count from, in 64ths of a pixel, shape (2, N)."""
-    _, columns = header.grid
-    first_pixel = np.stack([patch % columns, patch // columns]) * (header.patch_size * SUBDIVISIONS)
-    return first_pixel - SUBDIVISIONS // 2 + header.reach_low
-
-
-def with_reach(
-    header: Header, parameters: Sequence[NDArray[np.float64]], patches: Sequence[NDArray[np.int64]]
-) -> Header:
-    """The header with the range that the positions of all stages have, within a few patches."""
-    patch = header.patch_size * SUBDIVISIONS
-    plain = replace(header, reach_low=0, reach_span=patch)
-    offsets = [
-        own[:2] * SUBDIVISIONS - corners(plain, stage)
-        for own, stage in zip(parameters, patches, strict=True)
-        if len(stage)
-    ]
-    if not offsets:
-        return plain
-    low = max(math.floor(min(part.min() for part in offsets)), -_MOST_REACH_PATCHES * patch)
-    high = min(math.ceil(max(part.max() for part in offsets)), _MOST_REACH_PATCHES * patch)
-    return replace(header, reach_low=low, reach_span=max(high - low, 1))
-
-
-def quantize_stage(header: Header, patch: NDArray[np.int64], parameters: NDArray[np.float64]) -> QuantizedStage:
-    """The symbols of `canonical_parameters`, without Gaussians that are too weak to show."""
-    assert isinstance(header.quantizer, SensitivityQuantizer)
-    symbols = np.zeros((len(patch), SYMBOLS), np.int32)
-    step, weights = header.quantizer.step, header.quantizer.weights()
-    quantize(parameters, corners(header, patch), header.reach_span, step, weights, symbols)
-    kept = symbols[:, [LUMA, CR, CB]].any(axis=1)
-    return QuantizedStage(patch[kept], symbols[kept])
-
-
-def _zero_levels(quantizer: UniformQuantizer) -> NDArray[np.int64]:
-    """Per channel, the level that is coded as 0: for colours the one next to no colour, else the first."""
-    zero = np.zeros(len(CHANNELS), np.int64)
-    for channel in range(5, 8):
-        # The nearest level to zero, rounded half up in whole numbers.
-        nearest = (-2 * quantizer.low[channel] + quantizer.step[channel]) // (2 * quantizer.step[channel])
-        zero[channel] = min(max(nearest, 0), 2 ** quantizer.bits[channel] - 1)
-    return zero
-
-
-def _uniform_symbols(quantizer: UniformQuantizer, gaussians: Gaussians, anchor: Tensor) -> SymbolTable:
-    levels = quantizer.symbols(channel_values(gaussians.to(torch.float64), anchor)) - _zero_levels(quantizer)
-    symbols = np.zeros(levels.shape, np.int32)
-    symbols[:, _CHANNEL_COLUMNS] = levels
-    return symbols
-
-
-def gaussians_of(stage: QuantizedStage, header: Header) -> Gaussians:
-    """What the symbols of a stage, or of several, stand for, float32; the same bits on every machine."""
-    if isinstance(header.quantizer, UniformQuantizer):
-        levels = stage.symbols[:, _CHANNEL_COLUMNS] + _zero_levels(header.quantizer)
-        if ((levels < 0) | (levels >> np.array(header.quantizer.bits) > 0)).any():
-            raise CodecError("a stage has a colour outside its quantiser's levels: the file is damaged")
-        grid = anchors(header.height, header.width, header.patch_size, torch.float64)
-        values = header.quantizer.values(levels, torch.float64)
-        if bool((values[:, 2:4].to(torch.float32) <= 0).any()):
-            raise CodecError("a stage has a scale that is not positive: the file is damaged")
-        return gaussians_from_channels(values, grid[torch.from_numpy(stage.patch)]).to(torch.float32)
-    rows = np.empty((SYMBOLS, len(stage.patch)), np.float32)
-    dequantize(stage.symbols, corners(header, stage.patch), header.quantizer.step, header.quantizer.weights(), rows)
-    rows[4] = rows[4].astype(np.float64) * math.pi  # half turns are exact, and radians rounded once
-    values = torch.from_numpy(rows)
-    return Gaussians(values[0:2].T, values[2:4].T, values[4], values[5:8].T)
-
-
-def _plan(header: Header) -> NDArray[np.int64]:
+def _section_plan(header: Header) -> NDArray[np.int64]:
     """The numbers that `air.codec.sections.code_section` needs to know."""
     own = header.quantizer
     if isinstance(own, SensitivityQuantizer):
         return np.array([1, header.reach_span, *own.weights(), *[0] * len(CHANNELS)], np.int64)
     return np.array([0, 1, 1, 1, 1, *own.bits], np.int64)
+
+
+def _use_each() -> None:
+    header = Header(1, 1, 1, 1, SensitivityQuantizer(1))
+    nothing = QuantizedStage(np.zeros(0, np.int64), np.zeros((0, SYMBOLS), np.int32))
+    SectionCoder(1, 1, _section_plan(header)).encode(*nothing)  # the kernel that decodes, too
+    draw_levels(gaussians_of(nothing, header), 1, 1, 1)
+
+
+KERNELS = KernelSet((code_section, dequantize, derive_geometry, sweep, round_to_levels), _use_each, seconds=10)
+"""Every kernel between a file and its picture."""

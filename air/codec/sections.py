@@ -48,7 +48,7 @@ from air.codec.sensitivity import (
     scale_bits,
 )
 from air.compute.bits import bit_length, pointer_to
-from air.compute.simd import inline, kernel
+from air.compute.compile import inline, kernel
 from air.errors import CodecError
 
 MASK = CODED - 1

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from air.compute.bits import bit_length
-from air.compute.simd import inline, kernel
+from air.compute.compile import inline, kernel
 
 SymbolTable = NDArray[np.int32]
 """One row per Gaussian, columns as below."""

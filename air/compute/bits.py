@@ -5,7 +5,7 @@ from __future__ import annotations
 from llvmlite import ir
 from numba.core import types
 
-from air.compute.simd import inline, intrinsic
+from air.compute.compile import inline, intrinsic
 
 
 @intrinsic

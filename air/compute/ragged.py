@@ -10,20 +10,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
-from air.loss.reference import WINDOW_SIZE
+_FLOATS = 4
 
-PIXEL = 4
+# Kernels read global numbers only as tl.constexpr.
+PIXEL = tl.constexpr(_FLOATS)
 """Floats of a pixel."""
 
-REACH = WINDOW_SIZE // 2
-"""Pixels of margin."""
+MARGIN = 5
+"""Pixels of margin: as far as the SSIM window reaches (`air.loss.cuda` checks it)."""
 
 TAIL = 256
 """Pixels behind the last image: a block of lanes that starts inside an image may read, never write, that far."""
 
-ORIGIN, HEIGHT, WIDTH, STRIDE = range(4)
+ORIGIN, HEIGHT, WIDTH, STRIDE = (tl.constexpr(column) for column in range(4))
+IMAGE_COLUMNS = tl.constexpr(4)
 """Columns of the table: the first pixel's place, rows, columns, pixels from row to row; all counted in pixels."""
 
 
@@ -45,22 +48,22 @@ class RaggedImages:
         rows = []
         start = 0
         for height, width in self.sizes:
-            stride = width + REACH
-            rows.append((start + REACH * stride + REACH, height, width, stride))
-            start += (height + 2 * REACH) * stride + REACH
-        self._origins = [(row[ORIGIN], row[STRIDE]) for row in rows]
+            stride = width + MARGIN
+            rows.append((start + MARGIN * stride + MARGIN, height, width, stride))
+            start += (height + 2 * MARGIN) * stride + MARGIN
+        self._origins = [(origin, stride) for origin, _, _, stride in rows]
         self._pixels = start + TAIL
         self.table = torch.tensor(rows, dtype=torch.int64, device=device)
 
     def buffer(self, maps: int = 1) -> Tensor:
         """Zeros for `maps` values of every pixel and channel, float32 (maps, pixels, PIXEL)."""
-        return torch.zeros(maps, self._pixels, PIXEL, device=self.device)
+        return torch.zeros(maps, self._pixels, _FLOATS, device=self.device)
 
     def image(self, buffer: Tensor, index: int) -> Tensor:
         """A view of shape (3, height, width) of one image of a buffer with one map."""
         height, width = self.sizes[index]
         origin, stride = self._origins[index]
-        return buffer[0].as_strided((3, height, width), (1, stride * PIXEL, PIXEL), origin * PIXEL)
+        return buffer[0].as_strided((3, height, width), (1, stride * _FLOATS, _FLOATS), origin * _FLOATS)
 
     def pack(self, images: Sequence[Tensor]) -> Tensor:
         """A new buffer that holds images of shape (3, height, width)."""

@@ -16,102 +16,17 @@ stores are not bounds-checked.
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import operator
-import os
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from pathlib import Path
-from typing import Any
 
-import llvmlite.binding as llvm
-import numba
 import numpy as np
 from llvmlite import ir
 from numba.core import cgutils, types
-from numba.extending import intrinsic as numba_intrinsic
 from numba.extending import models, overload, register_model
 
-_FORCED_LANES = os.environ.get("AIR_LANES")
-
-LANES = int(_FORCED_LANES) if _FORCED_LANES else (16 if llvm.get_host_cpu_features().get("avx512f") else 8)
-"""Numbers in a vector: 16 where the CPU has AVX-512, else 8; the environment variable AIR_LANES overrides it."""
+from air.compute.compile import LANES, inline, intrinsic
 
 if LANES not in (8, 16):
     raise ValueError(f"AIR_LANES must be 8 or 16, got {LANES}")
-
-KERNEL_OPTIONS: dict[str, Any] = {
-    "nogil": True,
-    "error_model": "numpy",
-    "boundscheck": False,
-    # The cache has one place per function, so a forced number of lanes would evict the usual code.
-    "cache": _FORCED_LANES is None,
-}
-INLINE_OPTIONS: dict[str, Any] = {**KERNEL_OPTIONS, "inline": "always", "cache": False}
-
-
-def _source_fingerprint() -> str:
-    """A hash of this package's sources and of the number of lanes."""
-    digest = hashlib.sha256(str(LANES).encode())
-    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
-_FINGERPRINT = _source_fingerprint()
-
-
-def _cache_file(dispatcher: Any) -> Any:
-    """The index that numba keeps of the compiled versions of a function on disk; None if it keeps none."""
-    return getattr(getattr(dispatcher, "_cache", None), "_cache_file", None)
-
-
-def kernel(function: Callable[..., Any]) -> Any:
-    """Decorator of a compiled function that is called from Python or by other kernels.
-
-    numba discards its cached code when the file of the function changes, but not when a file that it imports does.
-    The stamp that it compares is therefore replaced by one of all our sources.
-    """
-    dispatcher = numba.njit(**KERNEL_OPTIONS)(function)
-    cache_file = _cache_file(dispatcher)
-    if cache_file is not None:
-        cache_file._source_stamp = _FINGERPRINT
-    return dispatcher
-
-
-def is_compiled(dispatcher: Any) -> bool:
-    """Whether a kernel is loaded, or compiled code for it lies on disk."""
-    cache_file = _cache_file(dispatcher)
-    return bool(dispatcher.signatures) or (cache_file is not None and bool(cache_file._load_index()))
-
-
-@contextmanager
-def compiling(dispatchers: Iterable[Any]) -> Iterator[None]:
-    """While kernels are compiled by being used: the other processes of this machine that need them wait, and then load.
-
-    Without a cache on disk, or where it lies on a file system without locks, nobody waits.
-    """
-    missing = [dispatcher for dispatcher in dispatchers if not is_compiled(dispatcher)]
-    cache_file = _cache_file(missing[0]) if missing else None
-    if cache_file is None:
-        yield
-        return
-    with ExitStack() as stack:
-        with suppress(OSError):
-            lock = stack.enter_context((Path(cache_file._cache_path) / "compiling.lock").open("w"))
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def inline(function: Callable[..., Any]) -> Any:
-    """Decorator of a piece of a kernel that is copied into each caller."""
-    return numba.njit(**INLINE_OPTIONS)(function)
-
-
-def intrinsic(function: Callable[..., Any]) -> Any:
-    """Decorator of a function that emits LLVM code. Callers leave out its first argument, the typing context."""
-    return numba_intrinsic(function)
 
 
 # Of 2ᶠ on |f| <= ½, the highest power first: relative error 2e-9, before rounding. The last is exactly one.

@@ -10,7 +10,8 @@ from typing import Any
 from llvmlite import ir
 from numba.core import types
 
-from air.compute.simd import LANES, address_of, call_vector_function, constant_vector, intrinsic, shuffle, vector
+from air.compute.compile import LANES, intrinsic
+from air.compute.simd import address_of, call_vector_function, constant_vector, shuffle, vector
 
 
 def _symmetric_sum(builder, taps, weights):

@@ -11,8 +11,7 @@ them follows from the other: the number is searched, and the fineness gives the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,22 +20,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from air.codec.bitstream import MOST_STAGES, Header
-from air.codec.file import (
-    QuantizedStage,
+from air.arguments import check_counts, image_tensor
+from air.codec import file
+from air.codec.bitstream import MOST_STAGES
+from air.codec.sensitivity import SYMBOLS, SensitivityQuantizer, quantize
+from air.codec.symbols import (
     Stage,
-    canonical_parameters,
-    compile_decoder,
-    corners,
-    decoder_is_compiled,
     lay_out,
     patch_size_for,
-    quantize_stage,
-    with_reach,
-    write_stages,
 )
-from air.codec.sensitivity import SYMBOLS, SensitivityQuantizer, quantize
-from air.compute.simd import compiling, is_compiled
+from air.compute.compile import KernelSet
 from air.compute.threads import Workers
 from air.defaults import (
     COMPACT,
@@ -49,51 +42,13 @@ from air.defaults import (
     STORED_STEPS,
     start_of_encoding,
 )
-from air.encoding.refine import Refiner
-from air.errors import TargetMissedError
-from air.fitting.grow import grow
+from air.encoding.search import Fit, Search
+from air.fitting.fit import fit
 from air.gaussians import RAW_CHANNELS, activate
-from air.optimization.optimize import (
-    OptimizeConfig,
-    check_counts,
-    compile_kernels,
-    image_tensor,
-    kernels_are_compiled,
-    optimize,
-)
-from air.predictor.base import Predictor, load_predictor
-from air.stages.loop import run_stages
-
-ROUNDING_SHARE = 0.25
-"""The squared error that rounding may add, as a share of the fit's."""
-
-_LEAST_PIXELS_PER_GAUSSIAN = 3
-
-_BITS_PER_GAUSSIAN = 31  # a first guess
-_OCTAVES_PER_DECIBEL = 1 / 3  # of Gaussians: another one
-_MOST_FITS = 5
-_NEAR = 0.06  # a fit this near to its target is made to meet it by its fineness
-_NEAR_DECIBELS = 0.25
-_STEPS = (16, 1 << 23)  # finest and coarsest quantiser steps
-_BISECTIONS = 9
-
-
-ENCODER_COMPILE_SECONDS = 20
-"""About how long `compile_encoder` takes once per machine and version; from then on, under a second."""
-
-
-def compile_encoder() -> None:
-    """Compiles what fits, refines and stores Gaussians, or loads it from numba's cache on disk."""
-    compile_kernels()
-    compile_decoder()
-    none, nowhere = np.zeros((SYMBOLS, 0)), np.zeros((2, 0), np.int64)
-    with compiling([quantize]):
-        quantize(none, nowhere, 1, 1, SensitivityQuantizer(1).weights(), np.zeros((0, SYMBOLS), np.int32))
-
-
-def encoder_is_compiled() -> bool:
-    """Whether the compiled kernels are in numba's cache on disk (or loaded), so that `compile_encoder` is quick."""
-    return kernels_are_compiled() and decoder_is_compiled() and is_compiled(quantize)
+from air.optimization.optimize import OptimizeConfig, optimize
+from air.predictor.base import Predictor
+from air.predictor.load import load_predictor
+from air.stages.loop import run_stages, stage_kernels
 
 
 def encode(
@@ -108,15 +63,15 @@ def encode(
     stored_steps: int = STORED_STEPS,
     threads: int = 1,
 ) -> bytes:
-    """An .air file of an image: Gaussians that a predictor or `air.grow` gives, refined as they are stored.
+    """An .air file of an image: Gaussians that a predictor or `air.fit` gives, refined as they are stored.
 
     Without a target, the default is the shipped predictor, the quickest way to a good picture. With one, it is to grow
     Gaussians, which gives more decibels for the same bits (docs/format.md has the measurement).
 
     Args:
-        image: As for `air.optimization.optimize.fit`.
+        image: As for `air.fitting.fit.fit`.
         predictor: What to start from: "grow", to fit from scratch; "compact", "grid" or the path of a checkpoint (see
-            `air.predictor.base.load_predictor`); or a predictor, on the CPU.
+            `air.predictor.load.load_predictor`); or a predictor, on the CPU.
         stages: Of a predictor, at most; all that it has if not given.
         bpp: Target: at most so many bits per pixel, the whole file counted. One target at most.
         psnr: Target: at least so many decibels, of the decoded picture clamped to [0, 1].
@@ -151,14 +106,14 @@ def encode(
         stages = getattr(start, "num_stages", GRID_STAGES)  # networks say how many they were trained for
     with Workers(threads) as workers:
 
-        def fit(count: int | None) -> _Fit:
+        def make(count: int | None) -> Fit:
             if start is None:
                 assert count is not None
                 return _grown(pixels, count, steps, stored_steps, workers)
             assert stages is not None
             return _predicted(pixels, start, stages, count, steps, stored_steps, workers)
 
-        return _meet(pixels, fit, bpp, psnr, gaussians)
+        return _meet(pixels, make, bpp, psnr, gaussians)
 
 
 def _find_start(predictor: Predictor | str | Path | None, has_target: bool) -> Predictor | None:
@@ -179,12 +134,12 @@ def _shipped() -> Predictor:
 
 def _meet(
     pixels: NDArray[np.float32],
-    fit: Callable[[int | None], _Fit],
+    make: Callable[[int | None], Fit],
     bpp: float | None,
     psnr: float | None,
     gaussians: int | None,
 ) -> bytes:
-    """The file that meets the target, of which there is one at most; `fit` takes the number of Gaussians."""
+    """The file that meets the target, of which there is one at most; `make` takes the number of Gaussians."""
     if sum(target is not None for target in (bpp, psnr, gaussians)) > 1:
         raise ValueError("give one target: bpp, psnr or gaussians")
     for name, target in (("bpp", bpp), ("psnr", psnr)):
@@ -192,8 +147,8 @@ def _meet(
             raise ValueError(f"{name} must be a positive number, got {target}")
     if gaussians is not None:
         check_counts(gaussians=(gaussians, 1))
-    compile_encoder()
-    search = _Search(pixels, fit)
+    encoder_kernels().compile()
+    search = Search(pixels, make)
     if bpp is not None:
         return search.for_size(math.floor(bpp * pixels[0].size / 8))
     if psnr is not None:
@@ -201,17 +156,18 @@ def _meet(
     return search.fit(gaussians).file()
 
 
-def _grown(pixels: NDArray[np.float32], count: int, steps: int, stored_steps: int, workers: Workers) -> _Fit:
-    """Free Gaussians from `air.grow`, laid out in stages."""
+def _grown(pixels: NDArray[np.float32], count: int, steps: int, stored_steps: int, workers: Workers) -> Fit:
+    """Free Gaussians from `air.fit`, laid out in stages."""
     _, height, width = pixels.shape
-    result = grow(torch.from_numpy(pixels), count, steps, backend="cpu", device="cpu", threads=workers.count)
+    image = torch.from_numpy(pixels)
+    result = fit(image, steps, num_gaussians=count, backend="cpu", device="cpu", threads=workers.count)
     patch_size = patch_size_for(count, height, width)
     while True:
         stages = lay_out(result.gaussians, height, width, patch_size)
         if len(stages) <= MOST_STAGES or patch_size == 1:
             break
         patch_size = patch_size // 2
-    return _Fit(stages[:MOST_STAGES], patch_size, float(result.trajectory.psnr[-1]), pixels, stored_steps, workers)
+    return Fit(stages[:MOST_STAGES], patch_size, float(result.trajectory.psnr[-1]), pixels, stored_steps, workers)
 
 
 def _predicted(
@@ -222,7 +178,7 @@ def _predicted(
     steps: int,
     stored_steps: int,
     workers: Workers,
-) -> _Fit:
+) -> Fit:
     """The stages that a predictor gives, moved together."""
     image = torch.from_numpy(pixels)
     found = list(
@@ -254,169 +210,14 @@ def _predicted(
         Stage(stage.patch.numpy(), gaussians[int(end) - len(stage) : int(end)])
         for stage, end in zip(found, ends, strict=True)
     ]
-    return _Fit(stages, predictor.patch_size, float(result.trajectory.psnr[-1]), pixels, stored_steps, workers)
+    return Fit(stages, predictor.patch_size, float(result.trajectory.psnr[-1]), pixels, stored_steps, workers)
 
 
-class _Fit:
-    """Gaussians in stages, refined for a quantiser, ready to be stored with that one or another.
+def encoder_kernels() -> KernelSet:
+    """What encoding runs on the CPU: fits, predictions, refinement and the file."""
 
-    Args:
-        stages: The Gaussians.
-        patch_size: Pixels between the anchors.
-        psnr: Of their picture, in dB; the quantiser follows from it.
-        pixels: The image, shape (3, height, width).
-        stored_steps: Steps on the quantised Gaussians.
-        workers: The threads to use.
-    """
+    def use_each() -> None:
+        none, nowhere = np.zeros((SYMBOLS, 0)), np.zeros((2, 0), np.int64)
+        quantize(none, nowhere, 1, 1, SensitivityQuantizer(1).weights(), np.zeros((0, SYMBOLS), np.int32))
 
-    def __init__(
-        self,
-        stages: Sequence[Stage],
-        patch_size: int,
-        psnr: float,
-        pixels: NDArray[np.float32],
-        stored_steps: int,
-        workers: Workers,
-    ) -> None:
-        _, height, width = pixels.shape
-        squared_error = 10 ** (-min(psnr, 60.0) / 10)
-        self._patches = [stage.patch for stage in stages]
-        parameters = [canonical_parameters(stage.gaussians) for stage in stages]
-        # Rounding eight numbers each adds π Δ²/12 times three channels for each number: see `air.codec.sensitivity`.
-        count = max(1, sum(map(len, self._patches)))
-        added_per_step = count * 8 * math.pi / 12 / (height * width)
-        self.step = round(65536 * math.sqrt(ROUNDING_SHARE * squared_error / added_per_step))
-        self.step = min(max(self.step, _STEPS[0]), _STEPS[1])
-        header = Header(height, width, patch_size, 0, SensitivityQuantizer(self.step))
-        self._header = with_reach(header, parameters, self._patches)
-        corner = [corners(self._header, patch) for patch in self._patches]
-        self._refiner = Refiner(
-            np.concatenate([np.zeros((8, 0)), *parameters], axis=1),
-            np.concatenate([np.zeros((2, 0), np.int64), *corner], axis=1),
-            self._header.reach_span,
-            pixels,
-            workers,
-        )
-        self._refiner.run(SensitivityQuantizer(self.step), stored_steps)
-
-    def file(self, step: int | None = None) -> bytes:
-        """The file with the step it was refined for, or another."""
-        header = replace(self._header, quantizer=SensitivityQuantizer(step or self.step))
-        cuts = np.cumsum([len(patch) for patch in self._patches])[:-1]
-        parameters: list[NDArray[np.float64]] = np.split(self._refiner.parameters, cuts, axis=1)
-        stages: list[QuantizedStage] = [
-            quantize_stage(header, patch, np.ascontiguousarray(own))
-            for patch, own in zip(self._patches, parameters, strict=False)
-        ]
-        return write_stages(header, stages)
-
-    def squared_error(self, step: int | None = None) -> float:
-        """The mean squared error of that file's picture, clamped to [0, 1]."""
-        return self._refiner.squared_error(SensitivityQuantizer(step or self.step))
-
-
-class _Search:
-    """Looks for the fit that meets a target, with a bounded number of fits."""
-
-    def __init__(self, pixels: NDArray[np.float32], fit: Callable[[int | None], _Fit]) -> None:
-        self.pixels = pixels
-        self.most = max(1, pixels[0].size // _LEAST_PIXELS_PER_GAUSSIAN)
-        self._fit = fit
-
-    def fit(self, count: int | None) -> _Fit:
-        return self._fit(None if count is None else min(max(count, 1), self.most))
-
-    def for_size(self, size: int) -> bytes:
-        """The best file of at most `size` bytes.
-
-        Raises:
-            TargetMissedError: There is none.
-        """
-        count = min(max(1, size * 8 // _BITS_PER_GAUSSIAN), self.most)
-        for _ in range(_MOST_FITS):
-            fit = self.fit(count)
-            reached = len(fit.file())
-            if not size or abs(reached / size - 1) <= _NEAR:
-                break
-            better = min(max(1, round(count * size / reached)), self.most)
-            if better == count:
-                break
-            count = better
-        step = _finest(fit.step, lambda step: len(fit.file(step)) <= size)
-        if step is None:
-            least = len(fit.file(_STEPS[1]))
-            raise TargetMissedError(f"{size} bytes are too few for this image: the smallest file has {least}")
-        return fit.file(step)
-
-    def for_quality(self, squared_error: float) -> bytes:
-        """A small file whose picture has at most this mean squared error.
-
-        Raises:
-            TargetMissedError: No fit reached it.
-        """
-        count = min(max(1, self.pixels[0].size // (2 * PIXELS_PER_GAUSSIAN)), self.most)
-        tried: list[tuple[float, float]] = []  # (log2 of the number, decibels above the target)
-        best: _Fit | None = None
-        for _ in range(_MOST_FITS):
-            fit = self.fit(count)
-            excess = 10 * math.log10(squared_error / max(fit.squared_error(), 1e-12))
-            tried.append((math.log2(count), excess))
-            if best is None or abs(excess) < abs(10 * math.log10(squared_error / max(best.squared_error(), 1e-12))):
-                best = fit
-            if abs(excess) <= _NEAR_DECIBELS:
-                break
-            better = min(max(1, round(2 ** _where_zero(tried))), self.most)
-            if better == count:
-                break
-            count = better
-        assert best is not None
-        step = _coarsest(best.step, lambda step: best.squared_error(step) <= squared_error)
-        if step is None:
-            reached = -10 * math.log10(best.squared_error(_STEPS[0]))
-            raise TargetMissedError(
-                f"{-10 * math.log10(squared_error):.2f} dB were not reached: the best of {len(tried)} fits has "
-                f"{reached:.2f} dB; try more steps"
-            )
-        return best.file(step)
-
-
-def _where_zero(tried: list[tuple[float, float]]) -> float:
-    """Where a line through the last two points meets zero; with one point, or an odd slope, the usual slope."""
-    place, excess = tried[-1]
-    slope = 1 / _OCTAVES_PER_DECIBEL
-    if len(tried) > 1 and place != tried[-2][0]:
-        measured = (excess - tried[-2][1]) / (place - tried[-2][0])
-        slope = min(max(measured, slope / 2), slope * 3)
-    return place - min(max(excess / slope, -3.0), 3.0)
-
-
-def _finest(start: int, fits: Callable[[int], bool]) -> int | None:
-    """The smallest quantiser step that fits, searched around `start`; None if even the coarsest does not."""
-    return _bisect(start, fits, finer_is_better=True)
-
-
-def _coarsest(start: int, fits: Callable[[int], bool]) -> int | None:
-    """The largest quantiser step that fits, searched around `start`; None if even the finest does not."""
-    return _bisect(start, fits, finer_is_better=False)
-
-
-def _bisect(start: int, fits: Callable[[int], bool], *, finer_is_better: bool) -> int | None:
-    """A step that fits and is near the border to those that do not. Steps are compared as ratios."""
-    safe, better = _STEPS if not finer_is_better else _STEPS[::-1]
-    if fits(start):
-        safe, better = start, round(min(max(start * (0.25 if finer_is_better else 4), _STEPS[0]), _STEPS[1]))
-        if fits(better):
-            return better
-    else:
-        better = start
-        if not fits(safe):
-            return None
-    for _ in range(_BISECTIONS):
-        middle = round(math.sqrt(safe * better))
-        if middle in (safe, better):
-            break
-        if fits(middle):
-            safe = middle
-        else:
-            better = middle
-    return safe
+    return stage_kernels() + file.KERNELS + KernelSet((quantize,), use_each, seconds=1)

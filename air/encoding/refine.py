@@ -34,8 +34,8 @@ class Refiner:
     """Gaussians of all stages on their way to a file.
 
     Args:
-        parameters: As from `air.codec.file.canonical_parameters`, shape (8, N); changed by `run`.
-        corner: As from `air.codec.file.corners`, shape (2, N).
+        parameters: As from `air.codec.symbols.canonical_parameters`, shape (8, N); changed by `run`.
+        corner: As from `air.codec.symbols.corners`, shape (2, N).
         span: The range of positions from there, in 64ths of a pixel.
         target: The image, float32 (3, height, width).
         workers: The threads to use.

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from air.compute.backends import has_cpu_kernels
 from air.fitting.grid import LARGEST, check_residual
 from air.gaussians import MIN_RAW_SCALE, RAW_CHANNELS, anchors, grid_shape
 
@@ -78,8 +79,8 @@ def _least_squares_colours(residual: Tensor, patch_size: int) -> Tensor:
     taps = [math.exp(-0.5 * (distance / scale) ** 2) for distance in range(radius + 1)]
     energy = 2 * sum(tap * tap for tap in taps) - 1
     scaled = [tap / energy for tap in taps]
-    if residual.device.type == "cpu" and residual.dtype == torch.float32:
-        from air.stages.patches_cpu import filter_symmetrically
+    if has_cpu_kernels(residual):
+        from air.fitting.filter_cpu import filter_symmetrically
 
         return torch.from_numpy(filter_symmetrically(residual.detach().contiguous().numpy(), scaled))
     return _symmetric_filter(_symmetric_filter(residual, scaled, 1), scaled, 2)

@@ -21,14 +21,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from air.compute.compile import LANES, inline, kernel
 from air.compute.planes import PAD_COLUMNS, PAD_ROWS, FloatArray, image_planes, pixels
 from air.compute.simd import (
-    LANES,
     absolute,
     aligned_scratch,
     fma,
-    inline,
-    kernel,
     lane_numbers,
     lane_sum,
     load,

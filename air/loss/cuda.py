@@ -23,11 +23,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from air.compute import ragged
 from air.compute.launch import launch
-from air.compute.ragged import RaggedImages
+from air.compute.ragged import HEIGHT, IMAGE_COLUMNS, MARGIN, ORIGIN, PIXEL, STRIDE, WIDTH, RaggedImages
 from air.loss.reference import L1_WEIGHT, SSIM_C1, SSIM_C2, SSIM_WEIGHT, WINDOW_SIZE, window_weights
-from air.rendering.cuda_kernels import HEIGHT, IMAGE_COLUMNS, ORIGIN, PIXEL, STRIDE, WIDTH
 
 LANES = 128
 """(column, channel) pairs of a strip."""
@@ -43,12 +41,16 @@ SUMS = 3
 
 _WINDOW = tl.constexpr(tuple(float(weight) for weight in window_weights()))
 _TAPS = tl.constexpr(WINDOW_SIZE)
-_HALF = tl.constexpr(ragged.REACH)
+_HALF = tl.constexpr(WINDOW_SIZE // 2)
 _C1, _C2 = tl.constexpr(SSIM_C1), tl.constexpr(SSIM_C2)
 _L1_WEIGHT, _SSIM_WEIGHT = tl.constexpr(L1_WEIGHT), tl.constexpr(SSIM_WEIGHT)
 _SUM_L1, _SUM_SSIM, _SUM_SQUARES = (tl.constexpr(column) for column in range(3))
 _SUMS = tl.constexpr(SUMS)
 _BY_MEAN, _BY_SQUARE, _BY_PRODUCT = (tl.constexpr(column) for column in range(3))
+
+
+if WINDOW_SIZE // 2 > MARGIN:
+    raise ValueError(f"the SSIM window of {WINDOW_SIZE} pixels reaches beyond the images' margin of {MARGIN}")
 
 
 @triton.jit

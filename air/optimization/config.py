@@ -21,10 +21,10 @@ class OptimizeConfig:
     Attributes:
         steps: Number of Adam updates, at least 0.
         offset_rate, scale_rate, angle_rate, colour_rate: Adam's learning rates of the raw numbers of each group.
-        constant_share: Share of the steps, 0 to 1, at these rates; then they fall linearly.
-        final_share: The rates that the fall heads for, as a share of the first.
+        constant_fraction: Share of the steps, 0 to 1, at these rates; then they fall linearly.
+        final_fraction: The rates that the fall heads for, as a share of the first.
         beta1, beta2, eps: Adam's constants.
-        opposed_share: Share, 0 to 1, that is kept of an update against the present gradient, number by number: there
+        opposed_fraction: Share, 0 to 1, that is kept of an update against the present gradient, number by number: there
             momentum has overshot. 1 is plain Adam, 0 the cautious Adam of arXiv 2411.16085 without its rescaling.
     """
 
@@ -33,12 +33,12 @@ class OptimizeConfig:
     scale_rate: float = 0.3
     angle_rate: float = 0.15
     colour_rate: float = 0.04
-    constant_share: float = 0.75
-    final_share: float = 0.1
+    constant_fraction: float = 0.75
+    final_fraction: float = 0.1
     beta1: float = 0.8
     beta2: float = 0.95
     eps: float = 1e-8
-    opposed_share: float = 1.0
+    opposed_fraction: float = 1.0
 
     def __post_init__(self) -> None:
         if self.steps < 0:
@@ -46,7 +46,7 @@ class OptimizeConfig:
         for name in ("offset_rate", "scale_rate", "angle_rate", "colour_rate", "eps"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be a positive number, got {getattr(self, name)}")
-        for name in ("constant_share", "final_share", "opposed_share"):
+        for name in ("constant_fraction", "final_fraction", "opposed_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
         for name in ("beta1", "beta2"):
@@ -64,7 +64,7 @@ class OptimizeConfig:
             steps: Updates, at least 0.
         """
         share = min(1.0, 0.06 * math.sqrt(max(1, steps)))
-        return replace(OptimizeConfig(steps=steps).scaled(share), opposed_share=0.0)
+        return replace(OptimizeConfig(steps=steps).scaled(share), opposed_fraction=0.0)
 
     def scaled(self, factor: float) -> OptimizeConfig:
         """The same with all learning rates multiplied."""
@@ -74,8 +74,8 @@ class OptimizeConfig:
     def rates(self, step: int) -> NDArray[np.float64]:
         """Learning rate of each of the 8 raw columns for update number `step`, counted from 0."""
         done = step / self.steps
-        falling = (1 - done) / (1 - self.constant_share) if self.constant_share < 1 else 1.0
-        share = self.final_share + (1 - self.final_share) * min(1.0, falling)
+        falling = (1 - done) / (1 - self.constant_fraction) if self.constant_fraction < 1 else 1.0
+        share = self.final_fraction + (1 - self.final_fraction) * min(1.0, falling)
         rates = np.empty(RAW_CHANNELS)
         for name, columns in GROUPS.items():
             rates[columns] = share * getattr(self, f"{name}_rate")

@@ -8,11 +8,13 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from air.compute.compile import LANES, KernelSet, kernel
 from air.compute.planes import FloatArray, image_planes, pixels, table
-from air.compute.simd import LANES, fma, kernel, load, splat, sqrt, store, where_ge
+from air.compute.simd import fma, load, splat, sqrt, store, where_ge
 from air.compute.threads import Workers
 from air.gaussians import RAW_CHANNELS
 from air.loss.cpu import FusedLoss, LossValues, blur_target, sweep_loss
+from air.optimization.config import OptimizeConfig
 from air.rendering.cpu_kernels import ONE, ZERO, chain_to_parameters, derive_geometry, draw_runs, gather_runs, sweep
 from air.rendering.raw_cpu import RawRaster, activate_raw, sigmoid_slope, slope_factors
 
@@ -20,16 +22,16 @@ f32 = np.float32
 
 
 @kernel
-def adam_step(raw, patch_size, mean, square, gradient, rates, beta1, beta2, eps, opposed_share, step, first, end):
+def adam_step(raw, patch_size, mean, square, gradient, rates, beta1, beta2, eps, opposed_fraction, step, first, end):
     """Adam's update number `step` (from 1) of Gaussians first .. end - 1, with a learning rate per row in `rates`.
 
-    Of what goes against the present gradient only `opposed_share` is done. `gradient` is with respect to the
+    Of what goes against the present gradient only `opposed_fraction` is done. `gradient` is with respect to the
     parameters: `differentiate_raw` is done on the way, to touch memory once.
     """
     row = raw.shape[1]
     keep1 = f32(beta1)
     keep2 = f32(beta2)
-    kept = f32(opposed_share)
+    kept = f32(opposed_fraction)
     correction = f32(1.0 / np.sqrt(1.0 - beta2**step))
     for k in range(RAW_CHANNELS):
         a, b = slope_factors(k, patch_size)
@@ -94,7 +96,7 @@ class FusedOptimizer:
         return self.drawing.raw_gradient(self.loss.gradient)
 
     def update(
-        self, rates: NDArray[np.float64], beta1: float, beta2: float, eps: float, opposed_share: float = 1.0
+        self, rates: NDArray[np.float64], beta1: float, beta2: float, eps: float, opposed_fraction: float = 1.0
     ) -> None:
         """One Adam step from the gradient that `evaluate` left; `rates` holds one rate per raw column."""
         self._updates += 1
@@ -114,7 +116,7 @@ class FusedOptimizer:
                 beta1,
                 beta2,
                 eps,
-                opposed_share,
+                opposed_fraction,
                 self._updates,
                 first,
                 end,
@@ -127,15 +129,28 @@ class FusedOptimizer:
         return self.drawing.rows()
 
 
-ALL_KERNELS = (
-    activate_raw,
-    adam_step,
-    derive_geometry,
-    draw_runs,
-    gather_runs,
-    sweep,
-    chain_to_parameters,
-    blur_target,
-    sweep_loss,
+def _use_each() -> None:
+    raw, anchor, target = (np.zeros(shape, np.float32) for shape in ((1, RAW_CHANNELS), (1, 2), (3, 1, 1)))
+    state = FusedOptimizer(raw, anchor, target, 1, target, Workers(1))
+    state.evaluate()
+    config = OptimizeConfig(steps=1)
+    state.update(config.rates(0), config.beta1, config.beta2, config.eps, config.opposed_fraction)
+    state.raw_rows()
+
+
+KERNELS = KernelSet(
+    (
+        activate_raw,
+        adam_step,
+        derive_geometry,
+        draw_runs,
+        gather_runs,
+        sweep,
+        chain_to_parameters,
+        blur_target,
+        sweep_loss,
+    ),
+    _use_each,
+    seconds=10,
 )
-"""Every kernel that a fit calls."""
+"""Every kernel of an optimisation."""

@@ -21,13 +21,13 @@ import triton.language as tl
 from numpy.typing import NDArray
 
 from air.compute.launch import launch, selected
-from air.compute.ragged import RaggedImages
+from air.compute.ragged import IMAGE_COLUMNS, RaggedImages
 from air.gaussians import MIN_RAW_SCALE, RAW_CHANNELS
 from air.loss.cuda import SUMS, BatchLoss
 from air.optimization.config import OptimizeConfig
-from air.optimization.optimize import Problem
+from air.optimization.problem import Problem
 from air.rendering.cuda import BLOCKS, launch_draw
-from air.rendering.cuda_kernels import COLOUR, HALF_TURNS, IMAGE_COLUMNS, PARAMETERS, SCALE_1, gather_gradient
+from air.rendering.cuda_kernels import COLOUR, HALF_TURNS, PARAMETERS, SCALE_1, gather_gradient
 
 GRAPH_STEPS = 20
 """Steps in one CUDA graph: enough that starting a graph costs little beside its steps."""
@@ -99,7 +99,7 @@ def gather_and_step(
     beta1,
     beta2,
     eps,
-    opposed_share,
+    opposed_fraction,
     clock,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -117,7 +117,7 @@ def gather_and_step(
     new_mean = beta1 * tl.load(mean + place) + (1 - beta1) * by_raw
     new_square = beta2 * tl.load(square + place) + (1 - beta2) * by_raw * by_raw
     row = rates + (tl.load(clock) - 1) * _RATE_COLUMNS
-    kept = tl.where(new_mean * by_raw < 0, opposed_share, 1.0)
+    kept = tl.where(new_mean * by_raw < 0, opposed_fraction, 1.0)
     value -= kept * tl.load(row + channel) * new_mean / (tl.sqrt(new_square) * tl.load(row + _CORRECTION) + eps)
     parameter, _ = activate_channels(value, anchor, patch_size, channel)
     tl.store(mean + place, new_mean)
@@ -206,7 +206,7 @@ class BatchOptimizer:
             config.beta1,
             config.beta2,
             config.eps,
-            config.opposed_share,
+            config.opposed_fraction,
             self._clock,
             **BLOCKS,
         )

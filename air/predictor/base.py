@@ -9,15 +9,10 @@ A predictor knows nothing of stage control, optimisation or files: the stage loo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from air import defaults
-from air.defaults import COMPACT, GRID, GRID_PATCH_SIZE
-from air.errors import CheckpointError
 from air.fitting.grid import grid_initialization
 from air.fitting.residual import residual_initialization
 from air.gaussians import anchors
@@ -72,50 +67,3 @@ class GridPredictor:
         _, height, width = image.shape
         anchor = anchors(height, width, self.patch_size, image.dtype).to(image.device)
         return Prediction(start(image - canvas, self.patch_size), anchor)
-
-
-def load_predictor(
-    name_or_path: str | Path, patch_size: int | None = None, others: Sequence[str] = (GRID,)
-) -> Predictor:
-    """The predictor of that name.
-
-    Args:
-        name_or_path: "grid", the closed form; "compact", the checkpoint that this package ships; or the path of a
-            checkpoint NAME.safetensors with its card beside it.
-        patch_size: Pixels between anchors; by default 7 for the grid and its own for a network, which has no other.
-        others: As for `checkpoint_path`.
-
-    Raises:
-        CheckpointError: There is no such predictor, its files cannot be read, or it has another patch size.
-    """
-    if name_or_path == GRID:
-        return GridPredictor(GRID_PATCH_SIZE if patch_size is None else patch_size)
-    from air.predictor.checkpoint import load_checkpoint
-
-    network, _ = load_checkpoint(checkpoint_path(name_or_path, others))
-    if patch_size is not None and network.patch_size != patch_size:
-        raise CheckpointError(f"{name_or_path} has patch size {network.patch_size}, not {patch_size}: ask for its own")
-    return network
-
-
-def checkpoint_path(name_or_path: str | Path, others: Sequence[str] = (GRID,)) -> Path:
-    """Where the checkpoint of a predictor other than the grid lies.
-
-    Args:
-        name_or_path: "compact" or the path of a checkpoint.
-        others: Names beside these that the caller takes, for the message about one that it does not.
-
-    Raises:
-        CheckpointError: It is neither "compact" nor the path of a checkpoint, or no "compact" is shipped.
-    """
-    if name_or_path == COMPACT:
-        if not defaults.has_compact():
-            raise CheckpointError(
-                f"this installation ships no compact predictor ({defaults.COMPACT_PATH} is missing): "
-                "train one with `air train` and give its path, or use grid"
-            )
-        return defaults.COMPACT_PATH
-    if not str(name_or_path).endswith(".safetensors"):
-        known = ", ".join([*others, COMPACT])
-        raise CheckpointError(f"unknown predictor {str(name_or_path)!r}: give {known} or a file NAME.safetensors")
-    return Path(name_or_path)

@@ -18,9 +18,9 @@ from typing import Any
 import safetensors
 import safetensors.torch
 
-import air
 from air.errors import CheckpointError
 from air.predictor.network import PredictorNetwork, build
+from air.version import __version__
 
 FORMAT = "air-predictor-1"
 
@@ -49,7 +49,7 @@ class Card:
     plan: str = ""
     metrics: dict[str, float] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
-    code_version: str = air.__version__
+    code_version: str = __version__
 
 
 def save_checkpoint(path: str | Path, network: PredictorNetwork, **card: Any) -> Card:

@@ -12,9 +12,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from air.codec.uniform import ImageAdaptiveQuantizer
 from air.gaussians import anchors
 from air.predictor.base import Prediction
+from air.predictor.quantizer import ImageAdaptiveQuantizer
 
 _QUANTIZER_RATE = 10.0
 """Steps and lows lie tenths from where they start, a trained network's weights thousandths from where they go."""

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from air.codec.file import Stage
+from air.codec.symbols import Stage
 from air.codec.uniform import UniformQuantizer
 from air.errors import CodecError
 from air.gaussians import Gaussians

@@ -31,9 +31,9 @@ import math
 
 import numpy as np
 
+from air.compute.compile import LANES, inline, kernel
 from air.compute.planes import PAD_COLUMNS, PAD_ROWS
 from air.compute.simd import (
-    LANES,
     add_lane_sums,
     aligned_scratch,
     any_positive,
@@ -42,8 +42,6 @@ from air.compute.simd import (
     exp2_unclipped,
     floor,
     fma,
-    inline,
-    kernel,
     lane_numbers,
     load,
     maximum,

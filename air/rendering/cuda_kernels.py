@@ -26,14 +26,10 @@ import math
 import triton
 import triton.language as tl
 
-from air.compute import ragged
+from air.compute.ragged import HEIGHT, IMAGE_COLUMNS, ORIGIN, PIXEL, STRIDE, WIDTH
 from air.gaussians import SUPPORT_CUTOFF
 
 # Kernels read global numbers only as tl.constexpr.
-PIXEL = tl.constexpr(ragged.PIXEL)
-ORIGIN, HEIGHT, WIDTH, STRIDE = (tl.constexpr(column) for column in range(4))
-IMAGE_COLUMNS = tl.constexpr(4)
-
 PARAMETERS = tl.constexpr(8)
 X, Y, SCALE_1, SCALE_2, HALF_TURNS, COLOUR = (tl.constexpr(column) for column in range(6))
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from air.compute.compile import LANES, inline, kernel
 from air.compute.planes import FloatArray, table
-from air.compute.simd import LANES, absolute, exp, fma, inline, kernel, load, round_even, splat, store
+from air.compute.simd import absolute, exp, fma, load, round_even, splat, store
 from air.compute.threads import Workers
 from air.gaussians import MIN_RAW_SCALE, RAW_CHANNELS
 from air.rendering.cpu import OFF_IMAGE, Raster

@@ -10,15 +10,11 @@ loaded at a backend's first use, not by importing this module.
 
 from __future__ import annotations
 
-import importlib.util
-
-import torch
 from torch import Tensor
 
+from air.compute.backends import backend_for, has_cpu_kernels, require_cuda_kernels
 from air.errors import BackendUnavailableError
 from air.gaussians import Gaussians
-
-BACKENDS = ("auto", "reference", "cpu", "cuda")
 
 
 def render(gaussians: Gaussians, height: int, width: int, *, backend: str = "auto", threads: int = 1) -> Tensor:
@@ -51,11 +47,8 @@ def render(gaussians: Gaussians, height: int, width: int, *, backend: str = "aut
         raise ValueError(f"an image needs at least one row and column, got height {height}, width {width}")
     if threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
-    if backend not in BACKENDS:
-        raise ValueError(f"unknown backend {backend!r}; use one of {', '.join(BACKENDS)}")
+    backend = backend_for(gaussians.xy, backend)
     gaussians.validate()
-    if backend == "auto":
-        backend = _backend_for(gaussians.xy)
     if backend == "reference":
         from air.rendering.reference import render_reference
 
@@ -65,7 +58,7 @@ def render(gaussians: Gaussians, height: int, width: int, *, backend: str = "aut
         from air.rendering.cuda import render_cuda
 
         return render_cuda(gaussians, height, width)
-    if gaussians.xy.device.type != "cpu" or gaussians.xy.dtype != torch.float32:
+    if not has_cpu_kernels(gaussians.xy):
         raise ValueError(
             f"the cpu backend draws float32 on the CPU, got {gaussians.xy.dtype} on {gaussians.xy.device}; "
             f"convert with .to() or use backend='reference'"
@@ -75,37 +68,3 @@ def render(gaussians: Gaussians, height: int, width: int, *, backend: str = "aut
     except ImportError as error:
         raise BackendUnavailableError(f"the cpu backend needs numba, which does not load here: {error}") from error
     return render_cpu(gaussians, height, width, threads)
-
-
-def _backend_for(tensor: Tensor) -> str:
-    """What "auto" means for Gaussians of this tensor's dtype and device."""
-    if tensor.dtype == torch.float32 and tensor.device.type == "cpu":
-        return "cpu"
-    if tensor.dtype == torch.float32 and tensor.device.type == "cuda" and triton_is_installed():
-        return "cuda"
-    return "reference"
-
-
-def triton_is_installed() -> bool:
-    """Whether triton can be imported, without importing it."""
-    return importlib.util.find_spec("triton") is not None
-
-
-def require_cuda_kernels(tensor: Tensor) -> None:
-    """Checks that the cuda backend can work on tensors of this dtype and device.
-
-    Raises:
-        BackendUnavailableError: triton does not load here.
-        ValueError: The tensor is not float32, or not on CUDA (or, in triton's interpreter, not on the CPU).
-    """
-    try:
-        from air.compute.launch import runs_on
-    except ImportError as error:
-        raise BackendUnavailableError(
-            f"the cuda backend needs triton, which does not load here: {error}; torch's CUDA wheels bring it"
-        ) from error
-    if tensor.dtype != torch.float32 or not runs_on(tensor.device):
-        raise ValueError(
-            f"the cuda backend works on float32 on CUDA, got {tensor.dtype} on {tensor.device}; "
-            f"convert with .to() or use backend='reference'"
-        )

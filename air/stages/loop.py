@@ -14,104 +14,16 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from air.compute.compile import KernelSet
 from air.errors import NonFiniteLossError
-from air.gaussians import Gaussians, activate, grid_shape
-from air.loss.reference import SSIM_C1, SSIM_C2
-from air.optimization.optimize import OptimizeConfig, OptimizeResult, Problem, Trajectory, optimize_batch
+from air.gaussians import Gaussians, activate
+from air.optimization.optimize import OptimizeConfig, optimize_batch
+from air.optimization.problem import OptimizeResult, Problem, Trajectory
 from air.predictor.base import Predictor
 from air.rendering.render import render
-
-
-@dataclass(frozen=True)
-class StageControl:
-    """When a patch is still bad: if either error is above its bound (method.md section 3).
-
-    Attributes:
-        max_mse: Mean squared error over the patch's pixels and channels; 10^-3.5 is 35 dB.
-        max_dssim: 1 - SSIM from plain means and variances over the patch's pixels, averaged over channels.
-    """
-
-    max_mse: float = 10**-3.5
-    max_dssim: float = 0.05
-
-
-def active_patches(canvas: Tensor, image: Tensor, patch_size: int, control: StageControl) -> Tensor:
-    """Which patches need another Gaussian.
-
-    Args:
-        canvas: Unclamped render so far, shape (3, H, W).
-        image: What it should be, shape (3, H, W).
-        patch_size: Pixels.
-        control: Bounds on the error.
-
-    Returns:
-        Boolean, shape (rows · columns,), row-major. Both images are continued by their border to whole patches.
-    """
-    return _bad_patches(*_patch_errors(canvas, image, patch_size), control)
-
-
-def _bad_patches(mse: Tensor, dssim: Tensor, control: StageControl) -> Tensor:
-    return (mse > control.max_mse) | (dssim > control.max_dssim)
-
-
-def worst_patches(canvas: Tensor, image: Tensor, patch_size: int, among: Tensor, count: int) -> Tensor:
-    """Those `count` of the patches `among` that have the largest squared error; all of them where there are no more.
-
-    Args:
-        canvas: As for `active_patches`.
-        image: As for `active_patches`.
-        patch_size: Pixels.
-        among: Boolean, shape (rows · columns,), row-major.
-        count: How many, at least 0.
-
-    Returns:
-        Boolean, shape (rows · columns,). Of two with the same error, the first goes first.
-    """
-    return _largest(_patch_errors(canvas, image, patch_size)[0], among, count)
-
-
-def _largest(mse: Tensor, among: Tensor, count: int) -> Tensor:
-    """Those `count` of the patches `among` whose error is largest; of two with the same, the first goes first."""
-    order = torch.where(among, mse, -1.0).argsort(descending=True, stable=True)
-    kept = torch.zeros_like(among)
-    kept[order[:count]] = True
-    return kept & among
-
-
-def _patch_errors(canvas: Tensor, image: Tensor, patch_size: int) -> tuple[Tensor, Tensor]:
-    """Mean squared error and 1 - SSIM of every patch (method.md section 3), both (rows · columns,), float64.
-
-    On the CPU in float32 by a compiled kernel; elsewhere in torch, which is its definition.
-    """
-    if image.device.type == "cpu" and image.dtype == canvas.dtype == torch.float32:
-        from air.stages.patches_cpu import patch_errors
-
-        mse, dssim = patch_errors(canvas.detach().contiguous().numpy(), image.detach().contiguous().numpy(), patch_size)
-        return torch.from_numpy(mse), torch.from_numpy(dssim)
-    x = _patches(canvas.detach(), patch_size)
-    y = _patches(image.detach(), patch_size)
-    mse = (x - y).square().mean(dim=(0, 2))
-    mean_x, mean_y = x.mean(dim=2), y.mean(dim=2)
-    variance_x = x.square().mean(dim=2) - mean_x.square()
-    variance_y = y.square().mean(dim=2) - mean_y.square()
-    covariance = (x * y).mean(dim=2) - mean_x * mean_y
-    ssim = ((2 * mean_x * mean_y + SSIM_C1) * (2 * covariance + SSIM_C2)) / (
-        (mean_x.square() + mean_y.square() + SSIM_C1) * (variance_x + variance_y + SSIM_C2)
-    )
-    return mse, 1 - ssim.mean(dim=0)
-
-
-def _patches(image: Tensor, patch_size: int) -> Tensor:
-    """(3, patches, pixels of a patch), in float64: variances are differences of large numbers."""
-    _, height, width = image.shape
-    rows, columns = grid_shape(height, width, patch_size)
-    padding = (0, columns * patch_size - width, 0, rows * patch_size - height)
-    padded = F.pad(image.double()[None], padding, mode="replicate")[0]
-    tiles = padded.reshape(3, rows, patch_size, columns, patch_size).permute(0, 1, 3, 2, 4)
-    return tiles.reshape(3, rows * columns, patch_size * patch_size)
+from air.stages.control import StageControl, bad_patches, largest_errors, patch_errors
 
 
 @dataclass(frozen=True)
@@ -255,11 +167,11 @@ def _each_stage(
         problems: dict[int, Problem] = {}
         for number in going:
             image, background = images[number], backgrounds[number]
-            mse, dssim = _patch_errors(background, image, patch_size)
-            active = _bad_patches(mse, dssim, control)
+            mse, dssim = patch_errors(background, image, patch_size)
+            active = bad_patches(mse, dssim, control)
             remaining = left[number]
             if remaining is not None:
-                active = _largest(mse, active, remaining)
+                active = largest_errors(mse, active, remaining)
                 left[number] = remaining - int(active.sum())
             patch = active.nonzero()[:, 0]
             if not len(patch):
@@ -317,3 +229,12 @@ def _unjudged(problem: Problem, patch_size: int) -> OptimizeResult:
 def all_gaussians(stages: Sequence[StageResult], patch_size: int, which: Literal["target", "predicted"]) -> Gaussians:
     """The Gaussians of all stages as one table, in order of stage and patch."""
     return Gaussians.concatenate([activate(getattr(stage, which), stage.anchor, patch_size) for stage in stages])
+
+
+def stage_kernels() -> KernelSet:
+    """What predicting and optimising in stages runs on the CPU."""
+    from air.fitting.fit import fit_kernels
+    from air.predictor.compact.network import compact_kernels
+    from air.stages import patches_cpu
+
+    return fit_kernels() + patches_cpu.KERNELS + compact_kernels()

@@ -17,9 +17,12 @@ from pydantic import Field
 from pipeline.config import Config
 from pipeline.errors import DamagedDataError, Rejected
 from pipeline.formats import images
-from pipeline.inputs.shards import MAX_SHARD_BYTES, TarWriter, foreign_shard, list_shards, make_sample, read_samples
-from pipeline.storage.open import Storage, open_parent, open_storage
-from pipeline.work.plan import PLAN_PATH, Plan, Unit, checksum_of, read_plan
+from pipeline.formats.tars import MAX_SHARD_BYTES, TarWriter, make_sample
+from pipeline.identity import checksum_of
+from pipeline.inputs.shards import foreign_shard, list_shards, read_samples
+from pipeline.storage.base import Storage
+from pipeline.storage.open import open_parent, open_storage
+from pipeline.work.plan import PLAN_PATH, Plan, Unit, read_plan
 from pipeline.work.process import EncodedImage, Sample
 
 AIR_ENDING = ".air"
@@ -73,11 +76,9 @@ def draw_file(blob: bytes, config: DecodeConfig, threads: int = 1) -> tuple[byte
 
 def prepare_decoder(say: Callable[[str], None]) -> None:
     """Compiles what `draw_file` needs, and says so if that takes long."""
-    from air.codec.file import DECODER_COMPILE_SECONDS, compile_decoder, decoder_is_compiled
+    from air.warmup import warm_up
 
-    if not decoder_is_compiled():
-        say(f"compiling kernels, once on this machine: about {DECODER_COMPILE_SECONDS} s")
-    compile_decoder()
+    warm_up("decode", say)
 
 
 def plan_decode(config: DecodeConfig, given: str) -> tuple[Plan, Callable[[Unit], Iterator[Sample]]]:
@@ -141,7 +142,7 @@ class DecodeJob:
     def process(self, image: EncodedImage) -> dict[str, Any]:
         """The sample of the picture. Raises Rejected as `draw_file`."""
         picture, info = draw_file(image.data, self._config)
-        return make_sample(image, info, picture)
+        return make_sample(image.key, image.source, info, picture)
 
     def writer(self, unit: Unit, scratch: Path, metadata: Mapping[str, str]) -> TarWriter:
         """A writer of tars as large as shards."""

@@ -20,16 +20,17 @@ from air.defaults import GRID
 from pipeline.bulk.views import ViewConfig, make_view
 from pipeline.errors import Rejected
 from pipeline.formats import images, tables
+from pipeline.formats.targets import columns_of
+from pipeline.identity import seed_of
 from pipeline.inputs.shards import read_samples
 from pipeline.predictors import PredictorReference, default_predictor, find_predictor, load
-from pipeline.storage.open import Storage
-from pipeline.work.plan import Unit, seed_of
+from pipeline.storage.base import Storage
+from pipeline.work.plan import Unit
 from pipeline.work.process import EncodedImage, Sample, batched
 
 if TYPE_CHECKING:
     import torch
 
-    from air.gaussians import Gaussians
     from air.optimization.optimize import OptimizeConfig
     from air.predictor.base import Predictor
     from air.stages.loop import StageResult
@@ -145,18 +146,15 @@ class DistillJob:
             BackendUnavailableError: The configuration asks for a GPU that this worker does not have.
             CheckpointError: The predictor cannot be loaded, or is not the one that was planned with.
         """
-        from air.optimization.optimize import COMPILE_SECONDS, compile_kernels, kernels_are_compiled
+        from air.warmup import warm_up
 
         load(self._predictor, self._device())
-        if self._device().type == "cuda":
-            return
-        if not kernels_are_compiled():
-            say(f"compiling kernels, once on this machine: about {COMPILE_SECONDS} s")
-        compile_kernels()
+        if self._device().type != "cuda":
+            warm_up("predict", say)
 
     def _device(self) -> torch.device:
         """Where this worker computes."""
-        from air.optimization.optimize import choose_device
+        from air.compute.backends import choose_device
 
         return choose_device(self._config.device)
 
@@ -273,7 +271,8 @@ def _fit(
     import torch
 
     from air.errors import InvalidGaussiansError, NonFiniteLossError
-    from air.stages.loop import StageControl, run_stages_batch
+    from air.stages.control import StageControl
+    from air.stages.loop import run_stages_batch
 
     assert config.canvas is not None
     try:
@@ -307,17 +306,9 @@ def _view_columns(rgb: np.ndarray, stages: Sequence[StageResult], config: Distil
             [np.full(len(stage), stage.stage, np.int8) for stage in stages] or [np.empty(0, np.int8)]
         ),
         "anchor": np.concatenate([stage.patch.numpy().astype(np.int32) for stage in stages] or [np.empty(0, np.int32)]),
-        **_columns("predicted", all_gaussians(stages, config.patch_size, "predicted")),
-        **_columns("target", all_gaussians(stages, config.patch_size, "target")),
+        **columns_of("predicted", all_gaussians(stages, config.patch_size, "predicted")),
+        **columns_of("target", all_gaussians(stages, config.patch_size, "target")),
         **_stage_columns(stages),
-    }
-
-
-def _columns(prefix: str, gaussians: Gaussians) -> dict[str, np.ndarray]:
-    quantities = (*gaussians.xy.unbind(1), *gaussians.scale.unbind(1), gaussians.angle, *gaussians.colour.unbind(1))
-    return {
-        f"{prefix}_{name}": values.numpy().astype(np.float32)
-        for name, values in zip(tables.GAUSSIAN_QUANTITIES, quantities, strict=True)
     }
 
 

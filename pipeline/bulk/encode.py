@@ -23,10 +23,12 @@ from air.errors import CodecError, InvalidGaussiansError, NonFiniteLossError, Ta
 from pipeline.config import Config
 from pipeline.errors import ConfigError, Rejected
 from pipeline.formats import images, tables
-from pipeline.inputs.shards import ShardConfig, list_images, list_shards, open_tar, read_listing, read_samples
+from pipeline.formats.tars import MAX_SHARD_BYTES, open_tar
+from pipeline.inputs.shards import list_images, list_shards, read_listing, read_samples
 from pipeline.inputs.sources import ItemReader
 from pipeline.predictors import PredictorReference, find_predictor, load
-from pipeline.storage.open import Storage, open_storage
+from pipeline.storage.base import Storage
+from pipeline.storage.open import open_storage
 from pipeline.work.plan import PLAN_PATH, Plan, Unit
 from pipeline.work.process import EncodedImage, Sample
 
@@ -134,8 +136,7 @@ def plan_encode(
         source = open_storage(of_jobs[0])
         plan = _plan(config, predictor, list_shards(source), [source.uri()])
         return plan, {}, partial(read_samples, source)
-    cut = ShardConfig.model_validate({"max_count": config.max_count, "image_column": config.image_column})
-    units, listings = list_images(cut, inputs)
+    units, listings = list_images(inputs, config.max_count, MAX_SHARD_BYTES, config.image_column)
     plan = _plan(config, predictor, units, inputs)
     return plan, listings, partial(read_listing, output, ItemReader(inputs, config.image_column))
 
@@ -215,13 +216,11 @@ def prepare_encoder(predictor: PredictorReference | None, say: Callable[[str], N
     """
     import torch
 
-    from air.encoding.encode import ENCODER_COMPILE_SECONDS, compile_encoder, encoder_is_compiled
+    from air.warmup import warm_up
 
     if predictor is not None:
         load(predictor, torch.device("cpu"))
-    if not encoder_is_compiled():
-        say(f"compiling kernels, once on this machine: about {ENCODER_COMPILE_SECONDS} s")
-    compile_encoder()
+    warm_up("encode", say)
 
 
 def encode_image(

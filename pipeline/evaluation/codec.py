@@ -15,19 +15,19 @@ from typing import Any
 import numpy as np
 import torch
 
+from air.arguments import image_tensor
 from air.codec.bitstream import MOST_SIDE, read_header
 from air.codec.file import decode, read_info
 from air.codec.sensitivity import SensitivityQuantizer
-from air.encoding.encode import compile_encoder, encode
+from air.encoding.encode import encode
 from air.metrics import ms_ssim, psnr
-from air.optimization.optimize import image_tensor
 from air.rendering.cpu import draw_levels
+from air.warmup import warm_up
 from pipeline.bulk.encode import encoding_rejects
 from pipeline.evaluation import baselines
 from pipeline.evaluation.config import EvaluateConfig
 from pipeline.evaluation.predictor import Evaluation, Rows, measure_pictures
 from pipeline.inputs.pictures import Picture
-from pipeline.reports.charts import Chart, Curve
 
 AIR = "AIR"
 """What tables call our codec."""
@@ -54,7 +54,7 @@ def evaluate_codec(
         Rows as `pipeline.formats.tables.CODEC_EVALUATION`.
     """
     torch.set_num_threads(config.threads)
-    compile_encoder()
+    warm_up("encode")
     # What the first call costs, such as loading kernels, is no picture's time.
     noise = np.random.default_rng(0).integers(0, 256, (_WARM_UP_SIDE, _WARM_UP_SIDE, 3), np.uint8)
     _draw_file(encode(noise, bpp=8.0, steps=2, stored_steps=2, threads=config.threads), config.threads)
@@ -134,20 +134,3 @@ def means(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[float, str], dict[str
         group: {name: sum(row[name] for row in members) / len(members) for name in quantities}
         for group, members in sorted(groups.items(), key=lambda item: item[0][0])
     }
-
-
-def charts(rows: Sequence[Mapping[str, Any]], more: Sequence[Curve] = ()) -> list[Chart]:
-    """Mean PSNR and mean MS-SSIM over mean bits per pixel; `more` curves join the first."""
-    mean = means(rows)
-    names = list(dict.fromkeys(codec for _, codec in mean))
-
-    def curves(quantity: str) -> list[Curve]:
-        return [
-            Curve(name, [(figures["bpp"], figures[quantity]) for (_, codec), figures in mean.items() if codec == name])
-            for name in names
-        ]
-
-    return [
-        Chart("mean PSNR in dB over bits per pixel", [*curves("psnr"), *more], log_x=True),
-        Chart("mean MS-SSIM over bits per pixel", curves("ms_ssim"), log_x=True),
-    ]

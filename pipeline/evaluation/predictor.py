@@ -24,10 +24,12 @@ from air.defaults import GRID
 from air.errors import InvalidGaussiansError, NonFiniteLossError
 from air.gaussians import RAW_CHANNELS, activate, grid_shape
 from air.metrics import ms_ssim, psnr
-from air.optimization.optimize import OptimizeConfig, compile_kernels, optimize
+from air.optimization.optimize import OptimizeConfig, optimize
 from air.predictor.base import GridPredictor, Predictor
 from air.rendering.render import render
-from air.stages.loop import StageControl, run_stages
+from air.stages.control import StageControl
+from air.stages.loop import run_stages
+from air.warmup import warm_up
 from pipeline.errors import Rejected
 from pipeline.evaluation.config import EvaluateConfig
 from pipeline.inputs.pictures import Picture
@@ -90,7 +92,7 @@ def evaluate(
         ConfigError: It has fewer stages than are asked for.
     """
     torch.set_num_threads(config.threads)
-    compile_kernels()
+    warm_up("predict")
     control = StageControl(config.max_patch_mse, config.max_patch_dssim)
     same = (reference.stages(config.stages), config.gaussians, control)
     rates = OptimizeConfig if reference.name == GRID else OptimizeConfig.refinement

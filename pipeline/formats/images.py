@@ -18,7 +18,6 @@ import struct
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from enum import StrEnum
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,7 +29,7 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from pipeline.errors import DamagedDataError, Rejected
+from pipeline.errors import DamagedDataError, Reason, Rejected
 
 logger = logging.getLogger(__name__)
 
@@ -41,25 +40,6 @@ MAX_PIXELS = 2**27
 """The largest image decoded by default: 134 million pixels, 0.4 GB as RGB."""
 
 WHITE = (255, 255, 255)
-
-
-class Reason(StrEnum):
-    """Why an image cannot be used: the reason codes of quarantine."""
-
-    EMPTY = "empty"
-    """Zero bytes."""
-    NOT_AN_IMAGE = "not_an_image"
-    """No known image signature at its start."""
-    UNSUPPORTED = "unsupported"
-    """An image or document, but of a format or pixel type that is not read here, or that cannot be written."""
-    TRUNCATED = "truncated"
-    """The file ends before its own structure does: fetch it again."""
-    CORRUPT = "corrupt"
-    """As long as it says, but its content contradicts itself or its checksums."""
-    TOO_MANY_PIXELS = "too_many_pixels"
-    """The header claims more pixels than allowed. Nothing was decoded."""
-    TOO_SMALL = "too_small"
-    """Smaller than one patch in height or width."""
 
 
 class ImageInfo(NamedTuple):

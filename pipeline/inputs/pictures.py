@@ -14,7 +14,8 @@ from pipeline.errors import ConfigError
 from pipeline.formats import images
 from pipeline.inputs.blocks import BlockReader, find_blocks
 from pipeline.inputs.sources import Item, ItemReader, find_items
-from pipeline.storage.open import Storage, open_storage
+from pipeline.storage.base import Storage
+from pipeline.storage.open import open_storage
 from pipeline.work.plan import PLAN_PATH, read_plan
 
 

@@ -8,186 +8,35 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import tarfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any, BinaryIO, ClassVar, Literal, cast
+from typing import Any, cast
 
-from pydantic import Field
-
-from pipeline.config import Config
 from pipeline.errors import DamagedDataError, JobFailedError, Rejected
 from pipeline.formats import images
+from pipeline.formats.tars import count_samples, member_bytes, tar_bytes
+from pipeline.identity import checksum_of, file_safe, printable
 from pipeline.inputs.sources import Item, ItemReader, find_items, missing_input
-from pipeline.storage.open import Storage
-from pipeline.work.plan import (
-    PLAN_PATH,
-    Plan,
-    Unit,
-    checksum_of,
-    committed_units,
-    file_safe,
-    printable,
-    read_manifests,
-    read_plan,
-)
-from pipeline.work.process import EncodedImage, Sample
-
-# Members that webdataset's iterators pass over.
-_META = re.compile(r"__[^/]*__($|/)")
-
-MAX_SHARD_BYTES = 256_000_000
-"""Bytes of a shard at most, unless the configuration says otherwise."""
+from pipeline.storage.base import Storage
+from pipeline.work.manifest import committed_units, read_manifests
+from pipeline.work.plan import PLAN_PATH, Unit, read_plan
+from pipeline.work.process import Sample
 
 # Upper bound on a sample's JSON member, beside its key and source.
 _ABOUT_BYTES = 256
 
 
-class ShardConfig(Config):
-    """What `air shard` makes of a collection of images."""
-
-    max_count: int = Field(256, ge=1, le=1_000_000, description="most images in a shard")
-    max_bytes: int = Field(
-        MAX_SHARD_BYTES, ge=tarfile.RECORDSIZE, description="most bytes of a shard; one larger image stands alone"
-    )
-    check: Literal["decode", "header"] = Field("decode", description="decode every image, or read its header only")
-    max_pixels: int = Field(images.MAX_PIXELS, ge=1, description="images with more pixels are refused before decoding")
-    image_column: str | None = Field(None, description="Parquet column with image bytes; default: a known name")
-
-
-class ShardJob:
-    """Packs images into shards; their bytes stay as they are."""
-
-    name: ClassVar[str] = "shard"
-
-    def __init__(self, config: ShardConfig, inputs: Sequence[str], output: Storage) -> None:
-        self._config = config
-        self._output = output
-        self._reader = ItemReader(inputs, config.image_column)
-
-    def prepare(self, say: Callable[[str], None]) -> None:
-        """Nothing takes long."""
-
-    def samples(self, unit: Unit, scratch: Path) -> Iterator[Sample]:
-        """The images of the unit's listing."""
-        return read_listing(self._output, self._reader, unit)
-
-    def process(self, image: EncodedImage) -> dict[str, Any]:
-        """The WebDataset sample: the untouched bytes under their true ending, and a JSON member about them."""
-        info = images.probe(image.data, max_pixels=self._config.max_pixels)
-        if self._config.check == "decode":
-            images.decode(image.data, max_pixels=self._config.max_pixels)
-        return make_sample(image, info, image.data)
-
-    def writer(self, unit: Unit, scratch: Path, metadata: Mapping[str, str]) -> TarWriter:
-        """A writer of tars no larger than configured."""
-        return TarWriter(unit.name, scratch, self._config.max_bytes)
-
-
-def make_sample(image: EncodedImage, info: images.ImageInfo, data: bytes) -> dict[str, Any]:
-    """The WebDataset sample of an image file `data`: its bytes under its format's ending, and a JSON member."""
-    about = {
-        "key": image.key,
-        "source": image.source,
-        "format": info.format,
-        "width": info.width,
-        "height": info.height,
-        "bytes": len(data),
-        "sha256": hashlib.sha256(data).hexdigest(),
-    }
-    return {"__key__": image.key, info.extension: data, "json": json.dumps(about).encode()}
-
-
-class TarWriter:
-    """Writes samples to `<unit>.tar`, then `<unit>-1.tar` and so on where one would grow beyond the limit.
-
-    Equal samples give equal bytes: times and owners are fixed.
-    """
-
-    def __init__(self, unit: str, scratch: Path, max_bytes: int) -> None:
-        self._unit = unit
-        self._scratch = scratch
-        self._max_bytes = max_bytes
-        self._files: list[tuple[Path, int]] = []
-        self._stream: BinaryIO | None = None
-        self._tar: Any = None
-        self._count = 0
-        self._bytes = 0
-
-    def add(self, result: dict[str, Any]) -> Mapping[str, float]:
-        """Appends a sample; counts images, bytes and pixels."""
-        key = result["__key__"]
-        size = sum(_member_bytes(f"{key}.{name}", len(value)) for name, value in result.items() if name != "__key__")
-        if self._tar is not None and _tar_bytes(self._bytes + size) > self._max_bytes:
-            self._close()
-        if self._tar is None:
-            self._tar = self._open()
-        self._tar.write(result)
-        self._count += 1
-        self._bytes += size
-        about = json.loads(result["json"])
-        return {"images": 1, "image_bytes": about["bytes"], "pixels": about["width"] * about["height"]}
-
-    def finish(self) -> list[tuple[Path, int]]:
-        """Closes the last tar. A unit without samples gives none."""
-        self._close()
-        return self._files
-
-    def _open(self) -> Any:
-        part = f"-{len(self._files)}" if self._files else ""
-        path = self._scratch / f"{self._unit}{part}.tar"
-        self._stream = path.open("wb")
-        self._files.append((path, 0))
-        self._count, self._bytes = 0, 0
-        return open_tar(self._stream)
-
-    def _close(self) -> None:
-        if self._tar is None or self._stream is None:
-            return
-        self._tar.close()
-        self._stream.close()
-        self._files[-1] = (self._files[-1][0], self._count)
-        self._tar = self._stream = None
-
-
-def open_tar(stream: BinaryIO) -> Any:
-    """A writer of WebDataset samples {"__key__": key, ending: bytes} to a tar; equal samples give equal bytes."""
-    from webdataset.writer import TarWriter as WebDatasetWriter  # imports torch: only workers pay for it
-
-    return WebDatasetWriter(stream, encoder=False, mtime=0, format="GNU_FORMAT")
-
-
-def _member_bytes(name: str, size: int) -> int:
-    """What a tar member takes: a header and its content in whole blocks, and as much again for a long name."""
-    length = len(name.encode("utf-8", "surrogateescape"))
-    long_name = tarfile.BLOCKSIZE + _whole(length + 1, tarfile.BLOCKSIZE) if length > tarfile.LENGTH_NAME else 0
-    return long_name + tarfile.BLOCKSIZE + _whole(size, tarfile.BLOCKSIZE)
-
-
-def _tar_bytes(members: int) -> int:
-    """The size of a tar: its members and two empty blocks, in whole records."""
-    return _whole(members + 2 * tarfile.BLOCKSIZE, tarfile.RECORDSIZE)
-
-
-def _whole(size: int, unit: int) -> int:
-    return -(-size // unit) * unit
-
-
-def plan_shards(config: ShardConfig, inputs: Sequence[str]) -> tuple[Plan, dict[str, bytes]]:
-    """The plan of `air shard`, and the listing of every shard's images by path.
-
-    Raises:
-        ConfigError: No images, or two with one key.
-        StorageError: An input cannot be read.
-    """
-    units, listings = list_images(config, inputs)
-    return Plan.make("shard", config, units, inputs), listings
-
-
-def list_images(config: ShardConfig, inputs: Sequence[str]) -> tuple[list[Unit], dict[str, bytes]]:
+def list_images(
+    inputs: Sequence[str], max_count: int, max_bytes: int, image_column: str | None
+) -> tuple[list[Unit], dict[str, bytes]]:
     """The images of the inputs as units, no larger than a shard is to be, and the listing of each by its path.
+
+    Args:
+        inputs: As for `air shard`: folders, globs, tars, Parquet.
+        max_count: Most images of a unit.
+        max_bytes: Most bytes of the tar that a unit makes; one larger image stands alone.
+        image_column: Parquet column with image bytes; None: a known name.
 
     Raises:
         ConfigError: No images, or two with one key.
@@ -195,7 +44,7 @@ def list_images(config: ShardConfig, inputs: Sequence[str]) -> tuple[list[Unit],
     """
     units: list[Unit] = []
     listings: dict[str, bytes] = {}
-    for items in _cut(find_items(inputs, config.image_column), config):
+    for items in _cut(find_items(inputs, image_column), max_count, max_bytes):
         name = f"shard-{len(units):05d}"
         listing = json.dumps([asdict(item) for item in items], separators=(",", ":")).encode()
         checksum = hashlib.sha256(listing).hexdigest()
@@ -228,14 +77,14 @@ def read_listing(output: Storage, reader: ItemReader, unit: Unit) -> Iterator[Sa
         yield Sample(item.key, item.source, lambda item=item: reader.read(item))
 
 
-def _cut(items: Sequence[Item], config: ShardConfig) -> Iterator[list[Item]]:
+def _cut(items: Sequence[Item], max_count: int, max_bytes: int) -> Iterator[list[Item]]:
     """Runs of items within both limits."""
     run: list[Item] = []
     size = 0
     for item in items:
         about = _ABOUT_BYTES + len(json.dumps([item.key, item.source]))
-        cost = _member_bytes(f"{item.key}.webp", item.bytes) + _member_bytes(f"{item.key}.json", about)
-        if run and (len(run) == config.max_count or _tar_bytes(size + cost) > config.max_bytes):
+        cost = member_bytes(f"{item.key}.webp", item.bytes) + member_bytes(f"{item.key}.json", about)
+        if run and (len(run) == max_count or tar_bytes(size + cost) > max_bytes):
             yield run
             run, size = [], 0
         run.append(item)
@@ -352,25 +201,3 @@ def _sample(sample: Mapping[str, Any], unit: Unit, image_endings: frozenset[str]
         return data
 
     return Sample(key, source, read)
-
-
-def count_samples(local: Path) -> int:
-    """Samples of a local shard: distinct runs of members with one key, as webdataset groups them.
-
-    Raises:
-        DamagedDataError: It is not a whole tar.
-    """
-    from webdataset.tariterators import base_plus_ext
-
-    count, last = 0, None
-    try:
-        with tarfile.open(local, mode="r:") as archive:
-            for member in archive:
-                taken = member.isreg() and not _META.match(member.name)
-                key, _ = base_plus_ext(member.name) if taken else (None, None)
-                if key is not None and key != last:
-                    count, last = count + 1, key
-                archive.members = []  # type: ignore[attr-defined]  # a million headers would stay in memory
-    except tarfile.TarError as error:
-        raise DamagedDataError(f"{local} is not a whole tar: {error}") from None
-    return count

@@ -22,15 +22,9 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import ConfigError, DamagedDataError, Rejected, StorageError
 from pipeline.formats.images import IMAGE_EXTENSIONS
-from pipeline.storage.open import (
-    Entry,
-    ForbiddenFileError,
-    MissingFileError,
-    Storage,
-    normalise,
-    open_parent,
-    open_storage,
-)
+from pipeline.storage.base import Entry, ForbiddenFileError, MissingFileError, Storage
+from pipeline.storage.open import open_parent, open_storage
+from pipeline.storage.uri import normalise
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,9 @@ import pyarrow as pa
 
 from pipeline.errors import StorageError
 from pipeline.formats import tables
-from pipeline.storage.open import Storage
-from pipeline.work.plan import Manifest, read_manifests, read_plan
+from pipeline.storage.base import Storage
+from pipeline.work.manifest import Manifest, read_manifests
+from pipeline.work.plan import read_plan
 
 _COMMITS = pa.schema(
     [

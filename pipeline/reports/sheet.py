@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from air.gaussians import Gaussians, grid_shape
 from air.rendering.render import render
-from pipeline.formats import images, tables
-from pipeline.storage.open import Storage
-from pipeline.work.plan import read_manifests
+from pipeline.formats import images
+from pipeline.formats.targets import gaussians_of
+from pipeline.storage.base import Storage
+from pipeline.work.manifest import read_manifests
 
 _CELL_WIDTH, _CELL_HEIGHT = 300, 230
 _MARGIN, _CAPTION, _HEADER = 10, 20, 64
@@ -24,26 +24,6 @@ _PAPER, _INK, _FAINT = (250, 250, 248), (30, 30, 30), (110, 110, 110)
 # From the first stage to the last: cold where one Gaussian was enough, hot where the picture asked for more.
 _STAGE_COLOURS = ((43, 61, 114), (46, 134, 171), (246, 174, 45), (214, 64, 69), (140, 30, 120), (60, 0, 60))
 _NO_STAGE_COLOUR = (15, 15, 15)
-
-
-def gaussians_of(row: Mapping[str, Any], which: str, stages: Sequence[int]) -> Gaussians:
-    """The Gaussians of some stages of a target row.
-
-    Args:
-        row: A row of the targets table.
-        which: `predicted` or `target`.
-        stages: Which stages.
-    """
-    chosen = np.isin(np.asarray(row["stage"]), stages)
-    columns = [
-        torch.from_numpy(np.asarray(row[f"{which}_{name}"], np.float32)[chosen]) for name in tables.GAUSSIAN_QUANTITIES
-    ]
-    return Gaussians(
-        xy=torch.stack(columns[0:2], dim=1),
-        scale=torch.stack(columns[2:4], dim=1),
-        angle=columns[4],
-        colour=torch.stack(columns[5:8], dim=1),
-    )
 
 
 def final_gaussians(row: Mapping[str, Any], canvas: str) -> Gaussians:

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from pipeline.errors import StorageError
-from pipeline.storage.open import TEMPORARY_PREFIX, Entry, ForbiddenFileError, MissingFileError, Storage, check_path
+from pipeline.storage.base import Entry, ForbiddenFileError, MissingFileError, Storage
+from pipeline.storage.uri import TEMPORARY_PREFIX, check_path
 
 
 @dataclass(frozen=True)

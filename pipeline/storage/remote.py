@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from pipeline.errors import StorageError
-from pipeline.storage.open import TEMPORARY_PREFIX, Entry, MissingFileError, Storage, check_path
+from pipeline.storage.base import Entry, MissingFileError, Storage
+from pipeline.storage.uri import TEMPORARY_PREFIX, check_path
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore, RetryConfig

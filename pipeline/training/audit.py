@@ -9,7 +9,7 @@ from air.errors import CheckpointError
 from air.predictor.checkpoint import load_checkpoint
 from pipeline.errors import DamagedDataError, TrainingError
 from pipeline.predictors import local_checkpoint
-from pipeline.storage.open import MissingFileError, Storage
+from pipeline.storage.base import MissingFileError, Storage
 from pipeline.training.config import TrainConfig
 from pipeline.training.log import read_metrics
 from pipeline.training.state import KINDS, checkpoints, read_state, read_tensors, remove_checkpoint

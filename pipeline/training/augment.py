@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 
 from pipeline.config import Config
 from pipeline.formats import images
-from pipeline.work.plan import seed_of
+from pipeline.identity import seed_of
 
 
 class AugmentConfig(Config):

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import queue
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pipeline.errors import Rejected
-from pipeline.inputs.blocks import Block, BlockReader, GlobalOrder, RawSample, rank_slice
+from pipeline.identity import seed_of
+from pipeline.inputs.blocks import Block, BlockReader, RawSample
 from pipeline.storage.open import open_storage
 from pipeline.training.augment import crop_side, make_crop
 from pipeline.training.config import TrainConfig
+from pipeline.training.order import GlobalOrder, rank_slice
 from pipeline.training.targets import StageTargets, cut_targets
-from pipeline.work.plan import seed_of
 
 logger = logging.getLogger(__name__)
 
@@ -125,3 +129,51 @@ class Feed:
             return make_crop(sample.rgb, side, config, seed), []
         assert sample.row is not None
         return cut_targets(sample.row, sample.rgb, config.stages, side, self._canvas, seed)
+
+
+Batch = TypeVar("Batch")
+
+
+class Prefetcher(Generic[Batch]):
+    """Makes batches step after step in a thread, a few ahead of who takes them.
+
+    Args:
+        make: The batch of a step.
+        first: Step to begin with.
+        ahead: How many are kept ready.
+    """
+
+    def __init__(self, make: Callable[[int], Batch], first: int, ahead: int) -> None:
+        self._make = make
+        self._ready: queue.Queue[Any] = queue.Queue(max(1, ahead))
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(first,), name="feed", daemon=True)
+        self._thread.start()
+
+    def _run(self, step: int) -> None:
+        while not self._stopped.is_set():
+            try:
+                item: Any = self._make(step)
+            except Exception as error:  # noqa: BLE001  # raised again where the batch is taken
+                item = error
+            while not self._stopped.is_set():
+                try:
+                    self._ready.put(item, timeout=0.2)
+                    break
+                except queue.Full:
+                    continue
+            if isinstance(item, Exception):
+                return
+            step += 1
+
+    def take(self) -> Batch:
+        """The next batch. Raises what making it raised."""
+        item = self._ready.get()
+        if isinstance(item, Exception):
+            raise item
+        return item
+
+    def close(self) -> None:
+        """Ends the thread."""
+        self._stopped.set()
+        self._thread.join(timeout=10)

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, model_validator
 
 from pipeline.config import Config
-from pipeline.inputs.blocks import FeedConfig
 from pipeline.training.augment import AugmentConfig
+from pipeline.training.order import FeedConfig
 
 if TYPE_CHECKING:
     from air.optimization.optimize import OptimizeConfig
-    from air.stages.loop import StageControl
+    from air.stages.control import StageControl
 
 
 class LossConfig(Config):
@@ -45,7 +45,7 @@ class LossConfig(Config):
 
     def control(self) -> StageControl:
         """Which patches get a Gaussian."""
-        from air.stages.loop import StageControl
+        from air.stages.control import StageControl
 
         return StageControl(self.max_patch_mse, self.max_patch_dssim)
 
@@ -54,7 +54,7 @@ class OptimizerConfig(Config):
     """AdamW, its schedule, and the moving average of the weights."""
 
     rate: float = Field(1e-3, gt=0, le=10, description="highest learning rate")
-    final_share: float = Field(0.02, ge=0, le=1, description="the rate's end, as a share of the highest")
+    final_fraction: float = Field(0.02, ge=0, le=1, description="the rate's end, as a share of the highest")
     warmup_steps: int = Field(200, ge=0, description="steps in which the rate rises from zero")
     weight_decay: float = Field(
         0.05, ge=0, le=10, description="AdamW's decay of weights of linear and convolution layers"
@@ -65,7 +65,7 @@ class OptimizerConfig(Config):
     average: float = Field(0.999, ge=0, lt=1, description="moving average of the weights that is validated and kept")
 
     def rate_share(self, step: int, progress: float) -> float:
-        """The rate of a step as a share of the highest: a linear warm-up, a cosine from 1 to `final_share`.
+        """The rate of a step as a share of the highest: a linear warm-up, a cosine from 1 to `final_fraction`.
 
         Args:
             step: From 0.
@@ -73,7 +73,7 @@ class OptimizerConfig(Config):
         """
         warm = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
         cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-        return warm * (self.final_share + (1 - self.final_share) * cosine)
+        return warm * (self.final_fraction + (1 - self.final_fraction) * cosine)
 
 
 class TrainConfig(FeedConfig, AugmentConfig, LossConfig, OptimizerConfig):

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import DamagedDataError
-from pipeline.storage.open import Storage
+from pipeline.storage.base import Storage
 
 METRICS_PATH = "metrics.jsonl"
 _WRITE_SECONDS = 10.0

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,11 +25,13 @@ from air.metrics import psnr_of
 from air.predictor.checkpoint import save_checkpoint
 from air.predictor.network import PredictorNetwork
 from pipeline.errors import TrainingError
-from pipeline.inputs.blocks import Block, Prefetcher
+from pipeline.identity import seed_of
+from pipeline.inputs.blocks import Block
 from pipeline.predictors import is_whole
 from pipeline.storage.open import open_storage
-from pipeline.training.batches import Crops, Feed, LocalBatch
+from pipeline.training.batches import Crops, Feed, LocalBatch, Prefetcher
 from pipeline.training.config import TrainConfig, TrainerConfig
+from pipeline.training.group import Group
 from pipeline.training.log import TrainingLog
 from pipeline.training.losses import (
     BatchLosses,
@@ -41,13 +43,9 @@ from pipeline.training.losses import (
 from pipeline.training.start import make_network
 from pipeline.training.state import TrainingState, checkpoints, folder_of, read_state, remove_old_checkpoints
 from pipeline.training.validation import load_images, picture_grid, validate
-from pipeline.work.plan import seed_of
 from pipeline.work.runner import MIN_SAMPLES_TO_JUDGE
 
 logger = logging.getLogger(__name__)
-
-_BUCKET = 16_000_000
-"""Numbers that are summed over the workers at a time."""
 
 
 @dataclass(frozen=True)
@@ -75,48 +73,6 @@ class TrainJob:
     threads: int
 
 
-class Group:
-    """The workers that train together; by itself, a group of one. With more, torch.distributed is initialised.
-
-    Attributes:
-        rank: Of this worker.
-        size: How many.
-        device: What it computes on.
-    """
-
-    def __init__(self, rank: int = 0, size: int = 1, device: torch.device | None = None) -> None:
-        self.rank = rank
-        self.size = size
-        self.device = device or torch.device("cpu")
-
-    def sum(self, tensors: Sequence[Tensor]) -> None:
-        """Replaces every tensor by its sum over the workers."""
-        if self.size == 1 or not tensors:
-            return
-        bucket: list[Tensor] = []
-        for tensor in tensors:
-            if bucket and sum(map(Tensor.numel, bucket)) + tensor.numel() > _BUCKET:
-                self._sum_bucket(bucket)
-                bucket = []
-            bucket.append(tensor)
-        self._sum_bucket(bucket)
-
-    @staticmethod
-    def _sum_bucket(bucket: Sequence[Tensor]) -> None:
-        flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
-        torch.distributed.all_reduce(flat)
-        for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
-            tensor.copy_(part.view_as(tensor))
-
-    def gather(self, value: list[str]) -> list[str]:
-        """The lists of all workers, one after another."""
-        if self.size == 1:
-            return value
-        gathered: list[Any] = [None] * self.size
-        torch.distributed.all_gather_object(gathered, value)
-        return [entry for part in gathered for entry in part]
-
-
 Report = Callable[[Mapping[str, float]], None]
 """Called by rank 0 with what a display shows."""
 
@@ -133,9 +89,9 @@ def train(job: TrainJob, group: Group, report: Report = lambda figures: None) ->
     """
     torch.set_num_threads(job.threads)
     if group.device.type == "cpu":
-        from air.optimization.optimize import compile_kernels
+        from air.warmup import warm_up
 
-        compile_kernels()
+        warm_up("predict")
     with Workers(job.threads) as workers:
         return _Run(job, group, workers, report)()
 

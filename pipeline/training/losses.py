@@ -17,10 +17,12 @@ from torch import Tensor
 from air.codec.uniform import channel_values, gaussians_from_channels
 from air.compute.threads import Workers
 from air.gaussians import Gaussians, activate, anchors
-from air.optimization.optimize import OptimizeConfig, Problem, optimize, optimize_batch
+from air.loss.batch import BatchLoss
+from air.optimization.optimize import OptimizeConfig, optimize, optimize_batch
+from air.optimization.problem import Problem
 from air.predictor.network import PredictorNetwork
-from air.rendering.batch import BatchLoss, render_batch
-from air.stages.loop import StageControl, active_patches
+from air.rendering.batch import render_batch
+from air.stages.control import StageControl, active_patches
 from pipeline.training.config import LossConfig
 from pipeline.training.targets import StageTargets
 

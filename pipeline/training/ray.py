@@ -18,8 +18,9 @@ from typing import Any
 from air.errors import AirError, NonFiniteLossError
 from pipeline.config import RunnerConfig
 from pipeline.errors import ConfigError, JobFailedError, TrainingError
-from pipeline.training.loop import Group, Report, TrainJob, train
-from pipeline.work.executor import ray_session
+from pipeline.training.group import Group
+from pipeline.training.loop import Report, TrainJob, train
+from pipeline.work.ray import ray_session
 
 logger = logging.getLogger(__name__)
 

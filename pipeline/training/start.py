@@ -10,9 +10,9 @@ import torch
 from air.predictor.checkpoint import Card, load_checkpoint, read_card
 from air.predictor.network import PredictorNetwork, build
 from pipeline.errors import TrainingError
+from pipeline.identity import seed_of
 from pipeline.predictors import local_checkpoint
 from pipeline.training.config import TrainConfig, TrainerConfig
-from pipeline.work.plan import seed_of
 
 logger = logging.getLogger(__name__)
 

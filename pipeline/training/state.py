@@ -26,7 +26,7 @@ from torch import Tensor
 
 from air.predictor.network import PredictorNetwork
 from pipeline.errors import DamagedDataError, TrainingError
-from pipeline.storage.open import MissingFileError, Storage
+from pipeline.storage.base import MissingFileError, Storage
 from pipeline.training.config import OptimizerConfig
 
 logger = logging.getLogger(__name__)

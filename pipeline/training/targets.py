@@ -11,7 +11,7 @@ from torch import Tensor
 
 from air.gaussians import RAW_CHANNELS, Gaussians, anchors, deactivate
 from air.rendering.render import render
-from pipeline.formats import tables
+from pipeline.formats.targets import gaussians_of
 from pipeline.training.augment import aligned_corner
 
 
@@ -62,7 +62,7 @@ def cut_targets(
     patch_row, patch_column = patch // columns - top, patch % columns - left
     inside = (patch_row >= 0) & (patch_row < height) & (patch_column >= 0) & (patch_column < width)
     anchor = anchors(rgb.shape[0], rgb.shape[1], patch_size)[torch.from_numpy(patch)]
-    targets, drawn = _gaussians(row, "target"), _gaussians(row, canvas)
+    targets, drawn = gaussians_of(row, "target"), gaussians_of(row, canvas)
     goals = deactivate(targets, anchor, patch_size)
     # A plain sum: moved by the corner, the whole view's Gaussians draw the crop of the whole view's canvas.
     moved = Gaussians(drawn.xy - corner, drawn.scale, drawn.angle, drawn.colour)
@@ -83,11 +83,3 @@ def cut_targets(
     rows_cut = slice(top * patch_size, (top + height) * patch_size)
     columns_cut = slice(left * patch_size, (left + width) * patch_size)
     return rgb[rows_cut, columns_cut], found
-
-
-def _gaussians(row: dict[str, Any], which: str) -> Gaussians:
-    columns = [torch.tensor(row[f"{which}_{name}"], dtype=torch.float32) for name in tables.GAUSSIAN_QUANTITIES]
-    x, y, scale_1, scale_2, angle, *colour = columns
-    return Gaussians(
-        torch.stack([x, y], dim=1), torch.stack([scale_1, scale_2], dim=1), angle, torch.stack(colour, dim=1)
-    )

@@ -9,14 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from air.codec.file import Stage, gaussians_of, quantize_stages
+from air.codec.symbols import Stage, gaussians_of, quantize_stages
 from air.gaussians import Gaussians, activate
 from air.metrics import psnr
 from air.optimization.optimize import OptimizeConfig
 from air.predictor.network import PredictorNetwork
 from air.predictor.quantized import learned_table
 from air.rendering.render import render
-from air.stages.loop import StageControl, StageResult, all_gaussians, run_stages
+from air.stages.control import StageControl
+from air.stages.loop import StageResult, all_gaussians, run_stages
 from pipeline.errors import Rejected, TrainingError
 from pipeline.inputs.pictures import find_pictures
 

@@ -8,18 +8,11 @@ from collections.abc import Iterator, Sequence
 import pyarrow.parquet as pq
 
 from pipeline.errors import DamagedDataError
-from pipeline.inputs.shards import count_samples
-from pipeline.storage.open import Entry, Storage
-from pipeline.work.plan import (
-    DataFile,
-    Manifest,
-    Plan,
-    checksum_of,
-    named_files,
-    read_manifest,
-    read_manifests,
-    read_plan,
-)
+from pipeline.formats.tars import count_samples
+from pipeline.identity import checksum_of
+from pipeline.storage.base import Entry, Storage
+from pipeline.work.manifest import DataFile, Manifest, named_files, read_manifest, read_manifests
+from pipeline.work.plan import Plan, read_plan
 
 
 def remove_garbage(output: Storage) -> tuple[int, int]:

@@ -3,32 +3,19 @@
 from __future__ import annotations
 
 import logging
-import math
-import os
-import re
-import signal
-import socket
-import threading
-import time
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from air.errors import AirError
-from pipeline.config import RunnerConfig
-from pipeline.errors import ConfigError, JobFailedError, StorageError
-from pipeline.work.plan import Manifest, Unit
+from pipeline.errors import StorageError
+from pipeline.work.manifest import Manifest
+from pipeline.work.plan import Unit
 from pipeline.work.process import Job, Progress, execute
 
 logger = logging.getLogger(__name__)
 
 Handle = Hashable
-
-_POLL_SECONDS = 0.5
-_REPORT_SECONDS = 0.5
-_CONNECT_SECONDS = 10.0
-_MEGABYTE = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -81,17 +68,7 @@ class Executor(Protocol):
         ...
 
 
-@contextmanager
-def open_executor(config: RunnerConfig, report: Report) -> Iterator[Executor]:
-    """The configured executor, ready to work."""
-    if config.executor == "inline":
-        yield InlineExecutor(report)
-    else:
-        with ray_session(config):
-            yield RayExecutor(config, report)
-
-
-def _failure(error: BaseException) -> Failure:
+def failure_of(error: BaseException) -> Failure:
     """An exception that a task raised. What the network did may pass, what the data is does not.
 
     One that is not ours came out of some image's processing: it counts as a crash, so that the image will be found.
@@ -123,198 +100,15 @@ class InlineExecutor:
         """Runs the first task to its end."""
         handle = handles[0]
         try:
-            return [(handle, _execute(self._tasks.pop(handle), self._report))]
+            return [(handle, execute_attempt(self._tasks.pop(handle), self._report))]
         except Exception as error:
             logger.debug("%s", error, exc_info=True)
-            return [(handle, _failure(error))]
+            return [(handle, failure_of(error))]
 
     def cancel(self, handle: Handle) -> None:
         """Forgets the task."""
         self._tasks.pop(handle, None)
 
 
-class RayExecutor:
-    """Tasks on a Ray cluster. Ray must be initialised.
-
-    Ray itself retries nothing (`max_retries=0`): the runner counts attempts and crashes, and must see them.
-    """
-
-    def __init__(self, config: RunnerConfig, report: Report) -> None:
-        import ray
-        import ray.exceptions
-
-        self._ray: Any = ray
-        self._config = config
-        self._report = report
-        self._board = self._ray.remote(num_cpus=0, max_restarts=-1)(_Board).remote()
-        resources: dict[str, Any] = {"num_cpus": config.num_cpus, "num_gpus": config.num_gpus, "max_retries": 0}
-        if config.memory_mb:
-            resources["memory"] = config.memory_mb * _MEGABYTE
-        self._work = self._ray.remote(**resources)(_work)
-        self._asked = 0.0
-
-    def window(self) -> int:
-        """As many as configured, else twice what the cluster can run now, so that no worker waits for the driver."""
-        if self._config.workers:
-            return self._config.workers
-        resources = self._ray.cluster_resources()
-        slots = resources.get("CPU", 1.0) / self._config.num_cpus
-        if self._config.num_gpus:
-            slots = min(slots, resources.get("GPU", 0.0) / self._config.num_gpus)
-        if self._config.memory_mb:
-            slots = min(slots, resources.get("memory", 0.0) / (self._config.memory_mb * _MEGABYTE))
-        return max(1, 2 * math.floor(slots))
-
-    def submit(self, task: Task) -> Handle:
-        """Hands the task to Ray."""
-        return self._work.remote(task, self._board)
-
-    def wait(self, handles: Sequence[Handle]) -> list[tuple[Handle, Manifest | Failure]]:
-        """Waits half a second at most; passes on what workers posted meanwhile."""
-        self._pass_on()
-        ready, _ = self._ray.wait(list(handles), num_returns=len(handles), timeout=0)
-        if not ready:
-            ready, _ = self._ray.wait(list(handles), num_returns=1, timeout=_POLL_SECONDS)
-        return [(handle, self._outcome(handle)) for handle in ready]
-
-    def _outcome(self, handle: Any) -> Manifest | Failure:
-        exceptions = self._ray.exceptions
-        try:
-            return self._ray.get(handle)
-        except exceptions.RayTaskError as error:
-            logger.debug("%s", error)
-            return _failure(error.cause)
-        except exceptions.RayError as error:
-            # Not raised by the task: its process, its node or its memory is gone.
-            first_line = str(error).strip().splitlines()[0][:120]
-            return Failure(f"its worker died ({type(error).__name__}: {first_line})", crashed=True, may_pass=True)
-
-    def _pass_on(self) -> None:
-        if time.monotonic() - self._asked < _POLL_SECONDS:
-            return
-        self._asked = time.monotonic()
-        try:
-            posts = self._ray.get(self._board.take.remote(), timeout=10 * _POLL_SECONDS)
-        except self._ray.exceptions.RayError:
-            return  # the board is being restarted; a display can wait
-        for progress in posts:
-            self._report(progress)
-
-    def cancel(self, handle: Handle) -> None:
-        """Kills the worker of the task."""
-        self._ray.cancel(handle, force=True)
-
-
-class _Board:
-    """A Ray actor where workers post how far they are, so that no result has to travel for it."""
-
-    def __init__(self) -> None:
-        self._posts: dict[str, Progress] = {}
-
-    def post(self, progress: Progress) -> None:
-        self._posts[progress.unit] = progress
-
-    def take(self) -> list[Progress]:
-        posts, self._posts = self._posts, {}
-        return list(posts.values())
-
-
-def _work(task: Task, board: Any) -> Manifest:
-    """What runs in a Ray worker."""
-    _hide_unreserved_gpus()
-    posted = 0.0
-
-    def report(progress: Progress) -> None:
-        nonlocal posted
-        if time.monotonic() - posted > _REPORT_SECONDS:
-            posted = time.monotonic()
-            board.post.remote(progress)
-
-    return _execute(task, report)
-
-
-def _hide_unreserved_gpus() -> None:
-    """A task that reserved no GPU sees none, whatever its node has: else all of them would crowd the first one.
-
-    Ray shows a task the GPUs that it reserved; in some versions and settings it shows all to one that reserved none.
-    """
-    import ray
-
-    if not ray.get_gpu_ids():
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-
-
-def _execute(task: Task, report: Report) -> Manifest:
+def execute_attempt(task: Task, report: Report) -> Manifest:
     return execute(task.job, task.unit, task.plan_hash, task.output_uri, isolate=task.isolate, report=report)
-
-
-@contextmanager
-def ray_session(config: RunnerConfig) -> Iterator[None]:
-    """Ray, initialised: the one that is, the cluster that was named, or one on this machine that ends with us."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    import ray
-
-    # A new local cluster makes itself a token, which is right, and tells the user so at every start.
-    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
-    ours = not ray.is_initialized()
-    if ours:
-        local = config.address is None and "RAY_ADDRESS" not in os.environ
-        # Without `local`, Ray would join any other job's on this machine, and die with it.
-        options: dict[str, Any] = (
-            {"address": "local", "include_dashboard": False} if local else {"address": config.address}
-        )
-        if config.address:
-            _check_reachable(config.address)
-        try:
-            with _own_termination():
-                ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=False, **options)
-        except (ConnectionError, ValueError) as error:
-            raise ConfigError(f"cannot reach the Ray cluster {config.address or ''}: {error}") from None
-        except Exception as error:  # Ray raises bare exceptions, for a time-out of its start among others
-            raise JobFailedError(f"Ray did not start: {error}") from error
-        _check_fits(config, ray.cluster_resources(), can_grow=not local)
-    try:
-        yield
-    finally:
-        if ours:
-            with _own_termination():
-                ray.shutdown()
-
-
-@contextmanager
-def _own_termination() -> Iterator[None]:
-    """Keeps what this process does on SIGTERM: Ray's start puts an exit in its place that reads like a crash, its end
-    the system's default.
-    """
-    handler = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    finally:
-        if callable(handler) and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, handler)
-
-
-def _check_reachable(address: str) -> None:
-    """Ray itself would try for many minutes to reach a head that is not there."""
-    match = re.fullmatch(r"(?:ray://)?([^/:]+|\[[^]]+\]):(\d+)", address)
-    if match is None:
-        return  # `auto` and the like: Ray looks for a cluster on this machine, and says so at once if there is none
-    try:
-        socket.create_connection((match[1].strip("[]"), int(match[2])), timeout=_CONNECT_SECONDS).close()
-    except OSError as error:
-        raise ConfigError(f"cannot reach the Ray cluster {address}: {error.strerror or error}") from None
-
-
-def _check_fits(config: RunnerConfig, resources: Mapping[str, float], can_grow: bool) -> None:
-    """A task that asks for more than there is waits for ever, unless the cluster grows."""
-    asked = (
-        ("num_cpus", config.num_cpus, resources.get("CPU", 0.0)),
-        ("num_gpus", config.num_gpus, resources.get("GPU", 0.0)),
-        ("memory_mb", config.memory_mb or 0, resources.get("memory", 0.0) / _MEGABYTE),
-    )
-    for name, wanted, there in asked:
-        if wanted > there and can_grow:
-            logger.warning("%s = %g, but the cluster has %g: waiting for it to grow", name, wanted, there)
-        elif wanted > there:
-            raise ConfigError(f"{name} = {wanted:g}, but this machine has {there:.0f}; name a cluster with --address")

@@ -15,18 +15,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-import pyarrow.parquet as pq
-
-import air
+from air.version import __version__
 from pipeline.config import Config, ConfigT, build
 from pipeline.errors import ConfigError, DamagedDataError, PlanMismatchError, StorageError
 from pipeline.formats import tables
-from pipeline.storage.open import Storage
+from pipeline.identity import printable
+from pipeline.storage.base import Storage
 
 PLAN_PATH = "plan.json"
 MAX_DIFFERENCES_SHOWN = 8
@@ -74,7 +71,7 @@ class Plan(Config):
         return Plan(
             job=job,
             schema_version=tables.SCHEMA_VERSION,
-            code_version=air.__version__,
+            code_version=__version__,
             config=config.model_dump(mode="json"),
             units=tuple(sorted(units, key=lambda unit: unit.name)),
             source=tuple(map(printable, source)),
@@ -151,51 +148,10 @@ def read_plan(output: Storage) -> Plan:
     """
     if not output.exists(PLAN_PATH):
         raise StorageError(f"{output.uri(PLAN_PATH)} does not exist: {output.uri()} is not the output of a job")
-    return _parse(Plan, output, PLAN_PATH)
+    return parse_json(Plan, output, PLAN_PATH)
 
 
-class DataFile(Config):
-    """A file that a manifest vouches for. `rows` are Parquet rows or WebDataset samples."""
-
-    path: str
-    bytes: int
-    sha256: str
-    rows: int
-
-
-class Manifest(Config):
-    """What one unit gave; its creation is the commit.
-
-    `summary` holds sums that the job chooses, such as views or decibels, so that totals need no data file.
-    """
-
-    unit: str
-    attempt: str
-    plan: str
-    files: tuple[DataFile, ...]
-    quarantine: DataFile | None
-    samples: int
-    rejected: dict[str, int]
-    seconds: float
-    summary: dict[str, float]
-
-
-def read_manifests(output: Storage) -> Iterator[Manifest]:
-    """All commits of an output folder, by unit."""
-    for path, _ in output.list("manifest"):
-        yield read_manifest(output, path)
-
-
-def read_manifest(output: Storage, path: str) -> Manifest:
-    """One commit.
-
-    Raises:
-        DamagedDataError: It cannot be understood.
-    """
-    return _parse(Manifest, output, path)
-
-
-def _parse(model: type[ConfigT], output: Storage, path: str) -> ConfigT:
+def parse_json(model: type[ConfigT], output: Storage, path: str) -> ConfigT:
     try:
         values = json.loads(output.read(path))
         if not isinstance(values, dict):
@@ -203,68 +159,3 @@ def _parse(model: type[ConfigT], output: Storage, path: str) -> ConfigT:
         return build(model, values, path)
     except (ValueError, ConfigError) as error:
         raise DamagedDataError(f"{output.uri(path)} is not a {model.__name__.lower()}: {error}") from None
-
-
-def read_quarantine(output: Storage) -> Iterator[dict[str, Any]]:
-    """The committed rows of quarantine (`pipeline.formats.tables.QUARANTINE`), unit by unit."""
-    for manifest in read_manifests(output):
-        if manifest.quarantine is not None:
-            with output.local_file(manifest.quarantine.path) as local:
-                rows = pq.read_table(local).to_pylist()
-            yield from rows
-
-
-def committed_units(output: Storage) -> set[str]:
-    """Names of the units that are done, from a listing alone."""
-    return {Path(path).stem for path, _ in output.list("manifest")}
-
-
-def commit(output: Storage, manifest: Manifest) -> Manifest:
-    """Makes the manifest's files visible, unless another attempt was first; then this attempt's files are removed.
-
-    Returns:
-        The manifest in place.
-    """
-    path = f"manifest/{manifest.unit}.json"
-    if output.put_if_absent(path, manifest.model_dump_json(indent=1).encode()):
-        return manifest
-    winner = read_manifest(output, path)
-    for file in named_files(manifest):
-        # A put that was retried after a lost answer finds its own manifest in place: then nothing is garbage.
-        if winner.attempt != manifest.attempt:
-            output.delete(file.path)
-    return winner
-
-
-def checksum_of(local: Path) -> str:
-    """SHA-256 of a local file, hexadecimal; reads it in pieces."""
-    with local.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def named_files(manifest: Manifest) -> list[DataFile]:
-    """All files that the manifest vouches for."""
-    return [*manifest.files, *([manifest.quarantine] if manifest.quarantine else [])]
-
-
-def count_rows(files: Iterable[DataFile]) -> int:
-    """Rows of the tables among committed files, or samples where there are tars alone."""
-    files = list(files)
-    tables_alone = [file for file in files if file.path.endswith(".parquet")]
-    return sum(file.rows for file in tables_alone or files)
-
-
-def file_safe(name: str) -> str:
-    """The name with everything but letters, digits, `_`, `-` and `=` replaced, for use in output file names."""
-    return re.sub(r"[^\w=-]", "_", name, flags=re.ASCII)
-
-
-def printable(name: str) -> str:
-    """The name as Unicode that every format can hold: a byte that is no UTF-8 becomes an escape."""
-    return name.encode("utf-8", "backslashreplace").decode()
-
-
-def seed_of(*parts: str | int) -> int:
-    """A 64-bit seed from the plan's seed and an image's key: the same on every machine, in any order."""
-    digest = hashlib.sha256("\0".join(str(part) for part in parts).encode("utf-8", "surrogatepass")).digest()
-    return int.from_bytes(digest[:8], "little")

@@ -23,12 +23,15 @@ from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import pyarrow as pa
 
-import air
 from air.errors import AirError
+from air.version import __version__
 from pipeline.errors import Rejected
 from pipeline.formats import tables
-from pipeline.storage.open import Storage, open_storage
-from pipeline.work.plan import DataFile, Manifest, Unit, checksum_of, commit, printable
+from pipeline.identity import checksum_of, printable
+from pipeline.storage.base import Storage
+from pipeline.storage.open import open_storage
+from pipeline.work.manifest import DataFile, Manifest, commit
+from pipeline.work.plan import Unit
 
 
 @dataclass(frozen=True)
@@ -143,7 +146,7 @@ def execute(
     output = open_storage(output_uri)
     attempt = uuid.uuid4().hex[:12]
     begin = time.perf_counter()
-    metadata = {"air.plan": plan_hash, "air.code_version": air.__version__, "air.job": job.name, "air.unit": unit.name}
+    metadata = {"air.plan": plan_hash, "air.code_version": __version__, "air.job": job.name, "air.unit": unit.name}
     rejections = []
     summary: Counter[str] = Counter()
     count = 0

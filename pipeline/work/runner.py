@@ -10,18 +10,21 @@ import logging
 import statistics
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Protocol
 
 from pipeline.config import RunnerConfig
 from pipeline.errors import JobFailedError
-from pipeline.storage.open import Storage
+from pipeline.storage.base import Storage
 from pipeline.work.audit import check_present, remove_garbage
-from pipeline.work.executor import Failure, Handle, Task, open_executor
-from pipeline.work.plan import Manifest, Plan, Unit, read_manifests, read_quarantine
+from pipeline.work.executor import Executor, Failure, Handle, InlineExecutor, Report, Task
+from pipeline.work.manifest import Manifest, read_manifests, read_quarantine
+from pipeline.work.plan import Plan, Unit
 from pipeline.work.process import Job, Progress
+from pipeline.work.ray import RayExecutor, ray_session
 
 logger = logging.getLogger(__name__)
 
@@ -261,3 +264,13 @@ class _Drive:
             if list(self._at_work.values()).count(unit) == 1:
                 logger.warning("%s takes more than %.0f s: running it a second time", unit.name, limit)
                 self._submit(unit)
+
+
+@contextmanager
+def open_executor(config: RunnerConfig, report: Report) -> Iterator[Executor]:
+    """The configured executor, ready to work."""
+    if config.executor == "inline":
+        yield InlineExecutor(report)
+    else:
+        with ray_session(config):
+            yield RayExecutor(config, report)

@@ -13,15 +13,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from air.compute.backends import choose_device
 from air.errors import InvalidGaussiansError, NonFiniteLossError
+from air.fitting.fit import fit
 from air.fitting.grid import grid_initialization
-from air.fitting.grow import grow
 from air.gaussians import SUPPORT_CUTOFF, Gaussians, activate, anchors
 from air.loss.reference import loss
-from air.optimization.optimize import OptimizeConfig, Problem, choose_device, fit, optimize, optimize_batch
+from air.optimization.optimize import OptimizeConfig, optimize, optimize_batch
+from air.optimization.problem import Problem
 from air.predictor.base import GridPredictor
 from air.rendering.render import render
-from air.stages.loop import StageControl, run_stages, run_stages_batch
+from air.stages.control import StageControl
+from air.stages.loop import run_stages, run_stages_batch
 from tests.support.cases import needles, random_gaussians, smooth_image
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -245,7 +248,7 @@ def test_a_run_replays_its_graph_and_does_the_rest_step_by_step(monkeypatch):
                 state.update()
 
     monkeypatch.setattr(cuda, "GRAPH_STEPS", 2)
-    config = OptimizeConfig(steps=3, opposed_share=0.3)
+    config = OptimizeConfig(steps=3, opposed_fraction=0.3)
     state = cuda.BatchOptimizer([problem(4, 5)], PATCH, config)
     state._graph = Steps()
     state.run()
@@ -366,7 +369,7 @@ def test_progress_is_reported_on_the_way(steps, monkeypatch):
     assert [psnr for _, _, psnr in seen] == result.trajectory.psnr.tolist()
 
 
-@pytest.mark.parametrize("make", [partial(fit, steps=1, patch_size=5), partial(grow, num_gaussians=4, steps=3)])
+@pytest.mark.parametrize("make", [partial(fit, steps=1, patch_size=5), partial(fit, num_gaussians=4, steps=3)])
 def test_whole_fits_run_on_the_backend(make):
     image = smooth_image(5, 10, 3).to(DEVICE)
     found, expected = make(image, backend="cuda"), make(image.cpu(), backend="cpu")
@@ -389,8 +392,8 @@ def test_auto_takes_the_gpu_and_gives_back_where_the_image_was():
     assert choose_device("auto").type == "cuda"
     assert choose_device("auto", "cpu").type == "cpu"
     image = smooth_image(60, 80)
-    on_gpu, on_cpu = fit(image, steps=30), fit(image, steps=30, device="cpu")
+    on_gpu, on_cpu = (fit(image, steps=30, patch_size=4, device=device) for device in ("auto", "cpu"))
     assert on_gpu.raw.device.type == "cpu"
     assert on_gpu.trajectory.psnr[-1] == pytest.approx(on_cpu.trajectory.psnr[-1], abs=0.2)
-    assert fit(image.cuda(), steps=2).gaussians.xy.device.type == "cuda"
-    assert np.isfinite(fit(image, steps=2, device="cuda").trajectory.loss).all()
+    assert fit(image.cuda(), steps=2, patch_size=4).gaussians.xy.device.type == "cuda"
+    assert np.isfinite(fit(image, steps=2, patch_size=4, device="cuda").trajectory.loss).all()

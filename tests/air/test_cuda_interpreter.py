@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from air.compute.backends import choose_device, triton_is_installed
 from air.errors import BackendUnavailableError
 from air.fitting.grid import grid_initialization
 from air.gaussians import anchors
-from air.optimization.optimize import OptimizeConfig, Problem, choose_device, optimize, optimize_batch
-from air.rendering.render import render, triton_is_installed
+from air.optimization.optimize import OptimizeConfig, optimize, optimize_batch
+from air.optimization.problem import Problem
+from air.rendering.render import render
 from tests.support.cases import random_gaussians, smooth_image
 from tests.support.paths import ROOT
 

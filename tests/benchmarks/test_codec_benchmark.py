@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from air.fitting.grow import grow
+from air.fitting.fit import fit
 from tests.support.paths import ROOT
 
 
@@ -34,7 +34,7 @@ def test_the_ways_are_compared_at_one_quality():
     from codec import code_five_ways
 
     crop = np.ascontiguousarray(data.astronaut()[40:136, 160:288])
-    gaussians = grow(crop, 400, 30).gaussians
+    gaussians = fit(crop, 30, num_gaussians=400).gaussians
     row = code_five_ways(gaussians, torch.from_numpy(crop).permute(2, 0, 1) / 255)
     assert row["gaussians"] == len(gaussians)
     assert row["psnr_exact"] > row["psnr_sensitivity"] >= row["psnr_uniform"]

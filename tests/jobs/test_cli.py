@@ -15,7 +15,7 @@ import pytest
 
 import air
 from jobs.cli import COMMANDS, main
-from jobs.command import sections
+from jobs.sections import sections
 from pipeline.inputs.shards import list_shards
 from pipeline.storage.open import open_storage
 from tests.support import toys

@@ -18,7 +18,8 @@ from jobs.cli import main
 from pipeline.bulk.encode import EncodeConfig, EncodedFile, EncodeJob, measure
 from pipeline.storage.open import open_storage
 from pipeline.work.audit import verify
-from pipeline.work.plan import Plan, Unit, read_manifests, settle_plan
+from pipeline.work.manifest import read_manifests
+from pipeline.work.plan import Plan, Unit, settle_plan
 from pipeline.work.process import EncodedImage, Sample, execute
 
 HEIGHT, WIDTH = 30, 44

@@ -34,7 +34,7 @@ def test_demo_ends_with_the_path_of_its_picture(tmp_path: Path, capsys: pytest.C
 
 @pytest.mark.parametrize("name", ["demo", "single-machine", "cluster"])
 def test_the_shipped_configurations_are_valid(name: str) -> None:
-    from jobs.command import sections
+    from jobs.sections import sections
     from pipeline.config import read_sections
 
     assert read_sections(ROOT / "configs" / f"{name}.yaml", sections())

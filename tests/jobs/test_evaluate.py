@@ -19,18 +19,18 @@ from air.optimization.optimize import OptimizeConfig, optimize
 from air.predictor.checkpoint import save_checkpoint
 from air.predictor.network import build
 from air.rendering.render import render
-from air.stages.loop import StageControl, active_patches
+from air.stages.control import StageControl, active_patches
 from jobs.cli import main
 from jobs.encode import encode
 from jobs.evaluate import evaluate
 from jobs.shard import shard
 from pipeline.bulk.encode import EncodeConfig
+from pipeline.bulk.shard import ShardConfig
 from pipeline.config import RunnerConfig
 from pipeline.errors import ConfigError, JobFailedError, StorageError
 from pipeline.evaluation.config import EvaluateConfig
 from pipeline.evaluation.predictor import nearest_patch_size
 from pipeline.formats import tables
-from pipeline.inputs.shards import ShardConfig
 from pipeline.storage.local import LocalStorage
 
 INLINE = RunnerConfig(executor="inline")

@@ -17,9 +17,10 @@ from jobs.cli import main
 from jobs.evaluate import evaluate_codec
 from pipeline.errors import ConfigError, JobFailedError, Rejected
 from pipeline.evaluation import baselines
-from pipeline.evaluation.codec import charts, means
+from pipeline.evaluation.codec import means
 from pipeline.evaluation.config import EvaluateConfig
 from pipeline.formats import tables
+from pipeline.reports.codec_curves import charts
 
 TARGETS = (0.8, 2.0)
 STEPS, STORED_STEPS = 8, 4

@@ -19,12 +19,12 @@ from jobs.encode import encode
 from jobs.shard import shard
 from pipeline.bulk.distill import DistillConfig
 from pipeline.bulk.encode import EncodeConfig
+from pipeline.bulk.shard import ShardConfig
 from pipeline.config import RunnerConfig
 from pipeline.formats import images
-from pipeline.inputs.shards import ShardConfig
 from pipeline.storage.open import open_storage
 from pipeline.work.audit import verify
-from pipeline.work.plan import committed_units, read_manifests
+from pipeline.work.manifest import committed_units, read_manifests
 from tests.support.toys import committed_bytes
 
 INLINE = RunnerConfig(executor="inline")

@@ -18,10 +18,12 @@ from jobs.cli import main
 from jobs.distill import distill
 from jobs.shard import shard
 from pipeline.bulk.distill import DistillConfig
+from pipeline.bulk.shard import ShardConfig
 from pipeline.config import RunnerConfig
-from pipeline.inputs.shards import ShardConfig, list_shards, read_samples
-from pipeline.storage.open import Storage, open_storage
-from pipeline.work.plan import read_manifests
+from pipeline.inputs.shards import list_shards, read_samples
+from pipeline.storage.base import Storage
+from pipeline.storage.open import open_storage
+from pipeline.work.manifest import read_manifests
 from tests.support.paths import ROOT
 
 INLINE = RunnerConfig(executor="inline")

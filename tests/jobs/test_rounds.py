@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from jobs.demo import collect_pictures
 from jobs.distill import distill
 from jobs.evaluate import evaluate
 from jobs.shard import shard
 from jobs.train import train
 from pipeline.bulk.distill import DistillConfig
+from pipeline.bulk.shard import ShardConfig
 from pipeline.config import RunnerConfig
 from pipeline.evaluation.config import EvaluateConfig
-from pipeline.inputs.shards import ShardConfig
+from pipeline.inputs.packaged import collect_pictures
 from pipeline.training.config import TrainConfig, TrainerConfig
 
 HELD_OUT = ("china.jpg", "chelsea.png", "coins.png")

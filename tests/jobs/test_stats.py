@@ -9,9 +9,9 @@ from jobs.cli import main
 from jobs.distill import distill
 from jobs.shard import shard
 from pipeline.bulk.distill import DistillConfig
+from pipeline.bulk.shard import ShardConfig
 from pipeline.config import RunnerConfig
 from pipeline.formats import images
-from pipeline.inputs.shards import ShardConfig
 from pipeline.reports.query import connect
 from pipeline.storage.open import open_storage
 

@@ -7,12 +7,13 @@ import torch
 
 from air import defaults
 from air.errors import CheckpointError
-from air.predictor.base import GridPredictor, load_predictor
+from air.predictor.base import GridPredictor
 from air.predictor.checkpoint import save_checkpoint
+from air.predictor.load import load_predictor
 from air.predictor.network import build
 from pipeline.errors import ConfigError
+from pipeline.identity import checksum_of
 from pipeline.predictors import find_predictor, load
-from pipeline.work.plan import checksum_of
 
 CPU = torch.device("cpu")
 

@@ -24,7 +24,7 @@ STRIPS = {"STRIP": loss_cuda.LANES, "ROWS": loss_cuda.SEGMENTS[0]}
 TYPES = {
     **dict.fromkeys(["image_of", "clock", "work", "starts", "members"], "*i32"),
     **dict.fromkeys(["count", "height", "width", "tile_columns", "num_images"], "i32"),
-    **dict.fromkeys(["patch_size", "beta1", "beta2", "eps", "opposed_share"], "fp32"),
+    **dict.fromkeys(["patch_size", "beta1", "beta2", "eps", "opposed_fraction"], "fp32"),
     "images": "*i64",
     "map_size": "i32",
     "sums": "*fp64",

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.errors import Rejected
-from pipeline.formats.images import Reason, decode
+from pipeline.errors import Reason, Rejected
+from pipeline.formats.images import decode
 
 HEIGHT, WIDTH = 40, 48
 

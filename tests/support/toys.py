@@ -36,9 +36,11 @@ from PIL import Image
 from pipeline.config import Config
 from pipeline.errors import DamagedDataError, Rejected, StorageError
 from pipeline.formats import tables
-from pipeline.storage.open import Storage, open_storage
+from pipeline.storage.base import Storage
+from pipeline.storage.open import open_storage
 from pipeline.work import process
-from pipeline.work.plan import Plan, Unit, read_manifests, settle_plan
+from pipeline.work.manifest import read_manifests
+from pipeline.work.plan import Plan, Unit, settle_plan
 from pipeline.work.process import EncodedImage, Sample, execute
 
 SCHEMA = pa.schema([pa.field("key", pa.string(), False), pa.field("length", pa.int64(), False)])

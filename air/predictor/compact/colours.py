@@ -16,6 +16,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from air.compute.backends import has_cpu_kernels
 from air.compute.threads import Workers
 from air.fitting.grid import LARGEST
 from air.gaussians import Gaussians, activate
@@ -92,7 +93,7 @@ def _linear_map(shapes: Gaussians, image: Tensor, backend: str, threads: int) ->
     margins stay zero; else plain images.
     """
     _, height, width = image.shape
-    if backend in ("auto", "cpu") and image.device.type == "cpu" and image.dtype == torch.float32:
+    if backend in ("auto", "cpu") and has_cpu_kernels(image):
         from air.predictor.compact.colours_cpu import ColourMap
 
         shapes.validate()

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from air.compute.backends import has_cpu_kernels
 from air.compute.threads import Workers
 from air.gaussians import MIN_RAW_SCALE, activate, anchors
 from air.rendering.batch import render_batch
@@ -55,7 +56,7 @@ class Feedback:
         _, _, height, width = image.shape
         self._anchor = anchors(height, width, patch_size).to(image.device)
         self._compiled: list[CompiledFeedback] | None = None
-        if image.device.type == "cpu" and image.dtype == torch.float32:
+        if has_cpu_kernels(image):
             from air.predictor.compact.feedback_cpu import CompiledFeedback
 
             inner = workers if len(image) == 1 else Workers(1)

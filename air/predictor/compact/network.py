@@ -23,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from air.compute.backends import has_cpu_kernels
+from air.compute.compile import LANES, KernelSet
 from air.compute.threads import Workers
 from air.gaussians import RAW_CHANNELS, grid_shape
 from air.predictor.base import GridPredictor, Prediction
@@ -57,8 +59,8 @@ class _Block(nn.Module):
 
 def _patches(pixels: Tensor, size: int) -> Tensor:
     """The pixels of every patch, (B, rows · columns, channels · size²), continued by the border to whole patches."""
-    if pixels.device.type == "cpu" and pixels.dtype == torch.float32 and not pixels.requires_grad:
-        from air.stages.patches_cpu import patch_pixels
+    if has_cpu_kernels(pixels) and not pixels.requires_grad:
+        from air.predictor.compact.patches_cpu import patch_pixels
 
         images = [torch.from_numpy(patch_pixels(image, size)) for image in pixels.numpy()]
         return images[0][None] if len(images) == 1 else torch.stack(images)
@@ -174,7 +176,7 @@ class CompactPredictor(PredictorNetwork):
 
     def _trunk_for(self, features: Tensor, workers: Workers) -> Callable[[Tensor], Tensor]:
         """The trunk, to be applied to features (B, rows, columns, C) such as these."""
-        if features.device.type == "cpu" and not torch.is_grad_enabled():
+        if has_cpu_kernels(features) and not torch.is_grad_enabled():
             from air.predictor.compact import trunk_cpu
 
             if trunk_cpu.fits(features):
@@ -217,3 +219,18 @@ class CompactPredictor(PredictorNetwork):
         for number in range(self.passes):
             before = self.heads[(stage - 1) * self.passes + number]
             self.heads[stage * self.passes + number].load_state_dict(before.state_dict())
+
+
+def compact_kernels() -> KernelSet:
+    """What predicting runs on the CPU beside the kernels of an optimisation."""
+    from air.predictor.compact import patches_cpu, trunk_cpu
+    from air.rendering.raw_cpu import gauss_newton
+
+    def use_each() -> None:
+        with torch.random.fork_rng(devices=[]):  # drawing its weights must not advance the caller's generator
+            network = CompactPredictor(patch_size=1, num_stages=1, channels=LANES, depth=1).eval()
+        image = torch.zeros(3, 1, 1)
+        network.predict(image, image, torch.ones(1, dtype=torch.bool), 0)
+
+    trunk = (trunk_cpu.mix_and_normalise, trunk_cpu.add_and_activate, trunk_cpu.add_to_stream)
+    return KernelSet((*trunk, gauss_newton), use_each, seconds=5) + patches_cpu.KERNELS

@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from air.compute.backends import has_cpu_kernels
+from air.compute.compile import LANES, inline, kernel
 from air.compute.planes import FloatArray
-from air.compute.simd import LANES, exp, fma, inline, kernel, lane_sum, load, splat, sqrt, store
+from air.compute.simd import exp, fma, lane_sum, load, splat, sqrt, store
 from air.compute.threads import Workers
-from air.rendering.raw_cpu import gauss_newton
 
 f32 = np.float32
 ZERO, ONE = f32(0), f32(1)
@@ -149,12 +150,7 @@ def add_to_stream(padded, added, bias, columns, out, first, end):
 
 def fits(features: Tensor) -> bool:
     """Whether these kernels can do it: no gradient, float32 on the CPU, channels in whole vectors."""
-    return (
-        not torch.is_grad_enabled()
-        and features.device.type == "cpu"
-        and features.dtype == torch.float32
-        and features.shape[-1] % LANES == 0
-    )
+    return not torch.is_grad_enabled() and has_cpu_kernels(features) and features.shape[-1] % LANES == 0
 
 
 class Trunk:
@@ -251,17 +247,3 @@ def _shares(size: int, parts: int) -> list[tuple[int, int]]:
     """0 .. size in equal parts."""
     ends = [size * part // parts for part in range(parts + 1)]
     return [(first, end) for first, end in pairwise(ends) if end > first]
-
-
-ALL_KERNELS = (mix_and_normalise, add_and_activate, add_to_stream, gauss_newton)
-"""Every kernel that the compact predictor calls and the optimiser does not."""
-
-
-def use_each() -> None:
-    """Uses each kernel once, so that it is compiled or loaded."""
-    from air.predictor.compact.network import CompactPredictor
-
-    with torch.random.fork_rng(devices=[]):  # its weights are drawn, which is no business of the caller's
-        network = CompactPredictor(patch_size=1, num_stages=1, channels=LANES, depth=1).eval()
-    image = torch.zeros(3, 1, 1)
-    network.predict(image, image, torch.ones(1, dtype=torch.bool), 0)

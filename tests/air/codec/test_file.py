@@ -14,29 +14,18 @@ import torch
 
 import air
 from air.codec.bitstream import read_sections, write_file
-from air.codec.file import (
-    Stage,
-    compile_decoder,
-    decode,
-    decode_stages,
-    decoder_is_compiled,
-    encode_gaussians,
-    encode_stages,
-    gaussians_of,
-    lay_out,
-    quantize_stages,
-    read_header,
-    read_info,
-)
+from air.codec.file import decode, decode_stages, encode_gaussians, encode_stages, read_header, read_info
 from air.codec.sensitivity import SensitivityQuantizer
+from air.codec.symbols import Stage, gaussians_of, lay_out, quantize_stages
 from air.codec.uniform import channel_values, fit_uniform_quantizer
-from air.encoding.encode import compile_encoder, encode, encoder_is_compiled
+from air.encoding.encode import encode
 from air.errors import CheckpointError, CodecError, TargetMissedError
 from air.gaussians import Gaussians, anchors
 from air.metrics import psnr
-from air.predictor.base import load_predictor
+from air.predictor.load import load_predictor
 from air.rendering.render import render
 from air.stages.loop import run_stages
+from air.warmup import kernels_of, warm_up
 from tests.support.cases import random_gaussians
 
 FIELDS = ("xy", "scale", "angle", "colour")
@@ -407,20 +396,19 @@ def test_the_package_exports_both_ways(photograph: np.ndarray):
 
 
 def test_kernels_are_known_to_be_compiled():
-    compile_decoder()
-    assert decoder_is_compiled()
-    compile_encoder()
-    assert encoder_is_compiled()
+    for task in ("decode", "encode"):
+        warm_up(task)
+        assert kernels_of(task).is_compiled()
 
 
 @pytest.mark.slow
 def test_one_process_of_a_machine_compiles_and_the_others_wait(tmp_path):
     """Of two that start together with an empty cache, one finds what the other has compiled."""
     program = (
-        "from air.codec.file import compile_decoder, decoder_is_compiled\n"
+        "from air.codec.file import KERNELS\n"
         "from air.codec.sections import code_section\n"
-        "assert not decoder_is_compiled()\n"
-        "compile_decoder()\n"
+        "assert not KERNELS.is_compiled()\n"
+        "KERNELS.compile()\n"
         "print(len(code_section.stats.cache_misses))\n"
     )
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}

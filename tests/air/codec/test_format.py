@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from air.codec import entropy, sensitivity
-from air.codec.file import decode_stages, encode_stages, lay_out
+from air.codec.file import decode_stages, encode_stages
 from air.codec.sensitivity import SensitivityQuantizer
+from air.codec.symbols import lay_out
 from air.codec.uniform import channel_values, fit_uniform_quantizer
 from air.gaussians import anchors
 from tests.support.cases import random_gaussians

@@ -13,14 +13,16 @@ import numpy as np
 import pytest
 import torch
 
-from air.codec.file import Stage, decode, encode_stages, gaussians_of, quantize_stages, read_header
+from air.codec.file import decode, encode_stages, read_header
 from air.codec.sensitivity import SensitivityQuantizer
+from air.codec.symbols import Stage, gaussians_of, quantize_stages
 from air.codec.uniform import UniformQuantizer, channel_values, fit_uniform_quantizer
-from air.encoding import encode
+from air.encoding import encode, search
 from air.gaussians import Gaussians, anchors
 from air.rendering.render import render
-from jobs.demo import DemoConfig, collect_pictures
+from jobs.sections import DemoConfig
 from pipeline.formats import images
+from pipeline.inputs.packaged import collect_pictures
 
 FOLDER = "AIR_ROUND_TRIP_PICTURES"
 DEMO_PICTURES = DemoConfig().pictures
@@ -38,8 +40,8 @@ def check(monkeypatch: pytest.MonkeyPatch) -> Check:
         written[blob] = [gaussians_of(stage, header) for stage in stages]
         return blob
 
-    write_stages = encode.write_stages
-    monkeypatch.setattr(encode, "write_stages", write_and_remember)
+    write_stages = search.write_stages
+    monkeypatch.setattr(search, "write_stages", write_and_remember)
 
     def check(rgb: np.ndarray, **options) -> Gaussians:
         blob = encode.encode(rgb, **options)

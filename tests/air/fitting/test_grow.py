@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from air.fitting.grow import GrowthConfig, grow
+from air.fitting.fit import fit
+from air.fitting.grow import GrowthConfig
 from air.fitting.residual import GAIN, residual_peaks
 from air.gaussians import activate
 from air.metrics import psnr
-from air.optimization.optimize import fit
 from air.rendering.render import render
 
 
@@ -21,13 +21,13 @@ def photograph() -> np.ndarray:
 
 def test_growing_beats_a_grid_of_the_same_size_and_steps(photograph: np.ndarray) -> None:
     grid = fit(photograph, steps=60, patch_size=4)
-    grown = grow(photograph, len(grid.gaussians), steps=60)
+    grown = fit(photograph, num_gaussians=len(grid.gaussians), steps=60)
     assert len(grown.gaussians) <= len(grid.gaussians)
     assert grown.trajectory.psnr[-1] > grid.trajectory.psnr[-1] + 1
 
 
 def test_the_result_renders_to_its_psnr(photograph: np.ndarray) -> None:
-    result = grow(photograph, 700, steps=20)
+    result = fit(photograph, num_gaussians=700, steps=20)
     target = torch.from_numpy(photograph).permute(2, 0, 1) / 255
     picture = render(result.gaussians, result.height, result.width, backend="reference")
     assert psnr(picture, target) == pytest.approx(result.trajectory.psnr[-1], abs=5e-3)
@@ -38,11 +38,11 @@ def test_the_result_renders_to_its_psnr(photograph: np.ndarray) -> None:
 @pytest.mark.parametrize("growths", [0, 1, 4])
 def test_every_step_is_reported_once(photograph: np.ndarray, steps: int, growths: int) -> None:
     seen: dict[int, float] = {}
-    result = grow(
+    result = fit(
         photograph,
-        300,
         steps,
-        config=GrowthConfig(growths=growths),
+        num_gaussians=300,
+        growth=GrowthConfig(growths=growths),
         on_step=lambda step, loss, psnr: seen.update({step: psnr}),
     )
     assert len(result.trajectory.psnr) == steps + 1
@@ -54,7 +54,7 @@ def test_every_step_is_reported_once(photograph: np.ndarray, steps: int, growths
 @pytest.mark.parametrize("shape", [(1, 1), (1, 40), (33, 9)])
 def test_the_budget_is_never_passed(budget: int, shape: tuple[int, int]) -> None:
     image = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
-    result = grow(image, budget, steps=4)
+    result = fit(image, num_gaussians=budget, steps=4)
     assert 1 <= len(result.gaussians) <= budget
     assert np.isfinite(result.trajectory.loss).all()
 
@@ -80,12 +80,12 @@ def test_as_many_gaussians_are_added_as_asked_for_and_none_without_residual(coun
 
 
 def test_threads_do_not_change_the_result(photograph: np.ndarray) -> None:
-    one, two = grow(photograph, 500, steps=12), grow(photograph, 500, steps=12, threads=2)
+    one, two = (fit(photograph, num_gaussians=500, steps=12, threads=threads) for threads in (1, 2))
     assert torch.equal(one.raw, two.raw)
 
 
 def test_wrong_options_are_refused(photograph: np.ndarray) -> None:
     with pytest.raises(ValueError, match="num_gaussians"):
-        grow(photograph, 0)
-    with pytest.raises(ValueError, match="start_share"):
-        GrowthConfig(start_share=0)
+        fit(photograph, num_gaussians=0)
+    with pytest.raises(ValueError, match="start_fraction"):
+        GrowthConfig(start_fraction=0)

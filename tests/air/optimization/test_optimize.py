@@ -4,15 +4,18 @@ import numpy as np
 import pytest
 import torch
 
+from air.arguments import image_tensor
 from air.compute.threads import Workers
 from air.errors import InvalidGaussiansError, NonFiniteLossError
+from air.fitting.fit import fit
 from air.fitting.grid import grid_initialization
 from air.gaussians import activate, anchors
 from air.loss.reference import loss
 from air.metrics import psnr
 from air.optimization.cpu import FusedOptimizer
-from air.optimization.optimize import OptimizeConfig, compile_kernels, fit, image_tensor, kernels_are_compiled, optimize
+from air.optimization.optimize import OptimizeConfig, optimize
 from air.rendering.render import render
+from air.warmup import kernels_of, warm_up
 from tests.support.cases import smooth_image
 
 HEIGHT, WIDTH, PATCH = 37, 45, 5
@@ -54,10 +57,10 @@ def test_a_good_start_is_refined_and_not_thrown_back():
         assert refined(OptimizeConfig.refinement(steps)) > refined(OptimizeConfig(steps=steps))
 
 
-@pytest.mark.parametrize("opposed_share", [0.0, 0.3, 1.0])
-def test_both_paths_take_the_same_way(opposed_share: float):
+@pytest.mark.parametrize("opposed_fraction", [0.0, 0.3, 1.0])
+def test_both_paths_take_the_same_way(opposed_fraction: float):
     # A step that is taken or not, by a sign, parts rounding errors: few steps then.
-    config = OptimizeConfig(steps=15 if opposed_share == 1 else 10, opposed_share=opposed_share)
+    config = OptimizeConfig(steps=15 if opposed_fraction == 1 else 10, opposed_fraction=opposed_fraction)
     fast = optimize(*problem(), PATCH, config, backend="cpu")
     slow = optimize(*problem(torch.float64), PATCH, config)
     assert fast.trajectory.loss == pytest.approx(slow.trajectory.loss, rel=1e-3)
@@ -65,8 +68,8 @@ def test_both_paths_take_the_same_way(opposed_share: float):
     assert fast.trajectory.loss[-1] < 0.7 * fast.trajectory.loss[0]
 
 
-@pytest.mark.parametrize("opposed_share", [0.0, 1.0])
-def test_only_plain_adam_moves_against_the_gradient(opposed_share: float):
+@pytest.mark.parametrize("opposed_fraction", [0.0, 1.0])
+def test_only_plain_adam_moves_against_the_gradient(opposed_fraction: float):
     raw, anchor, target = (tensor.numpy() for tensor in problem())
     config = OptimizeConfig(steps=12)
     opposed = 0
@@ -75,9 +78,9 @@ def test_only_plain_adam_moves_against_the_gradient(opposed_share: float):
         for step in range(config.steps):
             state.evaluate()
             gradient, before = state.raw_gradient().copy(), state.drawing.raw.copy()
-            state.update(config.rates(step), config.beta1, config.beta2, config.eps, opposed_share)
+            state.update(config.rates(step), config.beta1, config.beta2, config.eps, opposed_fraction)
             opposed += ((state.drawing.raw - before) * gradient > 0).sum()
-    assert (opposed > 0) == (opposed_share > 0)
+    assert (opposed > 0) == (opposed_fraction > 0)
 
 
 def test_entry_k_is_the_state_after_k_updates():
@@ -167,7 +170,7 @@ def test_fit_takes_arrays_pictures_and_tensors_alike():
     from PIL import Image
 
     array = (smooth_image(20, 30).permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
-    raws = [fit(image, steps=2).raw for image in (array, Image.fromarray(array), image_tensor(array))]
+    raws = [fit(image, steps=2, patch_size=4).raw for image in (array, Image.fromarray(array), image_tensor(array))]
     assert torch.equal(raws[0], raws[1])
     assert torch.equal(raws[0], raws[2])
 
@@ -181,7 +184,8 @@ def test_what_is_no_image_is_refused(image):
 
 
 @pytest.mark.parametrize(
-    "options", [{"steps": -1}, {"colour_rate": 0.0}, {"beta1": 1.0}, {"constant_share": 1.5}, {"opposed_share": -0.1}]
+    "options",
+    [{"steps": -1}, {"colour_rate": 0.0}, {"beta1": 1.0}, {"constant_fraction": 1.5}, {"opposed_fraction": -0.1}],
 )
 def test_a_configuration_out_of_bounds_is_refused(options):
     with pytest.raises(ValueError, match=next(iter(options))):
@@ -209,5 +213,8 @@ def test_the_grid_is_linear_in_the_residual_and_keeps_colours_in_range():
 
 
 def test_kernels_are_known_to_be_compiled():
-    compile_kernels()
-    assert kernels_are_compiled()
+    warm_up("fit")
+    assert kernels_of("fit").is_compiled()
+    said = []
+    warm_up("fit", said.append)
+    assert not said

@@ -9,13 +9,13 @@ import torch
 from air.codec.uniform import (
     ANGLE,
     DEFAULT_BITS,
-    ImageAdaptiveQuantizer,
     UniformQuantizer,
     channel_values,
     fit_uniform_quantizer,
     gaussians_from_channels,
 )
 from air.gaussians import Gaussians, activate, anchors
+from air.predictor.quantizer import ImageAdaptiveQuantizer
 
 
 def raw_gaussians(patch_size: int, seed: int = 0) -> tuple[Gaussians, torch.Tensor]:

@@ -4,8 +4,9 @@ import torch
 
 from air.compute.threads import Workers
 from air.gaussians import Gaussians
+from air.loss.batch import BatchLoss
 from air.loss.reference import loss
-from air.rendering.batch import BatchLoss, render_batch
+from air.rendering.batch import render_batch
 from air.rendering.render import render
 
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 import air
 from air.errors import InvalidGaussiansError
+from air.fitting.fit import fit
 from air.gaussians import SUPPORT_CUTOFF, Gaussians
 from air.metrics import psnr
-from air.optimization.optimize import fit
 from air.rendering.cpu import draw_levels
 from air.rendering.render import render
 from tests.support.cases import needles, random_gaussians, smooth_image

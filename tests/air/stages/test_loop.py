@@ -10,7 +10,8 @@ from air.gaussians import activate, anchors
 from air.optimization.optimize import OptimizeConfig, optimize
 from air.predictor.base import GridPredictor, Prediction
 from air.rendering.render import render
-from air.stages.loop import StageControl, active_patches, all_gaussians, run_stages, run_stages_batch, worst_patches
+from air.stages.control import StageControl, active_patches, worst_patches
+from air.stages.loop import all_gaussians, run_stages, run_stages_batch
 
 
 @pytest.fixture(scope="module")

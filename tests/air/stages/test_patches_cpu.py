@@ -6,11 +6,12 @@ import torch
 import torch.nn.functional as F
 
 from air.compute.planes import image_planes, pixels
+from air.fitting.filter_cpu import filter_symmetrically
 from air.fitting.residual import _symmetric_filter
 from air.predictor.compact.network import _patches
+from air.predictor.compact.patches_cpu import patch_pixels
 from air.predictor.network import build
-from air.stages.loop import _patch_errors
-from air.stages.patches_cpu import filter_symmetrically, patch_errors, patch_pixels
+from air.stages import control, patches_cpu
 
 SIZES = [(1, 1), (5, 40), (23, 37), (64, 48)]
 
@@ -24,8 +25,8 @@ def images(height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("patch_size", [1, 5, 7, 16, 33])
 def test_errors_are_the_definitions(size, patch_size) -> None:
     drawn, image = images(*size)
-    found = patch_errors(drawn.numpy(), image.numpy(), patch_size)
-    for kernel, definition in zip(found, _patch_errors(drawn.double(), image.double(), patch_size), strict=True):
+    found = patches_cpu.patch_errors(drawn.numpy(), image.numpy(), patch_size)
+    for kernel, definition in zip(found, control.patch_errors(drawn.double(), image.double(), patch_size), strict=True):
         np.testing.assert_allclose(kernel, definition.numpy(), rtol=1e-9, atol=1e-9)
 
 
@@ -67,4 +68,4 @@ def test_an_image_whose_channels_lie_together_is_seen_as_it_is() -> None:
 
 def test_images_of_two_sizes_are_refused() -> None:
     with pytest.raises(ValueError, match="not of one size"):
-        patch_errors(np.zeros((3, 14, 14), np.float32), np.zeros((3, 70, 70), np.float32), 7)
+        patches_cpu.patch_errors(np.zeros((3, 14, 14), np.float32), np.zeros((3, 70, 70), np.float32), 7)

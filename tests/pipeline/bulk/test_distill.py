@@ -1,6 +1,5 @@
 """Distillation end to end: rows that mean what they say, the same whatever ran them."""
 
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +17,15 @@ from jobs.cli import main
 from jobs.distill import distill
 from jobs.shard import shard
 from pipeline.bulk.distill import DistillConfig
+from pipeline.bulk.shard import ShardConfig
 from pipeline.config import RunnerConfig
 from pipeline.errors import ConfigError, DamagedDataError, JobFailedError, PlanMismatchError
 from pipeline.formats import images, tables
-from pipeline.inputs.shards import ShardConfig
 from pipeline.reports.sheet import final_gaussians, save_sheet
 from pipeline.storage.open import open_storage
 from pipeline.work.audit import verify
-from pipeline.work.plan import read_manifests, read_plan
+from pipeline.work.manifest import read_manifests
+from pipeline.work.plan import read_plan
 from tests.support.paths import AWKWARD
 
 INLINE = RunnerConfig(executor="inline")
@@ -279,13 +279,10 @@ def test_a_batch_that_memory_does_not_hold_is_halved(
         taken.append(len(pictures))
         if len(pictures) > 2:
             raise torch.OutOfMemoryError("this GPU has 640 KB, which ought to be enough")
-        return loop.run_stages_batch(pictures, *arguments, **options)
+        return run_stages_batch(pictures, *arguments, **options)
 
-    class Stages:
-        run_stages_batch = staticmethod(small_gpu)
-        StageControl, all_gaussians = loop.StageControl, loop.all_gaussians
-
-    monkeypatch.setitem(sys.modules, "air.stages.loop", Stages)
+    run_stages_batch = loop.run_stages_batch
+    monkeypatch.setattr(loop, "run_stages_batch", small_gpu)
     distill(str(shards), str(tmp_path / "targets"), QUICK.model_copy(update={"batch": 16}), INLINE)
     assert taken == [4, 2, 2] * 2
     assert read_targets(tmp_path / "targets").equals(read_targets(targets))

@@ -16,12 +16,14 @@ from jobs.cli import main
 from jobs.distill import distill
 from jobs.shard import shard
 from pipeline.bulk.distill import DistillConfig
+from pipeline.bulk.shard import ShardConfig
 from pipeline.config import RunnerConfig
 from pipeline.errors import ConfigError, PlanMismatchError
 from pipeline.formats import images
-from pipeline.inputs.shards import ShardConfig
+from pipeline.identity import checksum_of
 from pipeline.storage.open import open_storage
-from pipeline.work.plan import checksum_of, read_manifests, read_plan
+from pipeline.work.manifest import read_manifests
+from pipeline.work.plan import read_plan
 
 INLINE = RunnerConfig(executor="inline")
 

@@ -24,10 +24,10 @@ from jobs.cli import main
 from jobs.encode import encode
 from jobs.shard import shard
 from pipeline.bulk.encode import EncodeConfig
+from pipeline.bulk.shard import ShardConfig
 from pipeline.config import RunnerConfig
 from pipeline.errors import ConfigError, JobFailedError, PlanMismatchError
 from pipeline.formats import images, tables
-from pipeline.inputs.shards import ShardConfig
 from pipeline.storage.open import open_storage
 from pipeline.work.audit import verify
 from pipeline.work.plan import read_plan

@@ -13,19 +13,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.bulk.shard import ShardConfig, ShardJob, plan_shards
 from pipeline.config import RunnerConfig
 from pipeline.errors import ConfigError, DamagedDataError, JobFailedError, Rejected
-from pipeline.inputs.shards import (
-    ShardConfig,
-    ShardJob,
-    TarWriter,
-    count_samples,
-    list_shards,
-    plan_shards,
-    read_samples,
-)
-from pipeline.storage.open import Storage, open_storage
-from pipeline.work.plan import Manifest, committed_units, read_manifests, settle_plan
+from pipeline.formats.tars import TarWriter, count_samples
+from pipeline.inputs.shards import list_shards, read_samples
+from pipeline.storage.base import Storage
+from pipeline.storage.open import open_storage
+from pipeline.work.manifest import Manifest, committed_units, read_manifests
+from pipeline.work.plan import settle_plan
 from pipeline.work.runner import Tally, run
 from tests.support.paths import AWKWARD
 from tests.support.toys import encode_picture, read_quarantine

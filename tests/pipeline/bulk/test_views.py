@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from pipeline.bulk.views import ViewConfig, draw_view, make_view
 from pipeline.errors import Rejected
-from pipeline.work.plan import seed_of
+from pipeline.identity import seed_of
 
 SIZES = [(7, 7), (8, 13), (7, 900), (900, 7), (100, 150), (333, 777), (1200, 1601), (3000, 50)]
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from pipeline.errors import Rejected
-from pipeline.formats.images import Reason, check_holds_patch, decode, probe
+from pipeline.errors import Reason, Rejected
+from pipeline.formats.images import check_holds_patch, decode, probe
 from tests.support.picture_files import FILES, HEIGHT, PICTURE, WIDTH, chunk, png, reason_of, saved, smooth_picture
 
 # Pillow's remarks on odd TIFF and EXIF tags.

@@ -14,7 +14,8 @@ import pytest
 
 from pipeline.errors import ConfigError, DamagedDataError, Rejected, StorageError
 from pipeline.inputs.sources import ItemReader, find_items, root_storage
-from pipeline.storage.open import Storage, open_storage
+from pipeline.storage.base import Storage
+from pipeline.storage.open import open_storage
 from tests.support.toys import encode_picture
 
 

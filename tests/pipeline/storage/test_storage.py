@@ -20,17 +20,10 @@ import pytest
 
 from pipeline.errors import StorageError
 from pipeline.storage import remote
+from pipeline.storage.base import Entry, MissingFileError, Storage
 from pipeline.storage.local import LocalStorage
-from pipeline.storage.open import (
-    TEMPORARY_PREFIX,
-    Entry,
-    MissingFileError,
-    Storage,
-    join,
-    normalise,
-    open_parent,
-    open_storage,
-)
+from pipeline.storage.open import open_parent, open_storage
+from pipeline.storage.uri import TEMPORARY_PREFIX, join, normalise
 from tests.support.paths import ROOT
 
 # Forked children must not use obstore, and Ray does not fork either.

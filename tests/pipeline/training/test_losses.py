@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from air.codec.file import Stage, decode, encode_stages
+from air.codec.file import decode, encode_stages
+from air.codec.symbols import Stage
 from air.codec.uniform import channel_values
 from air.compute.threads import Workers
 from air.gaussians import Gaussians, activate, anchors

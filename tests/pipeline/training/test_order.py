@@ -8,12 +8,14 @@ import pytest
 from jobs.distill import distill
 from jobs.shard import shard
 from pipeline.bulk.distill import DistillConfig
+from pipeline.bulk.shard import ShardConfig
 from pipeline.config import RunnerConfig
 from pipeline.errors import Rejected, TrainingError
-from pipeline.inputs.blocks import BlockReader, FeedConfig, GlobalOrder, Prefetcher, find_blocks, rank_slice
-from pipeline.inputs.shards import ShardConfig
+from pipeline.inputs.blocks import BlockReader, find_blocks
 from pipeline.storage.open import open_storage
 from pipeline.training.augment import AugmentConfig, crop_side, make_crop
+from pipeline.training.batches import Prefetcher
+from pipeline.training.order import FeedConfig, GlobalOrder, rank_slice
 
 COUNTS = (5, 1, 7, 4, 6, 3)
 INLINE = RunnerConfig.model_validate({"executor": "inline"})

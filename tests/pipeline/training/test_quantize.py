@@ -10,7 +10,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from air.codec.file import Stage, decode, encode_stages
+from air.codec.file import decode, encode_stages
+from air.codec.symbols import Stage
 from air.codec.uniform import DEFAULT_BITS
 from air.errors import CodecError
 from air.gaussians import activate

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.bulk.shard import ShardConfig, ShardJob, plan_shards
 from pipeline.config import RunnerConfig
 from pipeline.errors import DamagedDataError, StorageError
-from pipeline.inputs.shards import ShardConfig, ShardJob, plan_shards
-from pipeline.storage.open import Storage, open_storage
+from pipeline.storage.base import Storage
+from pipeline.storage.open import open_storage
 from pipeline.work.audit import remove_garbage, repair, verify
-from pipeline.work.plan import committed_units, read_manifests, settle_plan
+from pipeline.work.manifest import committed_units, read_manifests
+from pipeline.work.plan import settle_plan
 from pipeline.work.runner import run
 from tests.support import toys
 

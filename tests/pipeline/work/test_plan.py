@@ -9,22 +9,12 @@ import pytest
 
 import air
 from pipeline.errors import DamagedDataError, PlanMismatchError, StorageError
-from pipeline.storage.open import Storage, open_storage
+from pipeline.identity import file_safe, seed_of
+from pipeline.storage.base import Storage
+from pipeline.storage.open import open_storage
 from pipeline.work.audit import remove_garbage
-from pipeline.work.plan import (
-    DataFile,
-    Manifest,
-    Plan,
-    Unit,
-    commit,
-    committed_units,
-    file_safe,
-    read_manifest,
-    read_manifests,
-    read_plan,
-    seed_of,
-    settle_plan,
-)
+from pipeline.work.manifest import DataFile, Manifest, commit, committed_units, read_manifest, read_manifests
+from pipeline.work.plan import Plan, Unit, read_plan, settle_plan
 from tests.support import toys
 
 SPAWN = multiprocessing.get_context("spawn")

@@ -9,8 +9,8 @@ import pytest
 import air
 from pipeline.errors import DamagedDataError, StorageError
 from pipeline.formats import tables
-from pipeline.storage.open import Storage
-from pipeline.work.plan import Manifest, committed_units, named_files, read_manifests
+from pipeline.storage.base import Storage
+from pipeline.work.manifest import Manifest, committed_units, named_files, read_manifests
 from pipeline.work.process import Progress, execute
 from tests.support import toys
 

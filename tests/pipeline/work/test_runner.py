@@ -12,11 +12,13 @@ import pytest
 
 from pipeline.config import RunnerConfig
 from pipeline.errors import JobFailedError, StorageError
-from pipeline.storage.open import Storage, open_storage
+from pipeline.storage.base import Storage
+from pipeline.storage.open import open_storage
 from pipeline.work import executor, runner
 from pipeline.work.executor import Failure, Handle, Task
-from pipeline.work.plan import Manifest, committed_units, read_manifests
+from pipeline.work.manifest import Manifest, committed_units, read_manifests
 from pipeline.work.process import Progress, execute
+from pipeline.work.ray import hide_unreserved_gpus
 from pipeline.work.runner import CRASHES_BEFORE_ISOLATION, MIN_SAMPLES_TO_JUDGE, Tally, run
 from tests.support import toys
 
@@ -351,7 +353,7 @@ def test_a_task_that_reserved_no_gpu_sees_none(local_ray: None):
     import ray
 
     def visible() -> str | None:
-        executor._hide_unreserved_gpus()
+        hide_unreserved_gpus()
         return os.environ.get("CUDA_VISIBLE_DEVICES")
 
     assert ray.get(ray.remote(visible).remote()) == ""

@@ -1,0 +1,42 @@
+"""What callers may pass: images of several kinds, and counts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def check_counts(**counts: tuple[int, int]) -> None:
+    """Raises ValueError for the first of the named (count, least) that is no whole number or below its least."""
+    for name, (count, least) in counts.items():
+        if not isinstance(count, int) or count < least:
+            raise ValueError(f"{name} must be a whole number, at least {least}, got {count}")
+
+
+def image_tensor(image: Any) -> Tensor:
+    """An image as a tensor (3, height, width) with values in [0, 1], float32 unless it is a floating tensor already.
+
+    Accepts a uint8 array (height, width, 3), a PIL image (converted to RGB), or such a tensor.
+
+    Raises:
+        ValueError: It is none of these.
+    """
+    if isinstance(image, Tensor):
+        if image.ndim != 3 or image.shape[0] != 3 or 0 in image.shape or not image.is_floating_point():
+            raise ValueError(f"an image tensor must be floating, (3, height, width), got {image.dtype} {image.shape}")
+        image = image.detach()
+        low, high = image.min().item(), image.max().item()
+        if not (low >= 0 and high <= 1):
+            raise ValueError(f"an image tensor's values must be in [0, 1], got {low} to {high}")
+        return image.contiguous()
+    if hasattr(image, "convert"):
+        image = np.asarray(image.convert("RGB"))
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        described = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+        raise ValueError(f"an image must be uint8 (height, width, 3), a PIL image or a tensor, got {described}")
+    if 0 in image.shape:
+        raise ValueError(f"an image must have pixels, got shape {image.shape}")
+    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))).to(torch.float32) / 255

@@ -1,0 +1,211 @@
+"""The search for the fit that meets a target of bits or decibels, with a bounded number of fits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from air.codec.bitstream import Header
+from air.codec.file import write_stages
+from air.codec.sensitivity import SensitivityQuantizer
+from air.codec.symbols import QuantizedStage, Stage, canonical_parameters, corners, quantize_stage, with_reach
+from air.compute.threads import Workers
+from air.defaults import PIXELS_PER_GAUSSIAN
+from air.encoding.refine import Refiner
+from air.errors import TargetMissedError
+
+ROUNDING_SHARE = 0.25
+"""The squared error that rounding may add, as a share of the fit's."""
+
+
+_LEAST_PIXELS_PER_GAUSSIAN = 3
+
+
+_BITS_PER_GAUSSIAN = 31  # a first guess
+
+
+_OCTAVES_PER_DECIBEL = 1 / 3  # of Gaussians: another one
+
+
+_MOST_FITS = 5
+
+
+_NEAR = 0.06  # a fit this near to its target is made to meet it by its fineness
+
+
+_NEAR_DECIBELS = 0.25
+
+
+_STEPS = (16, 1 << 23)  # finest and coarsest quantiser steps
+
+
+_BISECTIONS = 9
+
+
+class Fit:
+    """Gaussians in stages, refined for a quantiser, ready to be stored with that one or another.
+
+    Args:
+        stages: The Gaussians.
+        patch_size: Pixels between the anchors.
+        psnr: Of their picture, in dB; the quantiser follows from it.
+        pixels: The image, shape (3, height, width).
+        stored_steps: Steps on the quantised Gaussians.
+        workers: The threads to use.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        patch_size: int,
+        psnr: float,
+        pixels: NDArray[np.float32],
+        stored_steps: int,
+        workers: Workers,
+    ) -> None:
+        _, height, width = pixels.shape
+        squared_error = 10 ** (-min(psnr, 60.0) / 10)
+        self._patches = [stage.patch for stage in stages]
+        parameters = [canonical_parameters(stage.gaussians) for stage in stages]
+        # Rounding eight numbers each adds π Δ²/12 times three channels for each number: see `air.codec.sensitivity`.
+        count = max(1, sum(map(len, self._patches)))
+        added_per_step = count * 8 * math.pi / 12 / (height * width)
+        self.step = round(65536 * math.sqrt(ROUNDING_SHARE * squared_error / added_per_step))
+        self.step = min(max(self.step, _STEPS[0]), _STEPS[1])
+        header = Header(height, width, patch_size, 0, SensitivityQuantizer(self.step))
+        self._header = with_reach(header, parameters, self._patches)
+        corner = [corners(self._header, patch) for patch in self._patches]
+        self._refiner = Refiner(
+            np.concatenate([np.zeros((8, 0)), *parameters], axis=1),
+            np.concatenate([np.zeros((2, 0), np.int64), *corner], axis=1),
+            self._header.reach_span,
+            pixels,
+            workers,
+        )
+        self._refiner.run(SensitivityQuantizer(self.step), stored_steps)
+
+    def file(self, step: int | None = None) -> bytes:
+        """The file with the step it was refined for, or another."""
+        header = replace(self._header, quantizer=SensitivityQuantizer(step or self.step))
+        cuts = np.cumsum([len(patch) for patch in self._patches])[:-1]
+        parameters: list[NDArray[np.float64]] = np.split(self._refiner.parameters, cuts, axis=1)
+        stages: list[QuantizedStage] = [
+            quantize_stage(header, patch, np.ascontiguousarray(own))
+            for patch, own in zip(self._patches, parameters, strict=False)
+        ]
+        return write_stages(header, stages)
+
+    def squared_error(self, step: int | None = None) -> float:
+        """The mean squared error of that file's picture, clamped to [0, 1]."""
+        return self._refiner.squared_error(SensitivityQuantizer(step or self.step))
+
+
+class Search:
+    """Looks for the fit that meets a target, with a bounded number of fits."""
+
+    def __init__(self, pixels: NDArray[np.float32], fit: Callable[[int | None], Fit]) -> None:
+        self.pixels = pixels
+        self.most = max(1, pixels[0].size // _LEAST_PIXELS_PER_GAUSSIAN)
+        self._fit = fit
+
+    def fit(self, count: int | None) -> Fit:
+        return self._fit(None if count is None else min(max(count, 1), self.most))
+
+    def for_size(self, size: int) -> bytes:
+        """The best file of at most `size` bytes.
+
+        Raises:
+            TargetMissedError: There is none.
+        """
+        count = min(max(1, size * 8 // _BITS_PER_GAUSSIAN), self.most)
+        for _ in range(_MOST_FITS):
+            fit = self.fit(count)
+            reached = len(fit.file())
+            if not size or abs(reached / size - 1) <= _NEAR:
+                break
+            better = min(max(1, round(count * size / reached)), self.most)
+            if better == count:
+                break
+            count = better
+        step = _finest(fit.step, lambda step: len(fit.file(step)) <= size)
+        if step is None:
+            least = len(fit.file(_STEPS[1]))
+            raise TargetMissedError(f"{size} bytes are too few for this image: the smallest file has {least}")
+        return fit.file(step)
+
+    def for_quality(self, squared_error: float) -> bytes:
+        """A small file whose picture has at most this mean squared error.
+
+        Raises:
+            TargetMissedError: No fit reached it.
+        """
+        count = min(max(1, self.pixels[0].size // (2 * PIXELS_PER_GAUSSIAN)), self.most)
+        tried: list[tuple[float, float]] = []  # (log2 of the number, decibels above the target)
+        best: Fit | None = None
+        for _ in range(_MOST_FITS):
+            fit = self.fit(count)
+            excess = 10 * math.log10(squared_error / max(fit.squared_error(), 1e-12))
+            tried.append((math.log2(count), excess))
+            if best is None or abs(excess) < abs(10 * math.log10(squared_error / max(best.squared_error(), 1e-12))):
+                best = fit
+            if abs(excess) <= _NEAR_DECIBELS:
+                break
+            better = min(max(1, round(2 ** _where_zero(tried))), self.most)
+            if better == count:
+                break
+            count = better
+        assert best is not None
+        step = _coarsest(best.step, lambda step: best.squared_error(step) <= squared_error)
+        if step is None:
+            reached = -10 * math.log10(best.squared_error(_STEPS[0]))
+            raise TargetMissedError(
+                f"{-10 * math.log10(squared_error):.2f} dB were not reached: the best of {len(tried)} fits has "
+                f"{reached:.2f} dB; try more steps"
+            )
+        return best.file(step)
+
+
+def _where_zero(tried: list[tuple[float, float]]) -> float:
+    """Where a line through the last two points meets zero; with one point, or an odd slope, the usual slope."""
+    place, excess = tried[-1]
+    slope = 1 / _OCTAVES_PER_DECIBEL
+    if len(tried) > 1 and place != tried[-2][0]:
+        measured = (excess - tried[-2][1]) / (place - tried[-2][0])
+        slope = min(max(measured, slope / 2), slope * 3)
+    return place - min(max(excess / slope, -3.0), 3.0)
+
+
+def _finest(start: int, fits: Callable[[int], bool]) -> int | None:
+    """The smallest quantiser step that fits, searched around `start`; None if even the coarsest does not."""
+    return _bisect(start, fits, finer_is_better=True)
+
+
+def _coarsest(start: int, fits: Callable[[int], bool]) -> int | None:
+    """The largest quantiser step that fits, searched around `start`; None if even the finest does not."""
+    return _bisect(start, fits, finer_is_better=False)
+
+
+def _bisect(start: int, fits: Callable[[int], bool], *, finer_is_better: bool) -> int | None:
+    """A step that fits and is near the border to those that do not. Steps are compared as ratios."""
+    safe, better = _STEPS if not finer_is_better else _STEPS[::-1]
+    if fits(start):
+        safe, better = start, round(min(max(start * (0.25 if finer_is_better else 4), _STEPS[0]), _STEPS[1]))
+        if fits(better):
+            return better
+    else:
+        better = start
+        if not fits(safe):
+            return None
+    for _ in range(_BISECTIONS):
+        middle = round(math.sqrt(safe * better))
+        if middle in (safe, better):
+            break
+        if fits(middle):
+            safe = middle
+        else:
+            better = middle
+    return safe

@@ -1,0 +1,155 @@
+"""Fitting one image without a network: from a plain grid, or within a budget of Gaussians that grows.
+
+    result = fit(image, num_gaussians=20_000, steps=100)
+    result = fit(image, patch_size=4, steps=100)
+
+With a budget, nothing is frozen, unlike in the stage loop (`air.stages.loop`): after every growth all Gaussians are
+optimised together. That is worth several decibels at the same number of Gaussians and the same time. Use it when the
+Gaussians themselves are wanted, and the stage loop when a staged network is to be trained on them.
+docs/optimizer.md has the search for the defaults.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from air.arguments import check_counts, image_tensor
+from air.compute.backends import backend_for, choose_device
+from air.compute.compile import KernelSet
+from air.defaults import PIXELS_PER_GAUSSIAN
+from air.fitting.grid import grid_initialization
+from air.fitting.grow import GrowthConfig, grow, largest_grid
+from air.gaussians import Gaussians, activate, anchors
+from air.optimization.config import OptimizeConfig
+from air.optimization.optimize import optimize
+from air.optimization.problem import StepCallback, Trajectory
+
+
+@dataclass(frozen=True, eq=False)
+class FitResult:
+    """One fitted image.
+
+    Attributes:
+        gaussians: What to render.
+        raw: Their raw form, shape (N, 8).
+        anchor: The anchor of each, shape (N, 2), pixels; after growth several may share one.
+        patch_size: Pixels between anchors, which is the range of the raw form.
+        trajectory: Loss and PSNR after every step; where the fit grew, with the new Gaussians.
+        seconds: Wall time, compilation excluded.
+        height: Of the image, pixels.
+        width: Of the image, pixels.
+    """
+
+    gaussians: Gaussians
+    raw: Tensor
+    anchor: Tensor
+    patch_size: int
+    trajectory: Trajectory
+    seconds: float
+    height: int
+    width: int
+
+
+def fit(
+    image: Any,
+    steps: int = 100,
+    *,
+    num_gaussians: int | None = None,
+    patch_size: int | None = None,
+    optimization: OptimizeConfig | None = None,
+    growth: GrowthConfig | None = None,
+    backend: str = "auto",
+    device: str = "auto",
+    threads: int = 1,
+    on_step: StepCallback | None = None,
+) -> FitResult:
+    """Fits Gaussians to one image in `steps` steps of Adam.
+
+    With a budget (`num_gaussians`):
+
+    - Start from a plain grid with a part of the budget.
+    - Optimise; then add narrow Gaussians at the pixels where each removes most of the residual; repeat.
+    - Optimise all of them together with the steps that are left.
+
+    With `patch_size`: start from the plain grid with one Gaussian per patch, ceil(height/p) · ceil(width/p) in all, and
+    optimise these.
+
+    Args:
+        image: uint8 array (height, width, 3), a PIL image, or a tensor (3, height, width) with values in [0, 1].
+        steps: Adam updates in all.
+        num_gaussians: The budget, at least 1; an image that is met exactly takes fewer. If neither this nor
+            `patch_size` is given, one for every `air.defaults.PIXELS_PER_GAUSSIAN` pixels.
+        patch_size: Pixels between the anchors of a plain grid to which nothing is added. Not with `num_gaussians`.
+        optimization: Learning rates and schedule; its `steps` are not used. By default `OptimizeConfig()` for a plain
+            grid, and `air.fitting.grow.OPTIMIZATION` with a budget.
+        growth: How a fit within a budget grows.
+        backend: As for `air.optimization.optimize.optimize`.
+        device: Where to compute: "cpu", "cuda", or "auto", which is "cuda" where there is a GPU and triton. An image
+            tensor that is on a GPU stays there. The result is on the image's device, which for arrays is the CPU.
+        threads: As for `air.optimization.optimize.optimize`.
+        on_step: Called with the number of updates done, loss and PSNR in dB.
+
+    Raises:
+        ValueError: The image is none of these, or an option does not fit.
+        NonFiniteLossError: The loss stopped being a number.
+
+    Example:
+        >>> fit(torch.full((3, 8, 8), 0.5), steps=0, patch_size=4).raw.shape
+        torch.Size([4, 8])
+    """
+    if num_gaussians is not None and patch_size is not None:
+        raise ValueError("give num_gaussians or patch_size, not both: a grid's size follows from its patches")
+    if growth is not None and patch_size is not None:
+        raise ValueError("growth is for a fit with num_gaussians: a plain grid does not grow")
+    check_counts(steps=(steps, 0), threads=(threads, 1))
+    target, home = _place(image, device, backend)
+    _, height, width = target.shape
+    begin = time.perf_counter()
+    if patch_size is not None:
+        check_counts(patch_size=(patch_size, 1))
+        config = replace(optimization or OptimizeConfig(), steps=steps)
+        anchor = anchors(height, width, patch_size, target.dtype).to(target.device)
+        raw = grid_initialization(target, patch_size)
+        result = optimize(raw, anchor, target, patch_size, config, backend=backend, threads=threads, on_step=on_step)
+        raw, trajectory = result.raw, result.trajectory
+    else:
+        if num_gaussians is None:
+            num_gaussians = max(1, height * width // PIXELS_PER_GAUSSIAN)
+        check_counts(num_gaussians=(num_gaussians, 1))
+        growth = growth or GrowthConfig()
+        patch_size = largest_grid(height, width, max(1, int(num_gaussians * growth.start_fraction)))
+        raw, anchor, trajectory = grow(
+            target, num_gaussians, steps, patch_size, growth, optimization, backend, threads, on_step
+        )
+    gaussians = activate(raw, anchor, patch_size).to(home)
+    seconds = time.perf_counter() - begin
+    return FitResult(gaussians, raw.to(home), anchor.to(home), patch_size, trajectory, seconds, height, width)
+
+
+def fit_kernels() -> KernelSet:
+    """What a fit runs on the CPU."""
+    from air.fitting import filter_cpu
+    from air.optimization import cpu
+
+    return cpu.KERNELS + filter_cpu.KERNELS
+
+
+def _place(image: Any, device: str, backend: str) -> tuple[Tensor, torch.device]:
+    """An image as a tensor on the device of the computation, with the kernels ready; and the device of the result.
+
+    Raises:
+        ValueError: It is not an image.
+        BackendUnavailableError: As `choose_device`.
+    """
+    target = image_tensor(image)
+    home = target.device
+    if home.type == "cpu" and target.dtype == torch.float32:
+        target = target.to(choose_device(device, backend))
+    if backend_for(target, backend) == "cpu":
+        fit_kernels().compile()
+    return target, home

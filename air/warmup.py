@@ -1,0 +1,47 @@
+"""Compiling kernels ahead of use, by the name of what is about to run.
+
+    warm_up("encode", say=print)
+
+A library call compiles what it needs by itself. Jobs call this first, so that their users know what takes long.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+from air.compute.compile import KernelSet
+
+Task = Literal["fit", "predict", "decode", "encode"]
+"""What runs: `air.fit`; stages, predictors and training; `air.decode` and drawing; `air.encode`."""
+
+
+def kernels_of(task: Task) -> KernelSet:
+    """Every kernel that a task runs on the CPU. Loads numba."""
+    from air.codec import file
+    from air.encoding.encode import encoder_kernels
+    from air.fitting.fit import fit_kernels
+    from air.stages.loop import stage_kernels
+
+    match task:
+        case "fit":
+            return fit_kernels()
+        case "predict":
+            return stage_kernels()
+        case "decode":
+            return file.KERNELS
+        case "encode":
+            return encoder_kernels()
+
+
+def warm_up(task: Task, say: Callable[[str], None] | None = None) -> None:
+    """Compiles the kernels of a task, or loads them from numba's cache on disk.
+
+    Args:
+        task: What is about to run.
+        say: Called with a sentence if this takes long: once per machine and version.
+    """
+    kernels = kernels_of(task)
+    if say is not None and not kernels.is_compiled():
+        say(f"compiling kernels, once on this machine: about {kernels.seconds} s")
+    kernels.compile()
