@@ -18,7 +18,7 @@ from typing import IO, Any
 
 from PIL import Image, ImageFile
 
-from air.codec.bitstream import MAGIC, MOST_SIDE
+from air.codec.bitstream import MAGIC, MAX_SIDE
 from air.codec.file import decode, read_header
 from air.encoding.encode import encode
 from air.errors import CodecError
@@ -31,7 +31,7 @@ ENCODE_OPTIONS = ("predictor", "stages", "bpp", "psnr", "gaussians", "steps", "s
 """What `Image.save` passes on to `air.encode`."""
 
 _WRITABLE_MODES = ("RGB", "L", "1", "P", "CMYK", "YCbCr")
-_MOST_HEADER_BYTES = 256
+_MAX_HEADER_BYTES = 256
 
 
 def draw(gaussians: Gaussians, height: int, width: int, *, scale: float = 1.0, threads: int = 1) -> Image.Image:
@@ -66,7 +66,7 @@ class AirImageFile(ImageFile.ImageFile):
     def _open(self) -> None:
         assert self.fp is not None
         try:
-            header = read_header(self.fp.read(_MOST_HEADER_BYTES), max_pixels=MOST_SIDE**2)
+            header = read_header(self.fp.read(_MAX_HEADER_BYTES), max_pixels=MAX_SIDE**2)
         except CodecError as error:
             raise SyntaxError(str(error)) from error  # what Pillow takes for "not this format"
         self._size = header.width, header.height
@@ -83,7 +83,7 @@ class AirImageFile(ImageFile.ImageFile):
             assert self.fp is not None
             self.fp.seek(0)
             try:
-                gaussians = decode(self.fp.read(), max_pixels=MOST_SIDE**2)
+                gaussians = decode(self.fp.read(), max_pixels=MAX_SIDE**2)
             except CodecError as error:
                 raise OSError(str(error)) from error
             if getattr(self, "_exclusive_fp", False):

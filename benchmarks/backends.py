@@ -91,7 +91,7 @@ class FusedStep:
                     timed = clock.wrap(getattr(owner, name), part)
                     stack.enter_context(mock.patch.object(owner, name, timed))
             state.evaluate()
-            state.update(config.rates(0) * 0, config.beta1, config.beta2, config.eps)
+            state.update(config.learning_rates(0) * 0, config.beta1, config.beta2, config.eps)
 
 
 class TorchStep:

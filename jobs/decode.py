@@ -30,7 +30,7 @@ from pipeline.work.plan import PLAN_PATH, settle_plan
 from pipeline.work.runner import Tally, run
 
 _FORMATS = {".png": "png", ".webp": "webp", ".jpg": "jpeg", ".jpeg": "jpeg"}
-_MOST_NAMED = 20
+_MAX_NAMED = 20
 
 
 def decode(given: str, output_uri: str, config: DecodeConfig, runner: RunnerConfig) -> Tally:
@@ -153,7 +153,7 @@ def draw_all(source: Storage, names: Sequence[str], output: str, config: DecodeC
 def print_refused(output: Storage) -> None:
     """Names the files that a job could not draw."""
     lines = [f"{row['message']} ({row['reason']})" for row in read_quarantine(output)]
-    for line in lines[:_MOST_NAMED]:
+    for line in lines[:_MAX_NAMED]:
         print(line, file=sys.stderr)
-    if len(lines) > _MOST_NAMED:
-        print(f"and {len(lines) - _MOST_NAMED} more: see {output.uri('quarantine')}", file=sys.stderr)
+    if len(lines) > _MAX_NAMED:
+        print(f"and {len(lines) - _MAX_NAMED} more: see {output.uri('quarantine')}", file=sys.stderr)

@@ -87,7 +87,7 @@ def evaluate_codec(
     from pipeline.reports.codec_curves import charts
 
     others = baselines.available()
-    missing = [rival.name for rival in baselines.RIVALS if rival not in others]
+    missing = [baseline.name for baseline in baselines.BASELINES if baseline not in others]
     if missing:
         print(f"not measured: {', '.join(missing)}; this Pillow is built without", flush=True)
     kernels = kernels_of("encode")

@@ -23,14 +23,14 @@ from air.gaussians import grid_shape
 MAGIC = b"\x89AIR"
 VERSION = 1
 
-MOST_STAGES = 255
-MOST_SIDE = 1 << 24
-MOST_PIXELS = 1 << 28
+MAX_STAGES = 255
+MAX_SIDE = 1 << 24
+MAX_PIXELS = 1 << 28
 """Pixels of the largest image that is decoded unless the caller allows more."""
 
 GAUSSIANS_PER_BYTE = 64
 PATCHES_PER_BYTE = 256
-_MOST_REACH = 1 << 22
+_MAX_REACH = 1 << 22
 
 _START = struct.Struct("<4sBBBBIIHiI")
 _SENSITIVITY = struct.Struct("<IHHH")
@@ -131,7 +131,7 @@ def _varint(value: int) -> bytes:
     return bytes(out)
 
 
-def read_header(blob: bytes, *, max_pixels: int = MOST_PIXELS) -> Header:
+def read_header(blob: bytes, *, max_pixels: int = MAX_PIXELS) -> Header:
     """The header of a file, checked.
 
     Raises:
@@ -164,11 +164,11 @@ def _parse_header(blob: bytes, max_pixels: int) -> tuple[Header, int, int]:
         raise CodecError("the header is damaged: its checksum does not fit")
     if options:
         raise CodecError(f"the file needs drawing options that this reader does not know ({options})")
-    if not (1 <= height <= MOST_SIDE and 1 <= width <= MOST_SIDE and patch_size >= 1):
+    if not (1 <= height <= MAX_SIDE and 1 <= width <= MAX_SIDE and patch_size >= 1):
         raise CodecError(f"the header has an impossible size: {height} x {width} pixels, patches of {patch_size}")
     if height * width > max_pixels:
         raise CodecError(f"the image has {height} x {width} pixels, above the limit of {max_pixels}: raise max_pixels")
-    if not (abs(low) <= _MOST_REACH and 1 <= span <= _MOST_REACH):
+    if not (abs(low) <= _MAX_REACH and 1 <= span <= _MAX_REACH):
         raise CodecError(f"the header has an impossible range of positions: {span} from {low}")
     try:
         if kind == _SENSITIVITY_KIND:
@@ -182,7 +182,7 @@ def _parse_header(blob: bytes, max_pixels: int) -> tuple[Header, int, int]:
 
 
 def read_sections(
-    blob: bytes, stages: int | None = None, *, max_pixels: int = MOST_PIXELS
+    blob: bytes, stages: int | None = None, *, max_pixels: int = MAX_PIXELS
 ) -> tuple[Header, list[Section]]:
     """The header, and the first `stages` sections (all if not given), checked but not decoded.
 

@@ -36,8 +36,8 @@ _ROWS = 3 * _CONTEXTS + 1  # of cells: three tables with contexts, and one witho
 _NODES = 64  # decisions of a symbol in one context
 SIGN_NODE = _NODES - 1
 
-MOST_MODELLED_BITS = 6  # of a tree
-MOST_MAGNITUDE_BITS = 20
+MAX_MODELLED_BITS = 6  # of a tree
+MAX_MAGNITUDE_BITS = 20
 _FIRST_BIT_NODE = 20  # plus the length: the decision about the bit below the highest
 
 # Logits count octaves of odds: in the cells in units of 2⁻¹⁹, in the table of 2⁻⁷. Probabilities have 12 bits.
@@ -48,7 +48,7 @@ SQUASH = SQUASH.clip(1, 4095).astype(np.int16)
 
 # What is possible is below 2⁵⁶ wide, and at least 2²⁴ before a decision.
 _SPAN_BITS = 56
-_LEAST_SPAN_BITS = 24
+_MIN_SPAN_BITS = 24
 
 
 class Models:
@@ -147,13 +147,13 @@ def _code(decode, bit, chance, coder, models):
     else:
         low += bound & ~all_bits
     span += (bound - span) & all_bits
-    if span < (1 << _LEAST_SPAN_BITS):
+    if span < (1 << _MIN_SPAN_BITS):
         span <<= 32
         if decode:
             code = (code << 32) | _four_bytes(data, place, size)
         else:
             _write_four_bytes(low, place, data)
-            low = (low & ((1 << _LEAST_SPAN_BITS) - 1)) << 32
+            low = (low & ((1 << _MIN_SPAN_BITS) - 1)) << 32
         place += 4
     return all_bits & 1, (low, span, code, place, raw)
 
@@ -246,7 +246,7 @@ def code_tree(decode, value, bits, known, most, places, coder, models):
 def code_magnitude(decode, value, places, coder, models):
     """A number from 0: how many bits it has in unary, the bit below the highest one, and the others raw."""
     length = np.int64(0)
-    while length < MOST_MAGNITUDE_BITS:
+    while length < MAX_MAGNITUDE_BITS:
         bit = np.int64((value >> length) > 0)
         bit, coder = _code_decision(decode, bit, places, length, coder, models)
         if bit == 0:

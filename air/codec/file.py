@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from air.codec.bitstream import MOST_PIXELS, MOST_STAGES, Header, read_header, read_sections, write_file
+from air.codec.bitstream import MAX_PIXELS, MAX_STAGES, Header, read_header, read_sections, write_file
 from air.codec.sections import SectionCoder, code_section
 from air.codec.sensitivity import (
     SYMBOLS,
@@ -62,13 +62,13 @@ class FileInfo:
     ends: tuple[int, ...]
 
 
-def read_info(blob: bytes, stages: int | None = None, *, max_pixels: int = MOST_PIXELS) -> FileInfo:
+def read_info(blob: bytes, stages: int | None = None, *, max_pixels: int = MAX_PIXELS) -> FileInfo:
     """The header and the sizes of the stages. Raises as `decode`."""
     header, sections = read_sections(blob, stages, max_pixels=max_pixels)
     return FileInfo(header, tuple(s.num_gaussians for s in sections), tuple(s.end for s in sections))
 
 
-def decode(blob: bytes, stages: int | None = None, *, max_pixels: int = MOST_PIXELS) -> Gaussians:
+def decode(blob: bytes, stages: int | None = None, *, max_pixels: int = MAX_PIXELS) -> Gaussians:
     """The Gaussians of an .air file, float32 on the CPU, stage after stage; render them at its height and width.
 
     Args:
@@ -83,7 +83,7 @@ def decode(blob: bytes, stages: int | None = None, *, max_pixels: int = MOST_PIX
     return _decode(blob, stages, max_pixels)[1]
 
 
-def decode_stages(blob: bytes, stages: int | None = None, *, max_pixels: int = MOST_PIXELS) -> list[Stage]:
+def decode_stages(blob: bytes, stages: int | None = None, *, max_pixels: int = MAX_PIXELS) -> list[Stage]:
     """As `decode`, with the patches of each stage."""
     patches, gaussians = _decode(blob, stages, max_pixels)
     ends = np.cumsum([len(patch) for patch in patches])
@@ -137,8 +137,8 @@ def encode_stages(
         CodecError: There are too many stages, or a number does not fit the format.
         InvalidGaussiansError: A number is not finite or a scale is not positive.
     """
-    if len(stages) > MOST_STAGES:
-        raise CodecError(f"a file holds at most {MOST_STAGES} stages, got {len(stages)}: use smaller patches")
+    if len(stages) > MAX_STAGES:
+        raise CodecError(f"a file holds at most {MAX_STAGES} stages, got {len(stages)}: use smaller patches")
     header, quantized = quantize_stages(stages, height, width, patch_size, quantizer)
     return write_stages(header, quantized)
 

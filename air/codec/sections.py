@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from air.codec.entropy import (
     CODED,
     MARGIN,
-    MOST_MODELLED_BITS,
+    MAX_MODELLED_BITS,
     SIGN_NODE,
     Models,
     code_flag,
@@ -35,7 +35,7 @@ from air.codec.sensitivity import (
     LOG_RATIO,
     LOG_SCALE,
     LUMA,
-    MOST_ANGLE_BITS,
+    MAX_ANGLE_BITS,
     OCTAVE_BITS,
     ROW,
     SUBDIVISIONS,
@@ -54,7 +54,7 @@ from air.errors import CodecError
 MASK = CODED - 1
 
 # The highest bits of numbers that are worth a model.
-_MODELLED_SCALE_BITS = MOST_MODELLED_BITS
+_MODELLED_SCALE_BITS = MAX_MODELLED_BITS
 _MODELLED_ANGLE_BITS = 5
 _MODELLED_POSITION_BITS = 5
 
@@ -251,7 +251,7 @@ def code_section(decode, layer, rows, columns, plan, earlier, patches, symbols, 
         angle = np.int64(symbols[row, ANGLE])
         places = where(ANGLE, contexts)
         angle, coder = code_tree(decode, angle, bits, none, _MODELLED_ANGLE_BITS, places, coder, models)
-        turn = (angle << MOST_ANGLE_BITS) >> bits
+        turn = (angle << MAX_ANGLE_BITS) >> bits
 
         # Position.
         column_bits, row_bits = (

@@ -38,13 +38,13 @@ SUBDIVISIONS = 64
 LOG_LEVELS = 12 * SUBDIVISIONS
 """Scales are 2^(k/64 - 3) pixels, k from 0 to LOG_LEVELS - 1: 1/8 to 507 pixels."""
 
-MOST_SCALE_BITS = 6  # of an octave
+MAX_SCALE_BITS = 6  # of an octave
 OCTAVE_BITS = 4
-MOST_ANGLE_BITS = 8
-LEAST_POSITION_BITS, MOST_POSITION_BITS = -4, 6  # steps of 16 pixels to 1/64
-MOST_STRENGTH = (1 << 20) - 1
-_MOST_ENERGY = 1 << 26
-_MOST_WEIGHT = (1 << 12) - 1  # with _MOST_ENERGY, products stay below 2^63
+MAX_ANGLE_BITS = 8
+MIN_POSITION_BITS, MAX_POSITION_BITS = -4, 6  # steps of 16 pixels to 1/64
+MAX_STRENGTH = (1 << 20) - 1
+_MAX_ENERGY = 1 << 26
+_MAX_WEIGHT = (1 << 12) - 1  # with _MAX_ENERGY, products stay below 2^63
 
 _LUMA_WEIGHT, _CR_WEIGHT, _CB_WEIGHT = 6, 5, 7  # about twice the squared change of (R, G, B) by one of Y, Cr, Cb
 
@@ -76,7 +76,7 @@ class SensitivityQuantizer:
     def __post_init__(self) -> None:
         limits = {"step": (1 << 24) - 1}
         for name in ("step", "scale_weight", "angle_weight", "position_weight"):
-            most = limits.get(name, _MOST_WEIGHT)
+            most = limits.get(name, _MAX_WEIGHT)
             if not 1 <= getattr(self, name) <= most:
                 raise ValueError(f"{name} must be from 1 to {most}, got {getattr(self, name)}")
 
@@ -102,19 +102,19 @@ def _half_log2_of_quotient(dividend, divisor):
 @kernel
 def energy(luma, cr, cb):
     """How strong a Gaussian is: a weighted sum of its squared strengths, with a bound."""
-    return min(_LUMA_WEIGHT * luma * luma + _CR_WEIGHT * cr * cr + _CB_WEIGHT * cb * cb, _MOST_ENERGY)
+    return min(_LUMA_WEIGHT * luma * luma + _CR_WEIGHT * cr * cr + _CB_WEIGHT * cb * cb, _MAX_ENERGY)
 
 
 @kernel
 def scale_bits(energy, weights):
     """Fraction bits of log2 of the scales."""
-    return min(_half_log2(energy * weights[0] >> 8), MOST_SCALE_BITS)
+    return min(_half_log2(energy * weights[0] >> 8), MAX_SCALE_BITS)
 
 
 @kernel
 def angle_bits(energy, log_ratio, weights):
     """Half a turn is cut in 2^bits angles."""
-    return min(_half_log2((energy * weights[1] >> 8) * ELONGATION[log_ratio] >> 8), MOST_ANGLE_BITS)
+    return min(_half_log2((energy * weights[1] >> 8) * ELONGATION[log_ratio] >> 8), MAX_ANGLE_BITS)
 
 
 @kernel
@@ -125,15 +125,15 @@ def position_bits(energy, log_scale, log_ratio, angle, weights):
     across = max(SQUARED_SCALE[log_scale - log_ratio] * spread >> 8, 1)
     along = max((SQUARED_SCALE[log_scale] << 8) // spread, 1)
     need = (energy * weights[2]) << 12
-    column_bits = min(max(_half_log2_of_quotient(need, across) - 4, LEAST_POSITION_BITS), MOST_POSITION_BITS)
-    row_bits = min(max(_half_log2_of_quotient(need, along) - 4, LEAST_POSITION_BITS), MOST_POSITION_BITS)
+    column_bits = min(max(_half_log2_of_quotient(need, across) - 4, MIN_POSITION_BITS), MAX_POSITION_BITS)
+    row_bits = min(max(_half_log2_of_quotient(need, along) - 4, MIN_POSITION_BITS), MAX_POSITION_BITS)
     return column_bits, row_bits
 
 
 @kernel
 def cells(span, bits):
     """How many cells of 2^-bits pixels cover `span`, which is in 64ths of a pixel."""
-    shift = MOST_POSITION_BITS - bits
+    shift = MAX_POSITION_BITS - bits
     return (span + (1 << shift) - 1) >> shift
 
 
@@ -166,7 +166,7 @@ def quantize(parameters, corner, span, step, weights, symbols):
     for i in range(parameters.shape[1]):
         for k in range(3):
             level = math.floor(abs(parameters[5 + k, i]) * unit + 0.5)
-            strength = np.int64(min(level, float(MOST_STRENGTH)))
+            strength = np.int64(min(level, float(MAX_STRENGTH)))
             symbols[i, k] = strength if parameters[5 + k, i] >= 0 else -strength
         strong = energy(np.int64(symbols[i, LUMA]), np.int64(symbols[i, CR]), np.int64(symbols[i, CB]))
         bits = scale_bits(strong, weights)
@@ -182,9 +182,9 @@ def quantize(parameters, corner, span, step, weights, symbols):
         bits = angle_bits(strong, log_ratio, weights)
         angle = np.int64(math.floor(parameters[4, i] * (1 << bits) + 0.5)) & ((1 << bits) - 1)
         symbols[i, ANGLE] = angle
-        angle <<= MOST_ANGLE_BITS - bits
+        angle <<= MAX_ANGLE_BITS - bits
         column_bits, row_bits = position_bits(strong, log_scale, log_ratio, angle, weights)
-        width = 1 << (MOST_POSITION_BITS - column_bits)
+        width = 1 << (MAX_POSITION_BITS - column_bits)
         x = parameters[0, i] * SUBDIVISIONS - corner[0, i]
         column = min(max(np.int64(math.floor(x / width)), 0), cells(span, column_bits) - 1)
         symbols[i, COLUMN] = column
@@ -193,7 +193,7 @@ def quantize(parameters, corner, span, step, weights, symbols):
         cosine, sine = math.cos(angle * (math.pi / 256)), math.sin(angle * (math.pi / 256))
         variance = first * first * cosine * cosine + second * second * sine * sine
         slope = (first * first - second * second) * cosine * sine / variance
-        width_of_row = 1 << (MOST_POSITION_BITS - row_bits)
+        width_of_row = 1 << (MAX_POSITION_BITS - row_bits)
         y = parameters[1, i] * SUBDIVISIONS - corner[1, i] + slope * ((column + 0.5) * width - x)
         symbols[i, ROW] = min(max(np.int64(math.floor(y / width_of_row)), 0), cells(span, row_bits) - 1)
 
@@ -210,10 +210,10 @@ def dequantize(symbols, corner, step, weights, parameters):
         width = SUBDIVISIONS >> scale_bits(strong, weights)
         log_scale, log_ratio = symbols[i, LOG_SCALE] * width, symbols[i, LOG_RATIO] * width
         bits = angle_bits(strong, log_ratio, weights)
-        angle = symbols[i, ANGLE] << (MOST_ANGLE_BITS - bits)
+        angle = symbols[i, ANGLE] << (MAX_ANGLE_BITS - bits)
         column_bits, row_bits = position_bits(strong, log_scale, log_ratio, angle, weights)
-        column_width = 1 << (MOST_POSITION_BITS - column_bits)
-        row_width = 1 << (MOST_POSITION_BITS - row_bits)
+        column_width = 1 << (MAX_POSITION_BITS - column_bits)
+        row_width = 1 << (MAX_POSITION_BITS - row_bits)
         parameters[0, i] = (2 * (corner[0, i] + symbols[i, COLUMN] * column_width) + column_width) / 128.0
         parameters[1, i] = (2 * (corner[1, i] + symbols[i, ROW] * row_width) + row_width) / 128.0
         parameters[2, i], parameters[3, i] = _shape(log_scale, log_ratio)

@@ -37,7 +37,7 @@ from air.gaussians import Gaussians, anchors, grid_shape
 _CHANNEL_COLUMNS = [COLUMN, ROW, LOG_SCALE, LOG_RATIO, ANGLE, LUMA, CR, CB]
 
 
-_MOST_REACH_PATCHES = 4
+_MAX_REACH_PATCHES = 4
 
 
 _THINNEST, _WIDEST = 1 / 8, 500.0
@@ -138,8 +138,8 @@ def with_reach(
     ]
     if not offsets:
         return plain
-    low = max(math.floor(min(part.min() for part in offsets)), -_MOST_REACH_PATCHES * patch)
-    high = min(math.ceil(max(part.max() for part in offsets)), _MOST_REACH_PATCHES * patch)
+    low = max(math.floor(min(part.min() for part in offsets)), -_MAX_REACH_PATCHES * patch)
+    high = min(math.ceil(max(part.max() for part in offsets)), _MAX_REACH_PATCHES * patch)
     return replace(header, reach_low=low, reach_span=max(high - low, 1))
 
 

@@ -32,7 +32,7 @@ CHANNELS = ("x", "y", "scale_1", "scale_2", "angle", "luma", "red_difference", "
 ANGLE = CHANNELS.index("angle")
 
 DEFAULT_BITS = (8, 8, 7, 7, 7, 8, 4, 4)
-MOST_BITS = 16
+MAX_BITS = 16
 
 FIXED_POINT = 1 << 20
 """Steps and lows are whole multiples of 1/FIXED_POINT, so that files and machines agree on them."""
@@ -62,8 +62,8 @@ def gaussians_from_channels(values: Tensor, anchor: Tensor) -> Gaussians:
 
 
 def check_bits(bits: Sequence[int]) -> None:
-    if len(bits) != len(CHANNELS) or not all(isinstance(b, int) and 1 <= b <= MOST_BITS for b in bits):
-        raise ValueError(f"bits must be {len(CHANNELS)} whole numbers from 1 to {MOST_BITS}, got {tuple(bits)}")
+    if len(bits) != len(CHANNELS) or not all(isinstance(b, int) and 1 <= b <= MAX_BITS for b in bits):
+        raise ValueError(f"bits must be {len(CHANNELS)} whole numbers from 1 to {MAX_BITS}, got {tuple(bits)}")
 
 
 @dataclass(frozen=True)

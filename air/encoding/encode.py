@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from air.arguments import check_counts, image_tensor
 from air.codec import file
-from air.codec.bitstream import MOST_STAGES
+from air.codec.bitstream import MAX_STAGES
 from air.codec.sensitivity import SYMBOLS, SensitivityQuantizer, quantize
 from air.codec.symbols import (
     Stage,
@@ -164,10 +164,10 @@ def _grown(pixels: NDArray[np.float32], count: int, steps: int, stored_steps: in
     patch_size = patch_size_for(count, height, width)
     while True:
         stages = lay_out(result.gaussians, height, width, patch_size)
-        if len(stages) <= MOST_STAGES or patch_size == 1:
+        if len(stages) <= MAX_STAGES or patch_size == 1:
             break
         patch_size = patch_size // 2
-    return Fit(stages[:MOST_STAGES], patch_size, float(result.trajectory.psnr[-1]), pixels, stored_steps, workers)
+    return Fit(stages[:MAX_STAGES], patch_size, float(result.trajectory.psnr[-1]), pixels, stored_steps, workers)
 
 
 def _predicted(

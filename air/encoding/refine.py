@@ -22,7 +22,7 @@ RATE = 0.1
 """Adam's step of the strength, in quantiser steps, at first; it falls linearly in the second half."""
 
 _FINAL_SHARE = 0.05
-_MOST_SHARE = 0.05  # of a scale, for positions; of e, for scales; of a half turn, for angles
+_MAX_SHARE = 0.05  # of a scale, for positions; of e, for scales; of a half turn, for angles
 
 # BT.601 from (Y, Cr, Cb) to (R, G, B), as `air.codec.sensitivity.dequantize` has it.
 _TO_RGB = np.array(
@@ -110,10 +110,10 @@ class Refiner:
         relative = rate * math.sqrt(3) / strength
         ratio = own[2] / own[3]
         size = np.sqrt(own[2] * own[3])
-        own[0:2] -= np.minimum(math.sqrt(2) * relative, _MOST_SHARE) * size * direction[0:2]
-        own[2:4] *= np.exp(-np.minimum(math.sqrt(4 / 3) * relative, _MOST_SHARE) * direction[2:4])
+        own[0:2] -= np.minimum(math.sqrt(2) * relative, _MAX_SHARE) * size * direction[0:2]
+        own[2:4] *= np.exp(-np.minimum(math.sqrt(4 / 3) * relative, _MAX_SHARE) * direction[2:4])
         own[2:4] = own[2:4].clip(1 / 8, 500)
-        own[4] -= np.minimum(2 / math.pi * relative / (ratio - 1 / ratio + 0.1), _MOST_SHARE) * direction[4]
+        own[4] -= np.minimum(2 / math.pi * relative / (ratio - 1 / ratio + 0.1), _MAX_SHARE) * direction[4]
         own[5:8] -= rate * direction[5:8]
         swapped = own[2] < own[3]
         own[2], own[3] = np.where(swapped, own[3], own[2]), np.where(swapped, own[2], own[3])

@@ -22,7 +22,7 @@ ROUNDING_SHARE = 0.25
 """The squared error that rounding may add, as a share of the fit's."""
 
 
-_LEAST_PIXELS_PER_GAUSSIAN = 3
+_MIN_PIXELS_PER_GAUSSIAN = 3
 
 
 _BITS_PER_GAUSSIAN = 31  # a first guess
@@ -31,7 +31,7 @@ _BITS_PER_GAUSSIAN = 31  # a first guess
 _OCTAVES_PER_DECIBEL = 1 / 3  # of Gaussians: another one
 
 
-_MOST_FITS = 5
+_MAX_FITS = 5
 
 
 _NEAR = 0.06  # a fit this near to its target is made to meet it by its fineness
@@ -109,7 +109,7 @@ class Search:
 
     def __init__(self, pixels: NDArray[np.float32], fit: Callable[[int | None], Fit]) -> None:
         self.pixels = pixels
-        self.most = max(1, pixels[0].size // _LEAST_PIXELS_PER_GAUSSIAN)
+        self.most = max(1, pixels[0].size // _MIN_PIXELS_PER_GAUSSIAN)
         self._fit = fit
 
     def fit(self, count: int | None) -> Fit:
@@ -122,7 +122,7 @@ class Search:
             TargetMissedError: There is none.
         """
         count = min(max(1, size * 8 // _BITS_PER_GAUSSIAN), self.most)
-        for _ in range(_MOST_FITS):
+        for _ in range(_MAX_FITS):
             fit = self.fit(count)
             reached = len(fit.file())
             if not size or abs(reached / size - 1) <= _NEAR:
@@ -146,7 +146,7 @@ class Search:
         count = min(max(1, self.pixels[0].size // (2 * PIXELS_PER_GAUSSIAN)), self.most)
         tried: list[tuple[float, float]] = []  # (log2 of the number, decibels above the target)
         best: Fit | None = None
-        for _ in range(_MOST_FITS):
+        for _ in range(_MAX_FITS):
             fit = self.fit(count)
             excess = 10 * math.log10(squared_error / max(fit.squared_error(), 1e-12))
             tried.append((math.log2(count), excess))

@@ -20,7 +20,10 @@ class OptimizeConfig:
 
     Attributes:
         steps: Number of Adam updates, at least 0.
-        offset_rate, scale_rate, angle_rate, colour_rate: Adam's learning rates of the raw numbers of each group.
+        offset_learning_rate: Adam's learning rate of the raw offsets.
+        scale_learning_rate: The same, of the raw scales.
+        angle_learning_rate: The same, of the raw angle.
+        colour_learning_rate: The same, of the raw colours.
         constant_fraction: Share of the steps, 0 to 1, at these rates; then they fall linearly.
         final_fraction: The rates that the fall heads for, as a share of the first.
         beta1, beta2, eps: Adam's constants.
@@ -29,10 +32,10 @@ class OptimizeConfig:
     """
 
     steps: int = 50
-    offset_rate: float = 0.1
-    scale_rate: float = 0.3
-    angle_rate: float = 0.15
-    colour_rate: float = 0.04
+    offset_learning_rate: float = 0.1
+    scale_learning_rate: float = 0.3
+    angle_learning_rate: float = 0.15
+    colour_learning_rate: float = 0.04
     constant_fraction: float = 0.75
     final_fraction: float = 0.1
     beta1: float = 0.8
@@ -43,7 +46,13 @@ class OptimizeConfig:
     def __post_init__(self) -> None:
         if self.steps < 0:
             raise ValueError(f"steps must be at least 0, got {self.steps}")
-        for name in ("offset_rate", "scale_rate", "angle_rate", "colour_rate", "eps"):
+        for name in (
+            "offset_learning_rate",
+            "scale_learning_rate",
+            "angle_learning_rate",
+            "colour_learning_rate",
+            "eps",
+        ):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be a positive number, got {getattr(self, name)}")
         for name in ("constant_fraction", "final_fraction", "opposed_fraction"):
@@ -68,15 +77,15 @@ class OptimizeConfig:
 
     def scaled(self, factor: float) -> OptimizeConfig:
         """The same with all learning rates multiplied."""
-        rates = {name: getattr(self, name) * factor for name in (f"{group}_rate" for group in GROUPS)}
+        rates = {name: getattr(self, name) * factor for name in (f"{group}_learning_rate" for group in GROUPS)}
         return replace(self, **rates)
 
-    def rates(self, step: int) -> NDArray[np.float64]:
+    def learning_rates(self, step: int) -> NDArray[np.float64]:
         """Learning rate of each of the 8 raw columns for update number `step`, counted from 0."""
         done = step / self.steps
         falling = (1 - done) / (1 - self.constant_fraction) if self.constant_fraction < 1 else 1.0
         share = self.final_fraction + (1 - self.final_fraction) * min(1.0, falling)
         rates = np.empty(RAW_CHANNELS)
         for name, columns in GROUPS.items():
-            rates[columns] = share * getattr(self, f"{name}_rate")
+            rates[columns] = share * getattr(self, f"{name}_learning_rate")
         return rates

@@ -134,7 +134,7 @@ def _use_each() -> None:
     state = FusedOptimizer(raw, anchor, target, 1, target, Workers(1))
     state.evaluate()
     config = OptimizeConfig(steps=1)
-    state.update(config.rates(0), config.beta1, config.beta2, config.eps, config.opposed_fraction)
+    state.update(config.learning_rates(0), config.beta1, config.beta2, config.eps, config.opposed_fraction)
     state.raw_rows()
 
 

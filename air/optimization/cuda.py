@@ -272,6 +272,6 @@ def rate_table(config: OptimizeConfig) -> NDArray[np.float32]:
     """What update number k needs, in row k: (max(steps, 1), RATE_COLUMNS)."""
     table = np.zeros((max(config.steps, 1), RATE_COLUMNS))
     for step in range(config.steps):
-        table[step, :RAW_CHANNELS] = config.rates(step) / (1 - config.beta1 ** (step + 1))
+        table[step, :RAW_CHANNELS] = config.learning_rates(step) / (1 - config.beta1 ** (step + 1))
         table[step, RAW_CHANNELS] = 1 / math.sqrt(1 - config.beta2 ** (step + 1))
     return table.astype(np.float32)

@@ -126,7 +126,9 @@ def _optimize_cpu(
             values = state.evaluate()
             recorder.add(values.loss, values.squared_error)
             if step < config.steps:
-                state.update(config.rates(step), config.beta1, config.beta2, config.eps, config.opposed_fraction)
+                state.update(
+                    config.learning_rates(step), config.beta1, config.beta2, config.eps, config.opposed_fraction
+                )
         return torch.from_numpy(state.raw_rows())
 
 

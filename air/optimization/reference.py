@@ -36,7 +36,7 @@ def optimize_reference(
         recorder.add(loss.item(), squared_error.item())
         if step == config.steps:
             break
-        rates = config.rates(step)
+        rates = config.learning_rates(step)
         for options, columns in zip(adam.param_groups, GROUPS.values(), strict=True):
             options["lr"] = float(rates[columns][0])
         adam.zero_grad()

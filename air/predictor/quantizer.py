@@ -36,7 +36,7 @@ _LOWS = (-6.7962, -6.0476, 0.4933, 0.5032, 1.0155, -0.2550, -0.0688, -0.1273)
 _ESTIMATED_AT = 7
 
 
-_LEAST_SCALE_LOW = MIN_RAW_SCALE / 2
+_MIN_SCALE_LOW = MIN_RAW_SCALE / 2
 """Pixels. No predicted scale lies below twice that, and no file may hold one that is not positive."""
 
 
@@ -94,7 +94,7 @@ class ImageAdaptiveQuantizer(nn.Module):
         unit[0:4] = self.patch_size / _ESTIMATED_AT
         origin[2:4] = MIN_RAW_SCALE
         low = (low - origin) * unit + origin
-        return step * unit, torch.cat([low[..., 0:2], low[..., 2:4].clamp(min=_LEAST_SCALE_LOW), low[..., 4:]], dim=-1)
+        return step * unit, torch.cat([low[..., 0:2], low[..., 2:4].clamp(min=_MIN_SCALE_LOW), low[..., 4:]], dim=-1)
 
     def forward(
         self, values: Tensor, feature: Tensor | None = None, image: Tensor | None = None

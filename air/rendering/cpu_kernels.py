@@ -12,7 +12,7 @@ the weight w = exp(-q) follows a recurrence of two multiplications a row instead
     w(t+1) = w(t) · r(t),   r(t) = exp(-c (t + ½)),   r(t+1) = r(t) · exp(-c).
 
 Errors grow with the square of the number of rows, and a weight that starts below the smallest float would stay zero,
-so a walk is cut into *runs*, each started by true exponentials: of at most MOST_RUN_ROWS rows and 7 conditional
+so a walk is cut into *runs*, each started by true exponentials: of at most MAX_RUN_ROWS rows and 7 conditional
 standard deviations, too few for a weight below 2⁻⁸⁶ to come back above 1/255. An image is drawn in bands of BAND_ROWS
 rows, at whose borders runs start afresh, so every pixel's value is the same in whatever order they are drawn.
 
@@ -71,7 +71,7 @@ GEOMETRY = 14
 # Columns of the moment table, which is one row per Gaussian: Σ w g per channel; then sums of D = w · Σ g · colour.
 MOMENTS = 8
 
-MOST_RUN_ROWS = 32
+MAX_RUN_ROWS = 32
 """Longer runs would let the rounding errors of the recurrence show."""
 
 RUN_CAPACITY = 128
@@ -150,7 +150,7 @@ def derive_geometry(parameters, geometry, first, end):
         store(geometry, LAST_ROW_DX * row + i, sigma_xy * _REACH / half_height)
         store(geometry, ROW_VARIANCE * row + i, row_variance)
         rows = floor(sqrt(row_variance) * f32(7))
-        store(geometry, RUN_ROWS * row + i, maximum(minimum(rows, f32(MOST_RUN_ROWS)), ONE))
+        store(geometry, RUN_ROWS * row + i, maximum(minimum(rows, f32(MAX_RUN_ROWS)), ONE))
         # Rounding may move the computed border of the support; walking a row too many costs little, as each pixel
         # is tested again.
         size = maximum(x, splat(ZERO) - x) + maximum(y, splat(ZERO) - y) + half_width + half_height

@@ -49,12 +49,12 @@ def draw_file(blob: bytes, config: DecodeConfig, threads: int = 1) -> tuple[byte
     Raises:
         Rejected: `damaged`: it cannot be read; `too_many_pixels`: the picture would be larger than allowed.
     """
-    from air.codec.bitstream import MOST_SIDE
+    from air.codec.bitstream import MAX_SIDE
     from air.codec.file import decode, read_header
     from air.errors import CodecError
     from air.pillow import draw, scaled_size
 
-    largest = MOST_SIDE**2  # config.max_pixels is about what is drawn
+    largest = MAX_SIDE**2  # config.max_pixels is about what is drawn
     try:
         header = read_header(blob, max_pixels=largest)
         height, width = scaled_size(header.height, header.width, config.scale)

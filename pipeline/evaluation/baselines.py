@@ -23,7 +23,7 @@ _Options = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Rival:
+class Baseline:
     """A codec of Pillow's.
 
     Attributes:
@@ -43,7 +43,7 @@ class Rival:
     version: Callable[[], str | None]
 
 
-class RivalFile(NamedTuple):
+class BaselineFile(NamedTuple):
     """A file, the setting that made it, and the seconds that it took: without those spent on other settings."""
 
     data: bytes
@@ -72,11 +72,11 @@ def _avif(quality: float) -> list[_Options]:
     return [{"quality": int(quality), "subsampling": "4:4:4", "max_threads": 1}]
 
 
-RIVALS = (
-    Rival("JPEG", "JPEG", "jpg", range(1, 101), _jpeg, lambda: features.version_feature("libjpeg_turbo")),
-    Rival("WebP", "WEBP", "webp", range(101), _webp, lambda: features.version("webp")),
+BASELINES = (
+    Baseline("JPEG", "JPEG", "jpg", range(1, 101), _jpeg, lambda: features.version_feature("libjpeg_turbo")),
+    Baseline("WebP", "WEBP", "webp", range(101), _webp, lambda: features.version("webp")),
     # Compression ratios from 4096 to 1, in steps of 1.5 %.
-    Rival(
+    Baseline(
         "JPEG 2000",
         "JPEG2000",
         "jpg_2000",
@@ -84,28 +84,28 @@ RIVALS = (
         _jpeg_2000,
         lambda: features.version("jpg_2000"),
     ),
-    Rival("AVIF", "AVIF", "avif", range(101), _avif, lambda: features.version("avif")),
+    Baseline("AVIF", "AVIF", "avif", range(101), _avif, lambda: features.version("avif")),
 )
 """What ours is measured beside, where this Pillow has it."""
 
 
-def available() -> list[Rival]:
-    """The rivals that this Pillow can write."""
+def available() -> list[Baseline]:
+    """The baselines that this Pillow can write."""
     supported = features.get_supported()
-    return [rival for rival in RIVALS if rival.feature in supported]
+    return [baseline for baseline in BASELINES if baseline.feature in supported]
 
 
-def describe(rivals: Sequence[Rival]) -> str:
+def describe(baselines: Sequence[Baseline]) -> str:
     """Names and versions, in one phrase."""
-    named = [f"{rival.name} {rival.version() or ''}".strip() for rival in rivals]
+    named = [f"{baseline.name} {baseline.version() or ''}".strip() for baseline in baselines]
     return ", ".join([f"Pillow {PIL.__version__}", *named])
 
 
-def encode_within(rival: Rival, rgb: np.ndarray, num_bytes: int) -> RivalFile:
+def encode_within(baseline: Baseline, rgb: np.ndarray, num_bytes: int) -> BaselineFile:
     """The file of the highest setting that takes at most so many bytes; of the lowest, where even that takes more.
 
     Args:
-        rival: The codec.
+        baseline: The codec.
         rgb: The image, shape (H, W, 3), uint8.
         num_bytes: The limit.
 
@@ -113,11 +113,11 @@ def encode_within(rival: Rival, rgb: np.ndarray, num_bytes: int) -> RivalFile:
         Rejected: `unsupported`: the codec cannot hold an image of that size.
     """
     picture = Image.fromarray(rgb)
-    low, high = 0, len(rival.settings)
-    best = _encode(rival, picture, rival.settings[low])
+    low, high = 0, len(baseline.settings)
+    best = _encode(baseline, picture, baseline.settings[low])
     while high - low > 1 and len(best.data) <= num_bytes:
         middle = (low + high) // 2
-        tried = _encode(rival, picture, rival.settings[middle])
+        tried = _encode(baseline, picture, baseline.settings[middle])
         if len(tried.data) <= num_bytes:
             low, best = middle, tried
         else:
@@ -125,21 +125,21 @@ def encode_within(rival: Rival, rgb: np.ndarray, num_bytes: int) -> RivalFile:
     return best
 
 
-def decode(rival: Rival, data: bytes) -> np.ndarray:
-    """The pixels of a rival's file, shape (H, W, 3), uint8."""
-    reader, _ = Image.OPEN[rival.format]  # itself: `Image.open` would look for the format and warn of large images
+def decode(baseline: Baseline, data: bytes) -> np.ndarray:
+    """The pixels of a baseline's file, shape (H, W, 3), uint8."""
+    reader, _ = Image.OPEN[baseline.format]  # itself: `Image.open` would look for the format and warn of large images
     with reader(io.BytesIO(data), "") as picture:
         return np.asarray(picture.convert("RGB"))
 
 
-def _encode(rival: Rival, picture: Image.Image, setting: float) -> RivalFile:
+def _encode(baseline: Baseline, picture: Image.Image, setting: float) -> BaselineFile:
     files = []
     begin = time.perf_counter()
-    for options in rival.variants(setting):
+    for options in baseline.variants(setting):
         file = io.BytesIO()
         try:
-            picture.save(file, rival.format, **options)
+            picture.save(file, baseline.format, **options)
         except (OSError, ValueError) as error:  # such as a side longer than the format allows
-            raise Rejected(images.Reason.UNSUPPORTED, f"{rival.name} cannot hold it: {error}") from None
+            raise Rejected(images.Reason.UNSUPPORTED, f"{baseline.name} cannot hold it: {error}") from None
         files.append(file.getvalue())
-    return RivalFile(min(files, key=len), setting, time.perf_counter() - begin)
+    return BaselineFile(min(files, key=len), setting, time.perf_counter() - begin)

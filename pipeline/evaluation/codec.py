@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from air.arguments import image_tensor
-from air.codec.bitstream import MOST_SIDE, read_header
+from air.codec.bitstream import MAX_SIDE, read_header
 from air.codec.file import decode, read_info
 from air.codec.sensitivity import SensitivityQuantizer
 from air.encoding.encode import encode
@@ -38,7 +38,7 @@ _WARM_UP_SIDE = 64
 
 def evaluate_codec(
     pictures: Sequence[Picture],
-    others: Sequence[baselines.Rival],
+    others: Sequence[baselines.Baseline],
     config: EvaluateConfig,
     report: Callable[[int, Rows], None] = lambda number, rows: None,
 ) -> Evaluation:
@@ -66,7 +66,7 @@ def evaluate_codec(
 
 
 def _measure(
-    key: str, rgb: np.ndarray, target: float, others: Sequence[baselines.Rival], config: EvaluateConfig
+    key: str, rgb: np.ndarray, target: float, others: Sequence[baselines.Baseline], config: EvaluateConfig
 ) -> Iterator[dict[str, Any]]:
     """A row for every codec, ours first."""
     height, width, _ = rgb.shape
@@ -74,7 +74,7 @@ def _measure(
 
     def row(
         codec: str,
-        file: baselines.RivalFile,
+        file: baselines.BaselineFile,
         decode_file: Callable[[bytes], np.ndarray],
         num_gaussians: int,
     ) -> dict[str, Any]:
@@ -102,15 +102,15 @@ def _measure(
     info = read_info(blob, max_pixels=height * width)
     quantizer = info.header.quantizer
     assert isinstance(quantizer, SensitivityQuantizer)
-    own = baselines.RivalFile(blob, quantizer.step, seconds)
+    own = baselines.BaselineFile(blob, quantizer.step, seconds)
     yield row(AIR, own, partial(_draw_file, threads=config.threads), sum(info.num_gaussians))
     for other in others:
         yield row(other.name, baselines.encode_within(other, rgb, len(blob)), partial(baselines.decode, other), 0)
 
 
 def _draw_file(blob: bytes, threads: int) -> np.ndarray:
-    header = read_header(blob, max_pixels=MOST_SIDE**2)
-    gaussians = decode(blob, max_pixels=MOST_SIDE**2)
+    header = read_header(blob, max_pixels=MAX_SIDE**2)
+    gaussians = decode(blob, max_pixels=MAX_SIDE**2)
     return draw_levels(gaussians, header.height, header.width, threads)
 
 

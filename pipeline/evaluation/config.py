@@ -20,7 +20,7 @@ _ABOUT_PREDICTORS = (
     "max_patch_dssim",
 )
 _ABOUT_THE_CODEC = ("bpp", "steps", "stored_steps")
-_MOST_BPP = 24.0
+_MAX_BPP = 24.0
 
 
 class EvaluateConfig(Config):
@@ -72,8 +72,8 @@ class EvaluateConfig(Config):
             raise ValueError("refine must be one or more counts from 0 to 100000")
         if list(self.refine) != sorted(set(self.refine)):
             raise ValueError("refine must rise, without repetition")
-        if not self.bpp or not all(0 < bpp <= _MOST_BPP for bpp in self.bpp):
-            raise ValueError(f"bpp must be one or more numbers above 0, {_MOST_BPP:g} at most")
+        if not self.bpp or not all(0 < bpp <= _MAX_BPP for bpp in self.bpp):
+            raise ValueError(f"bpp must be one or more numbers above 0, {_MAX_BPP:g} at most")
         if list(self.bpp) != sorted(set(self.bpp)):
             raise ValueError("bpp must rise, without repetition")
         foreign = _ABOUT_PREDICTORS if self.codec else _ABOUT_THE_CODEC

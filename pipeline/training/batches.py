@@ -24,7 +24,7 @@ from pipeline.training.targets import StageTargets, cut_targets
 
 logger = logging.getLogger(__name__)
 
-_MOST_NAMED = 10_000
+_MAX_NAMED = 10_000
 """Samples that the log names as unusable; of further ones only the count is told."""
 
 
@@ -116,10 +116,10 @@ class Feed:
 
     def _warn(self, where: tuple[int, int], what: str) -> None:
         """Names a sample when it is first met, not in every epoch again."""
-        if where not in self._named and len(self._named) < _MOST_NAMED:
+        if where not in self._named and len(self._named) < _MAX_NAMED:
             self._named.add(where)
             logger.warning("passed over: %s", what)
-            if len(self._named) == _MOST_NAMED:
+            if len(self._named) == _MAX_NAMED:
                 logger.warning("further samples that cannot be used are counted and not named")
 
     def _crop(self, sample: RawSample, side: int, epoch: int) -> tuple[np.ndarray, list[StageTargets]]:

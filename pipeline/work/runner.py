@@ -38,7 +38,7 @@ FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 1.0, 60.0
 """A unit whose storage failed waits before it is tried again, twice as long each time."""
 
 _OLD_SECONDS = 24 * 3600.0  # a temporary file this old has no writer any more
-_MOST_SHOWN = 3  # bad images that the message names
+_MAX_SHOWN = 3  # bad images that the message names
 _MIN_DURATIONS = 5  # finished units before stragglers are looked for
 
 
@@ -150,9 +150,9 @@ def _judge(tally: Tally, config: RunnerConfig, output: Storage, final: bool = Fa
         reasons = ", ".join(f"{reason} {count}" for reason, count in tally.rejected.most_common())
         shown = "".join(
             f"\n  {row['key']}: {row['message']} ({row['reason']})"
-            for row in islice(read_quarantine(output), _MOST_SHOWN)
+            for row in islice(read_quarantine(output), _MAX_SHOWN)
         )
-        more = f"\n  and {bad - _MOST_SHOWN} more" if bad > _MOST_SHOWN else ""
+        more = f"\n  and {bad - _MAX_SHOWN} more" if bad > _MAX_SHOWN else ""
         raise JobFailedError(
             f"{bad} of {tally.samples} images are bad ({reasons}), more than the share of {config.max_bad_share:g} "
             f"that max_bad_share allows:{shown}{more}\n"

@@ -31,7 +31,7 @@ def jpeg(quality: float, **options: object) -> dict:
     return {"format": "JPEG", "quality": int(quality), "subsampling": "4:2:0", "optimize": True, **options}
 
 
-def rival_sizes_and_pictures(codec: str, setting: float, rgb: np.ndarray) -> list[tuple[int, np.ndarray]]:
+def baseline_sizes_and_pictures(codec: str, setting: float, rgb: np.ndarray) -> list[tuple[int, np.ndarray]]:
     """Size and pixels of the files that a user of Pillow gets with the documented options."""
     options = {
         "JPEG": lambda: [jpeg(setting), jpeg(setting, progressive=True)],
@@ -97,7 +97,7 @@ def original_of(row: dict, originals: dict[str, np.ndarray]) -> np.ndarray:
 def test_there_is_a_row_for_every_image_target_and_codec(written: Path, rows: list[dict]) -> None:
     table = pq.read_table(written / "figures.parquet")
     assert table.schema.equals(tables.CODEC_EVALUATION, check_metadata=False)
-    codecs = ["AIR", *(rival.name for rival in baselines.available())]
+    codecs = ["AIR", *(baseline.name for baseline in baselines.available())]
     assert [(row["target_bpp"], row["codec"]) for row in rows] == [
         (bpp, name) for bpp in TARGETS for name in codecs
     ] * 2
@@ -128,12 +128,12 @@ def test_our_row_is_what_the_decoded_file_shows(rows: list[dict], originals: dic
 
 
 def test_other_codecs_have_the_best_file_that_is_no_larger(rows: list[dict], originals: dict[str, np.ndarray]) -> None:
-    settings = {rival.name: list(rival.settings) for rival in baselines.RIVALS}
+    settings = {baseline.name: list(baseline.settings) for baseline in baselines.BASELINES}
     ours = {(row["key"], row["target_bpp"]): row["bytes"] for row in rows if row["codec"] == "AIR"}
     for row in (row for row in rows if row["codec"] != "AIR"):
         rgb, limit = original_of(row, originals), ours[row["key"], row["target_bpp"]]
         place = settings[row["codec"]].index(row["setting"])
-        files = rival_sizes_and_pictures(row["codec"], row["setting"], rgb)
+        files = baseline_sizes_and_pictures(row["codec"], row["setting"], rgb)
         size, picture = min(files, key=lambda file: file[0])
         assert size == row["bytes"]
         assert row["psnr"] == pytest.approx(psnr_of_pixels(picture, rgb), abs=1e-3)
@@ -141,7 +141,7 @@ def test_other_codecs_have_the_best_file_that_is_no_larger(rows: list[dict], ori
         if size > limit:
             assert place == 0
         elif place + 1 < len(settings[row["codec"]]):
-            larger = rival_sizes_and_pictures(row["codec"], settings[row["codec"]][place + 1], rgb)
+            larger = baseline_sizes_and_pictures(row["codec"], settings[row["codec"]][place + 1], rgb)
             assert min(size for size, _ in larger) > limit
 
 
@@ -175,7 +175,7 @@ def test_a_codec_that_pillow_lacks_is_named_and_left_out(
 
 
 def test_a_codec_that_cannot_hold_an_image_says_so() -> None:
-    (webp,) = (rival for rival in baselines.RIVALS if rival.name == "WebP")
+    (webp,) = (baseline for baseline in baselines.BASELINES if baseline.name == "WebP")
     if webp not in baselines.available():
         pytest.skip("this Pillow is built without WebP")
     with pytest.raises(Rejected, match=r"unsupported: WebP cannot hold it: .*16383"):
@@ -183,10 +183,10 @@ def test_a_codec_that_cannot_hold_an_image_says_so() -> None:
 
 
 def test_a_limit_below_the_smallest_file_gives_the_smallest(originals: dict[str, np.ndarray]) -> None:
-    for rival in baselines.available():
-        file = baselines.encode_within(rival, originals["face"], 10)
-        assert file.setting == rival.settings[0]
-        assert baselines.decode(rival, file.data).shape == originals["face"].shape
+    for baseline in baselines.available():
+        file = baselines.encode_within(baseline, originals["face"], 10)
+        assert file.setting == baseline.settings[0]
+        assert baselines.decode(baseline, file.data).shape == originals["face"].shape
 
 
 def test_images_that_cannot_be_used_or_miss_a_target_are_named_and_passed_over(

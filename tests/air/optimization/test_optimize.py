@@ -78,7 +78,7 @@ def test_only_plain_adam_moves_against_the_gradient(opposed_fraction: float):
         for step in range(config.steps):
             state.evaluate()
             gradient, before = state.raw_gradient().copy(), state.drawing.raw.copy()
-            state.update(config.rates(step), config.beta1, config.beta2, config.eps, opposed_fraction)
+            state.update(config.learning_rates(step), config.beta1, config.beta2, config.eps, opposed_fraction)
             opposed += ((state.drawing.raw - before) * gradient > 0).sum()
     assert (opposed > 0) == (opposed_fraction > 0)
 
@@ -185,7 +185,13 @@ def test_what_is_no_image_is_refused(image):
 
 @pytest.mark.parametrize(
     "options",
-    [{"steps": -1}, {"colour_rate": 0.0}, {"beta1": 1.0}, {"constant_fraction": 1.5}, {"opposed_fraction": -0.1}],
+    [
+        {"steps": -1},
+        {"colour_learning_rate": 0.0},
+        {"beta1": 1.0},
+        {"constant_fraction": 1.5},
+        {"opposed_fraction": -0.1},
+    ],
 )
 def test_a_configuration_out_of_bounds_is_refused(options):
     with pytest.raises(ValueError, match=next(iter(options))):
