@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from pipeline.errors import DamagedDataError, Rejected
+from pipeline.errors import DamagedDataError, Reason, Rejected
 from pipeline.formats import images
 from pipeline.identity import printable
 
@@ -184,7 +184,7 @@ class TarIndex:
         """
         place = self._places[row]
         if place is None:
-            raise Rejected("no_image", "the sample has no image member")
+            raise Rejected(Reason.NO_IMAGE, "the sample has no image member")
         self._stream.seek(place[0], io.SEEK_SET)
         return self._stream.read(place[1])
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, cast
 
-from pipeline.errors import DamagedDataError, JobFailedError, Rejected
+from pipeline.errors import DamagedDataError, JobFailedError, Reason, Rejected
 from pipeline.formats import images
 from pipeline.formats.tars import count_samples, member_bytes, tar_bytes
 from pipeline.identity import checksum_of, file_safe, printable
@@ -197,7 +197,7 @@ def _sample(sample: Mapping[str, Any], unit: Unit, image_endings: frozenset[str]
 
     def read() -> bytes:
         if data is None:
-            raise Rejected("no_image", f"the sample has no image member (its members end in {', '.join(endings)})")
+            raise Rejected(Reason.NO_IMAGE, f"the sample has no image member (its members end in {', '.join(endings)})")
         return data
 
     return Sample(key, source, read)

@@ -20,7 +20,7 @@ from itertools import pairwise
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.errors import ConfigError, DamagedDataError, Rejected, StorageError
+from pipeline.errors import ConfigError, DamagedDataError, Reason, Rejected, StorageError
 from pipeline.formats.images import IMAGE_EXTENSIONS
 from pipeline.storage.base import Entry, ForbiddenFileError, MissingFileError, Storage
 from pipeline.storage.open import open_parent, open_storage
@@ -273,9 +273,9 @@ class ItemReader:
                 return data
             return storage.read(item.path)
         except MissingFileError:
-            raise Rejected("missing", "the file is gone since the plan was made") from None
+            raise Rejected(Reason.MISSING, "the file is gone since the plan was made") from None
         except ForbiddenFileError:
-            raise Rejected("forbidden", "the file's permissions do not allow reading it") from None
+            raise Rejected(Reason.FORBIDDEN, "the file's permissions do not allow reading it") from None
 
     def _read_row(self, storage: Storage, item: Item) -> bytes:
         assert item.row is not None
@@ -301,5 +301,5 @@ class ItemReader:
         value = column[row].as_py()
         value = value.get("bytes") if isinstance(value, dict) else value
         if value is None:
-            raise Rejected("missing", "the row holds no image bytes")
+            raise Rejected(Reason.MISSING, "the row holds no image bytes")
         return value

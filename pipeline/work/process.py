@@ -25,7 +25,7 @@ import pyarrow as pa
 
 from air.errors import AirError
 from air.version import __version__
-from pipeline.errors import Rejected
+from pipeline.errors import Reason, Rejected
 from pipeline.formats import tables
 from pipeline.identity import checksum_of, printable
 from pipeline.storage.base import Storage
@@ -227,7 +227,7 @@ def _quarantine_row(
         "key": sample.key,
         "shard": unit.name,
         "stage": job.name,
-        "reason": rejection.reason,
+        "reason": rejection.reason.value,
         "message": printable(f"{sample.source}: {rejection.message}"),
         "sha256": "" if data is None else hashlib.sha256(data).hexdigest(),
         "bytes": len(data or b""),
@@ -273,7 +273,7 @@ class _Caller:
         try:
             return self._in_child(image)  # once may be the machine's fault, such as a neighbour that took the memory
         except BrokenProcessPool:
-            raise Rejected("killed_worker", "its process died of it, twice: crash or out of memory") from None
+            raise Rejected(Reason.KILLED_WORKER, "its process died of it, twice: crash or out of memory") from None
 
     def _in_child(self, image: EncodedImage) -> Any:
         if self._pool is None:
@@ -288,4 +288,4 @@ class _Caller:
         except (AirError, OSError, MemoryError):
             raise
         except Exception as error:
-            raise Rejected("failed", f"{type(error).__name__}: {error}") from error
+            raise Rejected(Reason.FAILED, f"{type(error).__name__}: {error}") from error

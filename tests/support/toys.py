@@ -5,8 +5,8 @@ to do is a verb, with ` once` behind it where only the first attempt is to do so
 
     kill            the process dies of SIGKILL
     raise           an exception that nobody foresaw
-    reject          Rejected("ugly", ...)
-    vanish          the bytes are gone when they are read: Rejected("missing", ...)
+    reject          Rejected(Reason.CORRUPT, ...)
+    vanish          the bytes are gone when they are read: Rejected(Reason.MISSING, ...)
     lose            the bytes cannot be read for a reason that may pass: StorageError
     damage          the input is not what the plan says: DamagedDataError
     sleep SECONDS   takes its time
@@ -34,7 +34,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from pipeline.config import Config
-from pipeline.errors import DamagedDataError, Rejected, StorageError
+from pipeline.errors import DamagedDataError, Reason, Rejected, StorageError
 from pipeline.formats import tables
 from pipeline.storage.base import Storage
 from pipeline.storage.open import open_storage
@@ -80,7 +80,7 @@ class ToyJob:
     def _read(self, key: str) -> bytes:
         match self._order(key, "vanish", "lose", "damage"):
             case "vanish":
-                raise Rejected("missing", "the toy is gone")
+                raise Rejected(Reason.MISSING, "the toy is gone")
             case "lose":
                 raise StorageError(f"cannot read {key}: the network is down")
             case "damage":
@@ -96,7 +96,7 @@ class ToyJob:
         elif order == "raise":
             raise KeyError("nobody foresaw this")
         elif order == "reject":
-            raise Rejected("ugly", "the toy is ugly")
+            raise Rejected(Reason.CORRUPT, "the toy is ugly")
         elif order.startswith("sleep"):
             time.sleep(float(order.split()[1]))
         return {"key": image.key, "length": len(image.data)}

@@ -101,7 +101,7 @@ def test_a_wrong_row_count(output: Storage):
 
 
 def test_a_wrong_count_of_rejections(output: Storage):
-    change_manifest(output, "unit-1", lambda manifest: manifest["rejected"].update(ugly=2))
+    change_manifest(output, "unit-1", lambda manifest: manifest["rejected"].update(corrupt=2))
     assert list(verify(output)) == ["manifest/unit-1.json: 2 rejections counted, 1 in quarantine"]
 
 

@@ -209,7 +209,7 @@ def a_manifest(attempt: str, path: str) -> Manifest:
         files=(DataFile(path=path, bytes=1, sha256="", rows=1),),
         quarantine=DataFile(path=f"quarantine/{attempt}", bytes=1, sha256="", rows=1),
         samples=2,
-        rejected={"ugly": 1},
+        rejected={"corrupt": 1},
         seconds=0.1,
         summary={},
     )
