@@ -378,8 +378,9 @@ def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
             raise Rejected(Reason.CORRUPT, f"PNG: no valid chunk at byte {position}")
         end = position + 12 + length
         if end > len(data):
-            where = f"its {kind.decode()} chunk at byte {end}"
-            raise Rejected(Reason.TRUNCATED, f"PNG: the file ends at byte {len(data)}, {where}")
+            raise Rejected(
+                Reason.TRUNCATED, f"PNG: {len(data)} bytes, but its {kind.decode()} chunk ends at byte {end}"
+            )
         body = data[position + 8 : end - 4]
         if zlib.crc32(body, zlib.crc32(kind)) != int.from_bytes(data[end - 4 : end], "big"):
             raise Rejected(Reason.CORRUPT, f"PNG: wrong checksum in the {kind.decode()} chunk at byte {position}")

@@ -1,1 +1,1 @@
-"""Files in local folders and object stores behind one small interface. It knows nothing of what they hold."""
+"""Files in local folders and object stores behind one small interface. This folder knows nothing of what files hold."""
