@@ -378,9 +378,7 @@ def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
             raise Rejected(Reason.CORRUPT, f"PNG: no valid chunk at byte {position}")
         end = position + 12 + length
         if end > len(data):
-            raise Rejected(
-                Reason.TRUNCATED, f"PNG: {len(data)} bytes, but its {kind.decode()} chunk ends at byte {end}"
-            )
+            raise Rejected(Reason.TRUNCATED, f"PNG: {len(data)} bytes, but its {kind.decode()} chunk ends at {end}")
         body = data[position + 8 : end - 4]
         if zlib.crc32(body, zlib.crc32(kind)) != int.from_bytes(data[end - 4 : end], "big"):
             raise Rejected(Reason.CORRUPT, f"PNG: wrong checksum in the {kind.decode()} chunk at byte {position}")
