@@ -84,5 +84,5 @@ def test_a_sample_with_two_members_of_one_ending_is_damaged(tmp_path: Path):
     write_tar(tmp_path / "x.tar", [("a.png", encode_picture(0)), ("a.png", encode_picture(1))])
     storage = open_storage(tmp_path)
     (unit,) = list_shards(storage)
-    with pytest.raises(DamagedDataError, match=r"x\.tar is no WebDataset shard: a\.png"):
+    with pytest.raises(DamagedDataError, match=r"x\.tar is not a WebDataset shard: a\.png"):
         list(read_samples(storage, unit))
