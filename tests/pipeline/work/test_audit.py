@@ -125,7 +125,7 @@ def test_a_manifest_of_a_unit_that_nobody_planned(output: Storage):
 def test_a_manifest_under_the_name_of_another_unit(output: Storage, name: str):
     output.write(f"manifest/{name}.json", output.read("manifest/unit-0.json"))
     problems = list(verify(output))
-    assert f"manifest/{name}.json: speaks of unit-0" in problems
+    assert f"manifest/{name}.json: the manifest is of unit-0" in problems
     # What is hidden under the wrong name is not done; what the right manifest says still holds.
     assert set(problems[1:]) == ({"unit unit-2 is not done"} if name == "unit-2" else set())
 
