@@ -1,8 +1,8 @@
 """The file system of this machine as a `Storage`.
 
 A file is written under a temporary name beside its target, flushed to the disk and renamed, so that readers see whole
-files only. `put_if_absent` uses hard links, of which one writer gets the name. This module must not know what is in a
-file. Jobs open storages with `pipeline.storage.open.open_storage`.
+files only. `put_if_absent` names the file by a hard link instead, which only one writer can make. This module must not
+know what is in a file. Jobs open storages with `pipeline.storage.open.open_storage`.
 """
 
 from __future__ import annotations

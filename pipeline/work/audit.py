@@ -81,7 +81,7 @@ def verify(output: Storage) -> Iterator[str]:
             yield f"{path}: {problem}"
     yield from (f"unit {name} is not done" for name in sorted(missing))
     if sound and not missing:  # otherwise a job may be at work, whose files no manifest names yet
-        yield from (f"{path} is named by no manifest; `air gc` removes it" for path, _ in _unnamed(output))
+        yield from (f"no manifest names {path}; `air gc` removes it" for path, _ in _unnamed(output))
 
 
 def repair(output: Storage) -> list[str]:

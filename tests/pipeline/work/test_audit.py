@@ -52,7 +52,7 @@ def test_garbage_of_a_finished_job_is_named_and_swept(output: Storage):
     """A reader of `data/*.parquet` would meet it."""
     output.write("data/unit-0-killed.parquet", b"garbage")
     (problem,) = verify(output)
-    assert "data/unit-0-killed.parquet is named by no manifest" in problem
+    assert "no manifest names data/unit-0-killed.parquet" in problem
     assert remove_garbage(output) == (1, 7)
     assert list(verify(output)) == []
 
