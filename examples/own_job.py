@@ -85,7 +85,8 @@ def mean_colours(pictures: str, out: str) -> None:
     units, listings = list_images([pictures], max_count=64, max_bytes=256_000_000, image_column=None)
     plan = settle_plan(output, Plan.make("colour", config, units, [pictures]), listings)
     job = ColourJob(config, partial(read_listing, output, ItemReader([pictures], None)))
-    # With executor="ray" the same job runs on Ray; its class must then be in a module that the workers can import.
+    # executor="ray" runs the same job on Ray. Move its class to a module first: a process that isolates an image which
+    # killed its worker loads the class by name.
     tally = run(job, plan, output, RunnerConfig(executor="inline"))
     for manifest in read_manifests(output):
         for row in pq.read_table(f"{out}/{manifest.files[0].path}").to_pylist():
