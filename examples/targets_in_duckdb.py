@@ -35,16 +35,17 @@ def make_targets(folder: Path) -> Path:
 
 def show(targets: Path) -> None:
     """Prints two queries, and draws one row."""
+    database = duckdb.connect()
     table = f"'{targets}/data/*.parquet'"
     columns = "key, view, width, height, len(stage) as gaussians, round(psnr_target[-1], 2) as psnr"
     print("views")
-    duckdb.sql(f"select {columns} from {table} order by key, view").show(max_width=160)
+    database.sql(f"select {columns} from {table} order by key, view").show(max_width=160)
     flat = f"select unnest(stage) as stage, unnest(target_scale_1) as scale_1, unnest(target_red) as red from {table}"
     columns = "stage, count(*) as gaussians, median(scale_1) as median_scale_1, avg(abs(red)) as mean_abs_red"
     print("Gaussians by stage")
-    duckdb.sql(f"select {columns} from ({flat}) group by stage order by stage").show(max_width=160)
+    database.sql(f"select {columns} from ({flat}) group by stage order by stage").show(max_width=160)
 
-    row = duckdb.sql(f"select * from {table} order by key, view limit 1").to_arrow_table().to_pylist()[0]
+    row = database.sql(f"select * from {table} order by key, view limit 1").to_arrow_table().to_pylist()[0]
     drawn = air.render(gaussians_of(row, "target"), row["height"], row["width"])
     view = image_tensor(decode(row["image"]))
     print(f"{row['key']}: its target_* columns, drawn, are {psnr(drawn, view):.2f} dB from the view in its row")
