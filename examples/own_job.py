@@ -9,6 +9,7 @@ python examples/own_job.py photos/ colours/   then `air status colours/` and `ai
 import argparse
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -36,47 +37,45 @@ class ColourConfig(Config):
     max_pixels: int = images.MAX_PIXELS
 
 
+@dataclass(frozen=True)
 class ColourJob:
     """One row per image. A job pickles: it travels to the workers."""
 
+    config: ColourConfig
+    read: Callable[[Unit], Iterator[Sample]]
     name: ClassVar[str] = "colour"
-
-    def __init__(self, config: ColourConfig, read: Callable[[Unit], Iterator[Sample]]) -> None:
-        self._config = config
-        self._read = read
 
     def prepare(self, say: Callable[[str], None]) -> None:
         """Loads models and compiles kernels, in jobs that have them."""
 
     def samples(self, unit: Unit, scratch: Path) -> Iterator[Sample]:
         """The images of a unit."""
-        return self._read(unit)
+        return self.read(unit)
 
     def process(self, image: EncodedImage) -> dict[str, Any]:
         """The row of an image. `images.decode` raises Rejected for one that cannot be used: it goes to quarantine."""
-        rgb = images.decode(image.data, max_pixels=self._config.max_pixels)
-        red, green, blue = rgb.mean(axis=(0, 1)).tolist()
-        return {"key": image.key, "red": red, "green": green, "blue": blue}
+        rgb = images.decode(image.data, max_pixels=self.config.max_pixels)
+        return {"key": image.key, **dict(zip(("red", "green", "blue"), rgb.mean(axis=(0, 1)).tolist(), strict=True))}
 
     def writer(self, unit: Unit, scratch: Path, metadata: Mapping[str, str]) -> "ColourWriter":
         """A writer of one Parquet file for the unit."""
         return ColourWriter(tables.RowWriter(scratch / f"{unit.name}.parquet", SCHEMA, metadata))
 
 
+@dataclass(frozen=True)
 class ColourWriter:
     """Writes the rows of one unit. What `add` returns is summed in the unit's manifest."""
 
-    def __init__(self, rows: tables.RowWriter) -> None:
-        self._rows = rows
+    rows: tables.RowWriter
 
     def add(self, result: dict[str, Any]) -> Mapping[str, float]:
         """Takes a row."""
-        self._rows.add([result])
+        self.rows.add([result])
         return {"images": 1}
 
     def finish(self) -> list[tuple[Path, int]]:
         """Closes the file."""
-        return [self._rows.finish()]
+        return [self.rows.finish()]
 
 
 def mean_colours(pictures: str, out: str) -> None:
