@@ -25,7 +25,7 @@ _UNITS = {
     "y": "pixels, 0 at the centre of the top row",
     "scale_1": "pixels, standard deviation along the first axis",
     "scale_2": "pixels, standard deviation along the second axis",
-    "angle": "radians from x towards y (downwards), modulo pi",
+    "angle": "radians from x towards y (downwards), between 0 and 2 pi",
     "red": "signed amplitude, 1 is white",
     "green": "signed amplitude, 1 is white",
     "blue": "signed amplitude, 1 is white",

@@ -1,12 +1,14 @@
-"""What the documents tell people to type into Python and SQL works on what the commands write."""
+"""What the documents tell people to type works, and what they name exists."""
 
-import ast
 import re
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from jobs.cli import COMMANDS
 from jobs.distill import distill
 from jobs.encode import encode
 from pipeline.bulk.distill import DistillConfig
@@ -17,6 +19,14 @@ from pipeline.storage.open import open_storage
 from tests.support.paths import ROOT
 
 INLINE = RunnerConfig(executor="inline")
+
+FOLDERS = ("air", "benchmarks", "configs", "docs", "examples", "jobs", "pipeline", "tests")
+"""Where the repository's files are: a path that begins with one of these names is a file of the repository."""
+
+DOCUMENTS = sorted(
+    path.relative_to(ROOT).as_posix()
+    for path in (*ROOT.glob("*.md"), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.md")))
+)
 
 
 @pytest.fixture(scope="module")
@@ -36,19 +46,17 @@ def find_code(document: str, language: str, word: str) -> str:
 
 
 @pytest.mark.parametrize("document", ["README.md", "docs/tables.md"])
-def test_the_ways_to_read_a_table_give_its_rows(outputs: Path, document: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_ways_to_read_a_table_print_its_rows(outputs: Path, document: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The block runs as a script: it imports what it uses, and prints each table."""
     code = find_code(document, "python", "read_parquet")
-    names = {name: pytest.importorskip(name) for name in ("duckdb", "glob", "pandas", "polars")}
+    for name in ("duckdb", "pandas", "polars"):
+        pytest.importorskip(name)
     monkeypatch.chdir(outputs)
-    read = 0
-    for statement in ast.parse(code).body:
-        text = ast.unparse(statement)
-        if isinstance(statement, ast.Expr):
-            read += 1
-            assert len(eval(text, names)) == 4, text
-        else:
-            exec(text, names)
-    assert read >= 3
+    printed: list[Any] = []
+    exec(code, {"print": printed.append})
+    assert [len(table) for table in printed] == [4] * code.count("print(")
+    assert len(printed) >= 3
+    assert all(str(table) for table in printed)
 
 
 def test_the_query_for_angles_counts_directions_of_the_longer_axis(outputs: Path) -> None:
@@ -58,6 +66,81 @@ def test_the_query_for_angles_counts_directions_of_the_longer_axis(outputs: Path
     angle, first, second = (columns[f"target_{name}"] for name in ("angle", "scale_1", "scale_2"))
     assert (second > first).any()
     assert (angle > np.pi).any()
+    assert ((angle >= 0) & (angle <= 2 * np.pi)).all()
     longer = np.degrees(np.where(second > first, angle + np.pi / 2, angle)) % 180
     expected = np.histogram(longer, np.arange(0, 181, 10))[0]
     assert [counted.get(float(degrees), 0) for degrees in range(0, 180, 10)] == expected.tolist()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_link_leads_somewhere(document: str) -> None:
+    """Relative links lead to files, and their anchors to headings."""
+    for target in re.findall(r"\]\(([^)\s]+)\)", (ROOT / document).read_text()):
+        if "://" in target or target.startswith("mailto:"):
+            continue
+        name, _, anchor = target.partition("#")
+        path = (ROOT / document).parent / name if name else ROOT / document
+        assert path.exists(), f"{document} links to {target}"
+        if anchor:
+            assert anchor in anchors_of(path), f"{document} links to {target}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_file_that_is_named_exists(document: str) -> None:
+    text = (ROOT / document).read_text()
+    named = re.findall(rf"(?<![\w./-])((?:{'|'.join(FOLDERS)})/[\w./-]*\w)", text)
+    lost = [name for name in named if not (ROOT / name).exists()]
+    assert not lost, f"{document} names files that are not there"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_name_of_the_package_exists(document: str) -> None:
+    """Modules, functions and classes, such as `air.fit`, and the keys of file metadata, such as `air.plan`."""
+    text = (ROOT / document).read_text()
+    named = set(re.findall(r"(?<![\w./-])((?:air|pipeline|jobs)(?:\.[A-Za-z_]\w*)+)(?![\w/*-])", text))
+    for module, names in re.findall(r"^from (\S+) import ([\w, ]+)", text, re.MULTILINE):
+        if module.split(".")[0] in FOLDERS:
+            named.update(f"{module}.{name.strip()}" for name in names.split(","))
+    sources = "".join(path.read_text() for folder in ("pipeline", "jobs") for path in (ROOT / folder).rglob("*.py"))
+    lost = sorted(name for name in named if f'"{name}"' not in sources and not is_importable(name))
+    assert not lost, f"{document} names things that are not there"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_option_that_is_named_exists(document: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each `--option` of a command that a document spells out is an option of that command."""
+    for command, rest in re.findall(r"\bair ([a-z-]+)\b([^`\n]*)", (ROOT / document).read_text()):
+        options = re.findall(r"(?<!\S)--[a-z][a-z-]+", rest.partition("#")[0].partition("&&")[0])
+        if options and command in COMMANDS:
+            unknown = set(options) - options_of(command, capsys)
+            assert not unknown, f"{document} names options that `air {command}` does not have"
+
+
+def anchors_of(document: Path) -> set[str]:
+    """The anchors of a document's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", document.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def is_importable(name: str) -> bool:
+    """Whether the dotted name leads to a module, or to something that a module or a class holds."""
+    parts = name.split(".")
+    for count in range(len(parts), 0, -1):
+        try:
+            found: Any = import_module(".".join(parts[:count]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[count:]:
+            if not hasattr(found, part):
+                return False
+            found = getattr(found, part)
+        return True
+    return False
+
+
+def options_of(command: str, capsys: pytest.CaptureFixture[str]) -> set[str]:
+    """The long options that the help of a command lists."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        import_module(f"jobs.{command.replace('-', '_')}").main(["--help"])
+    return set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", capsys.readouterr().out))
