@@ -183,13 +183,13 @@ class _Run:
         norm = self._reduce(sums)
         if not math.isfinite(float(sums[0])) or not math.isfinite(norm):
             self._stop(batch, keys)
-        rate = state.update(progress)
+        learning_rate = state.update(progress)
         state.seconds += float(sums[4])
         state.skipped += int(sums[3])
         self._refused = batch.refused[-1:] or self._refused
         self._sums += sums
         if self._log and (state.step % self._job.trainer.log_every == 0 or config.is_over(state.step, state.seconds)):
-            self._tell(rate, norm)
+            self._tell(learning_rate, norm)
 
     def _backward(self, batch: LocalBatch) -> tuple[Tensor, list[str]]:
         """Gradients of this rank's samples. Returns (loss, PSNR, usable samples, skipped, seconds), as sums."""
@@ -232,22 +232,22 @@ class _Run:
         if self._group.size > 1:
             # A parameter that nobody used must stay without a gradient, or it would decay on some numbers of workers.
             used = torch.tensor([float(p.grad is not None) for p in parameters], device=self._group.device)
-            self._group.sum([sums])
-            self._group.sum([used])
+            self._group.all_reduce([sums])
+            self._group.all_reduce([used])
             for parameter, count in zip(parameters, used.tolist(), strict=True):
                 if count and parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
-            self._group.sum([p.grad for p in parameters if p.grad is not None])
-        return float(torch.nn.utils.clip_grad_norm_(parameters, self._config.clip))
+            self._group.all_reduce([p.grad for p in parameters if p.grad is not None])
+        return float(torch.nn.utils.clip_grad_norm_(parameters, self._config.max_grad_norm))
 
     def _stop(self, batch: LocalBatch, keys: list[str]) -> None:
-        named = sorted(self._group.gather(keys))
+        named = sorted(self._group.all_gather(keys))
         shown = ", ".join(named[:8]) + (f" and {len(named) - 8} more" if len(named) > 8 else "")
         last = checkpoints(self._output)
         kept = f"The last good checkpoint is {self._output.uri(last[-1])}." if last else "There is no checkpoint yet."
         raise NonFiniteLossError(
             f"the loss is not a number in step {self._state.step}, with the samples {shown}. {kept} "
-            "Look at these images; otherwise begin a new run from that checkpoint with a lower rate"
+            "Look at these images; otherwise begin a new run from that checkpoint with a lower learning_rate"
         )
 
     def _judge(self, keeps: bool, over: bool) -> None:
@@ -262,7 +262,7 @@ class _Run:
         none = keeps and bad == seen
         if not none and not ((over or seen >= MIN_SAMPLES_TO_JUDGE) and bad > share * seen):
             return
-        examples = self._group.gather(self._refused)
+        examples = self._group.all_gather(self._refused)
         told = f", such as {examples[0]}" if examples else ""
         raise TrainingError(
             f"{bad} of the {seen} samples so far cannot be used{told}. "
@@ -273,7 +273,7 @@ class _Run:
             )
         )
 
-    def _tell(self, rate: float, norm: float) -> None:
+    def _tell(self, learning_rate: float, norm: float) -> None:
         loss, psnr, usable, skipped, seconds = self._sums.tolist()
         self._sums.zero_()
         means = {}
@@ -284,8 +284,8 @@ class _Run:
         figures = {
             **self._position(),
             **means,
-            "rate": rate,
-            "gradient": norm,
+            "learning_rate": learning_rate,
+            "grad_norm": norm,
             "skipped": skipped,
             "samples_per_second": (usable + skipped) / max(seconds, 1e-9),
         }
@@ -306,7 +306,7 @@ class _Run:
             state.average, pictures, state.stages, config.control(), self._job.threads, shown=4, quantised=quantised
         )
         sums = torch.tensor([score.images, score.psnr, *score.gaussians], dtype=torch.float64, device=group.device)
-        group.sum([sums])
+        group.all_reduce([sums])
         count, total, *gaussians = sums.tolist()
         psnr = total / count
         is_best = psnr > state.best_psnr

@@ -140,7 +140,7 @@ def _draw_stages(
         losses = _judge(canvas, images, judge, config)
         for passed in drawn[:-1]:
             losses = losses + config.proposal_weight * _judge(passed, images, judge, config)
-        total = total + config.stage_weight(stage) * losses
+        total = total + config.stage_weights.at(stage) * losses
     return total, canvas, added
 
 
@@ -244,7 +244,7 @@ def offline_pod_losses(
     for stage, (canvas, active, target) in enumerate(targets):
         if bool(active.any()):
             proposals = propose(network, images, canvas, active, stage, precision)
-            total = total + config.stage_weight(stage) * _teach(proposals, target, active, config)
+            total = total + config.stage_weights.at(stage) * _teach(proposals, target, active, config)
     return BatchLosses(total, None)
 
 
@@ -279,7 +279,7 @@ def online_pod_losses(
         proposals = propose(network, images, canvas, active, stage, precision)
         predicted = proposals[-1].detach()
         goal = _optimized(network, predicted, active, images, canvas, horizon, workers)
-        total = total + config.stage_weight(stage) * _teach(proposals, goal, active, config)
+        total = total + config.stage_weights.at(stage) * _teach(proposals, goal, active, config)
         gaussians = activate_batch(network, predicted, active, height, width)
         canvas = canvas + render_batch(gaussians, active.sum(dim=1).tolist(), height, width, workers)
     return BatchLosses(total, squared_errors(canvas, images))

@@ -68,9 +68,11 @@ class TrainingState:
         self._config = config
         self._names = {id(parameter): name for name, parameter in network.named_parameters()}
         self.optimizer = torch.optim.AdamW(
-            network.parameter_groups(config.rate, config.weight_decay), betas=(config.beta1, config.beta2), fused=True
+            network.parameter_groups(config.learning_rate, config.weight_decay),
+            betas=(config.beta1, config.beta2),
+            fused=True,
         )
-        self._rates = [group["lr"] for group in self.optimizer.param_groups]
+        self._learning_rates = [group["lr"] for group in self.optimizer.param_groups]
         self.parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def join_stage(self, stage: int) -> None:
@@ -81,20 +83,27 @@ class TrainingState:
         self.stages = stage + 1
 
     def update(self, progress: float) -> float:
-        """One AdamW step from the gradients in place, and one of the moving average; returns the highest rate."""
-        share = self._config.rate_share(self.step, progress)
-        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
-            group["lr"] = rate * share
+        """Takes one AdamW step with the gradients that are there, and updates the moving average.
+
+        Args:
+            progress: Fraction of the run that is done.
+
+        Returns:
+            The learning rate of the step.
+        """
+        fraction = self._config.learning_rate_fraction(self.step, progress)
+        for group, highest in zip(self.optimizer.param_groups, self._learning_rates, strict=True):
+            group["lr"] = highest * fraction
         self.optimizer.step()
         self.step += 1
-        # Young averages forget faster, or the first weights would linger.
-        keep = min(self._config.average, (1 + self.step) / (10 + self.step))
+        # A young average forgets faster: otherwise the first weights would linger.
+        keep = min(self._config.ema_decay, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
             for mean, value in zip(self.average.parameters(), self.network.parameters(), strict=True):
                 mean.lerp_(value, 1 - keep)
             for mean, value in zip(self.average.buffers(), self.network.buffers(), strict=True):
                 mean.copy_(value)
-        return self._config.rate * share
+        return self._config.learning_rate * fraction
 
     def save(self, output: Storage, about: Mapping[str, Any]) -> str:
         """Writes a checkpoint; `about` is what a later run must agree with. Returns its folder."""

@@ -37,8 +37,8 @@ TINY: dict[str, Any] = {
     "max_crop": 40,
     "steps": 6,
     "warmup_steps": 2,
-    "rate": 3e-3,
-    "average": 0.5,
+    "learning_rate": 3e-3,
+    "ema_decay": 0.5,
     "valid_images": 2,
 }
 INLINE: dict[str, Any] = {"executor": "inline", "threads": 1, "log_every": 1, "checkpoint_every": 2, "cache_mb": 10}
@@ -239,7 +239,7 @@ def test_a_second_process_in_the_same_folder_stops(
         run(shards, tmp_path / "run")
 
 
-@pytest.mark.parametrize(("key", "value"), [("seed", 5), ("batch", 4), ("rate", 1e-4)])
+@pytest.mark.parametrize(("key", "value"), [("seed", 5), ("batch", 4), ("learning_rate", 1e-4)])
 def test_another_plan_is_refused_with_what_differs(shards: Path, whole_run: Path, key: str, value: float) -> None:
     with pytest.raises(PlanMismatchError, match=rf"{key}: {TINY.get(key, 0)} -> {value}"):
         run(shards, whole_run, **{key: value})
@@ -280,7 +280,11 @@ def test_a_checkpoint_of_another_patch_size_is_refused(shards: Path, whole_run: 
 
 def test_training_goes_on_from_a_checkpoint(shards: Path, whole_run: Path, tmp_path: Path) -> None:
     begun = str(whole_run / "last.safetensors")
-    run(shards, tmp_path / "run", **{"from": begun, "steps": 1, "rate": 1e-9, "average": 0.0, "weight_decay": 0})
+    run(
+        shards,
+        tmp_path / "run",
+        **{"from": begun, "steps": 1, "learning_rate": 1e-9, "ema_decay": 0.0, "weight_decay": 0},
+    )
     before, after = (safetensors.torch.load_file(file) for file in (begun, tmp_path / "run" / "last.safetensors"))
     assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
 

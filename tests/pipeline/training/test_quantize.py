@@ -42,8 +42,8 @@ TINY: dict[str, Any] = {
     "min_zoom": 1,
     "steps": 40,
     "warmup_steps": 0,
-    "rate": 3e-3,
-    "average": 0.0,
+    "learning_rate": 3e-3,
+    "ema_decay": 0.0,
     "valid_images": 2,
     **dict.fromkeys(["flip", "colour_jitter", "noise", "jpeg", "blur"], 0),
 }
