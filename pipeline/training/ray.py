@@ -19,7 +19,8 @@ from air.errors import AirError, NonFiniteLossError
 from pipeline.config import RunnerConfig
 from pipeline.errors import ConfigError, JobFailedError, TrainingError
 from pipeline.training.group import Group
-from pipeline.training.loop import Report, TrainJob, train
+from pipeline.training.loop import Report, train
+from pipeline.training.plan import TrainJob
 from pipeline.work.ray import ray_session
 
 logger = logging.getLogger(__name__)
