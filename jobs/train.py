@@ -71,7 +71,7 @@ def describe(figures: dict[str, float], output: str) -> str:
     folder = output.rstrip("/")
     done = f"{int(figures['step'])} steps, {int(figures['samples'])} samples in {figures['seconds']:.0f} s; "
     if math.isinf(figures["best_psnr"]):
-        return f"{done}the best by validation is gone. Last: {folder}/last.safetensors"
+        return f"{done}the network with the best validation is lost. Last: {folder}/last.safetensors"
     return f"{done}best validation {figures['best_psnr']:.2f} dB. Best: {folder}/best.safetensors"
 
 

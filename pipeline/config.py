@@ -104,10 +104,15 @@ ConfigT = TypeVar("ConfigT", bound=Config)
 
 
 def build(model: type[ConfigT], values: Mapping[str, Any], where: str) -> ConfigT:
-    """`values` as a validated `model`.
+    """A validated `model` with these values.
+
+    Args:
+        model: The class of the configuration.
+        values: Its keys, as a file or a command line gives them.
+        where: The file and section, or the command; error messages begin with it.
 
     Raises:
-        ConfigError: An unknown key (with the nearest known one) or a value out of bounds; `where` says whose it is.
+        ConfigError: A key is unknown, and the message names the nearest known key; or a value is out of bounds.
     """
     try:
         return model.model_validate({str(key): value for key, value in values.items()})
@@ -123,21 +128,25 @@ def _describe(problem: Any, known: Iterable[str]) -> str:
     if problem["type"] == "missing":
         return f"key '{key}' is missing"
     message = problem["msg"].removeprefix("Value error, ")
-    # A model's own validator speaks of several keys, and names them.
+    # A validator of the whole model has no single key; its message names the keys.
     return f"{key} = {problem['input']!r}: {message[0].lower()}{message[1:]}" if key else message
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
-    """` (did you mean 'x'?)` where a known word is close, else nothing."""
+    """` (did you mean 'x'?)` if a known word is close to this one, else an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1)
     return f" (did you mean '{close[0]}'?)" if close else ""
 
 
 def read_sections(file: str | Path, sections: Mapping[str, type[Config]]) -> dict[str, dict[str, Any]]:
-    """The sections of a YAML file, every one of them checked, whichever job asked.
+    """The sections of a YAML file. All sections are checked, not only those of the job that reads the file.
+
+    Args:
+        file: Path of the file.
+        sections: The configuration class of each section that a file may have.
 
     Raises:
-        ConfigError: The file is missing, is not YAML, or has a section or key that nobody knows.
+        ConfigError: The file is missing, is not YAML, or has an unknown section or key.
     """
     try:
         document = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
