@@ -125,7 +125,7 @@ def test_a_killed_worker_is_replaced_and_no_sample_is_lost(shards: Path, tmp_pat
     np.testing.assert_allclose(column(tmp_path / "run", "loss"), column(tmp_path / "whole", "loss"), rtol=1e-3)
 
 
-def test_a_loss_that_is_no_number_is_not_tried_again(shards: Path, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_a_number_is_not_tried_again(shards: Path, tmp_path: Path) -> None:
     """From a checkpoint with a weight that is no number: Ray would restart the workers three times, for nothing."""
     begun = tmp_path / "begun" / "last.safetensors"
     run(shards, begun.parent, 1, {"executor": "inline"}, steps=1)
