@@ -38,7 +38,7 @@ TINY: dict[str, Any] = {
     "max_crop": 40,
     "steps": 12,
     "warmup_steps": 2,
-    "rate": 1e-3,
+    "learning_rate": 1e-3,
     "valid_images": 3,
 }
 
@@ -60,7 +60,7 @@ def test_one_and_two_workers_give_the_same_curve(shards: Path, tmp_path: Path) -
     """A batch of five in slices of two and three, of pictures of several sizes."""
     for workers in (1, 2):
         assert run(shards, tmp_path / str(workers), workers)["samples"] == 60
-    for name in ("loss", "psnr", "gradient", "valid_psnr"):
+    for name in ("loss", "psnr", "grad_norm", "valid_psnr"):
         one, two = (column(tmp_path / str(workers), name) for workers in (1, 2))
         assert len(one) == (2 if name == "valid_psnr" else 12)
         # A warning, so that pytest -rA shows it.
@@ -125,7 +125,7 @@ def test_a_killed_worker_is_replaced_and_no_sample_is_lost(shards: Path, tmp_pat
     np.testing.assert_allclose(column(tmp_path / "run", "loss"), column(tmp_path / "whole", "loss"), rtol=1e-3)
 
 
-def test_a_loss_that_is_no_number_is_not_tried_again(shards: Path, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_a_number_is_not_tried_again(shards: Path, tmp_path: Path) -> None:
     """From a checkpoint with a weight that is no number: Ray would restart the workers three times, for nothing."""
     begun = tmp_path / "begun" / "last.safetensors"
     run(shards, begun.parent, 1, {"executor": "inline"}, steps=1)
