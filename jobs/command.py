@@ -10,21 +10,34 @@ import argparse
 import json
 import types
 import typing
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from pydantic.fields import FieldInfo
 
 from jobs.sections import sections
-from pipeline.config import Config, build, read_sections, suggestion
+from pipeline.config import RENAMED_KEYS, Config, build, read_sections, suggestion
 
 
 class _Parser(argparse.ArgumentParser):
-    """Explains a wrong option in a line or two, and names the one that was meant."""
+    """Explains a wrong option in a line or two, and names the option that was meant.
+
+    Attributes:
+        renamed: The new name of each key that has a former name.
+    """
+
+    renamed: Mapping[str, str] = {}
 
     def error(self, message: str) -> NoReturn:
         unknown = [word.partition("=")[0] for word in message.split() if word.startswith("--")]
-        meant = suggestion(unknown[0], self._option_string_actions) if "unrecognized" in message and unknown else ""
-        self.exit(2, f"{self.prog}: {message}{meant}\nSee `{self.prog} --help`.\n")
+        hint = self._hint(unknown[0]) if "unrecognized" in message and unknown else ""
+        self.exit(2, f"{self.prog}: {message}{hint}\nSee `{self.prog} --help`.\n")
+
+    def _hint(self, flag: str) -> str:
+        key = flag.removeprefix("--").replace("-", "_")
+        if key in self.renamed:
+            return f" ({flag} is now called {_flag(self.renamed[key])})"
+        return suggestion(flag, self._option_string_actions)
 
 
 def make_parser(command: str, description: str | None, *models: type[Config]) -> argparse.ArgumentParser:
@@ -35,6 +48,7 @@ def make_parser(command: str, description: str | None, *models: type[Config]) ->
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.renamed = RENAMED_KEYS.get(command, {})
     if models:
         parser.add_argument("--config", metavar="FILE", help="YAML file; its keys are these options, which win over it")
     for model in models:
@@ -50,7 +64,7 @@ def _add_option(group: Any, name: str, field: FieldInfo) -> None:
     kind = _plain(field.annotation)
     text = f"{field.description} ({_bounds(field)}default: {_shown(field.default)})"
     options["help"] = text.replace("%", "%%")
-    flag = "--" + (field.alias or name).replace("_", "-")
+    flag = _flag(field.alias or name)
     if kind is bool:
         group.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
     elif typing.get_origin(kind) is typing.Literal:
@@ -62,6 +76,10 @@ def _add_option(group: Any, name: str, field: FieldInfo) -> None:
     else:
         metavar = {int: "N", float: "X"}.get(kind, "TEXT")
         group.add_argument(flag, metavar=metavar, **options)
+
+
+def _flag(key: str) -> str:
+    return "--" + key.replace("_", "-")
 
 
 def _mapping(text: str) -> Any:

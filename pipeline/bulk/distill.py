@@ -61,7 +61,9 @@ class DistillConfig(ViewConfig):
     steps: tuple[int, ...] = Field(
         (50,), description="optimisation steps per stage; the last one holds for all further"
     )
-    rate: float = Field(1.0, gt=0, le=100, description="factor on the optimiser's learning rates (docs/optimizer.md)")
+    learning_rate_factor: float = Field(
+        1.0, gt=0, le=100, description="factor on the optimiser's learning rates (docs/optimizer.md)"
+    )
     canvas: Literal["target", "predicted"] | None = Field(
         None,
         description="what the next stage builds on: this stage's optimised Gaussians, or the predicted ones; "
@@ -116,7 +118,7 @@ class DistillConfig(ViewConfig):
 
         assert self.stages is not None
         counts = [self.steps[min(stage, len(self.steps) - 1)] for stage in range(self.stages)]
-        return [OptimizeConfig(steps=count).scaled(self.rate) for count in counts]
+        return [OptimizeConfig(steps=count).scaled(self.learning_rate_factor) for count in counts]
 
 
 class DistillJob:

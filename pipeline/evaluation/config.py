@@ -11,7 +11,7 @@ from pipeline.formats import images
 _ABOUT_PREDICTORS = (
     "predictor",
     "refine",
-    "rate",
+    "learning_rate_factor",
     "stages",
     "patch_size",
     "gaussians",
@@ -32,7 +32,7 @@ class EvaluateConfig(Config):
         "patch size and stages asked for, else grid",
     )
     refine: tuple[int, ...] = Field((0, 10, 50), description="numbers of refinement steps, each from the prediction")
-    rate: float = Field(
+    learning_rate_factor: float = Field(
         1.0,
         gt=0,
         le=100,

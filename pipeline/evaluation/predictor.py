@@ -190,7 +190,7 @@ def _measure(key: str, image: Tensor, contestant: _Contestant, config: EvaluateC
     for steps in config.refine:
         raw, refine_seconds = predicted, 0.0
         if steps and len(raw):
-            optimization = contestant.rates(steps).scaled(config.rate)
+            optimization = contestant.rates(steps).scaled(config.learning_rate_factor)
             begin = time.perf_counter()
             raw = optimize(raw, anchor, image, predictor.patch_size, optimization, threads=config.threads).raw
             refine_seconds = time.perf_counter() - begin

@@ -16,6 +16,7 @@ import pytest
 import air
 from jobs.cli import COMMANDS, main
 from jobs.sections import sections
+from pipeline.config import RENAMED_KEYS, read_sections
 from pipeline.inputs.shards import list_shards
 from pipeline.storage.open import open_storage
 from tests.support import toys
@@ -254,6 +255,23 @@ def test_the_overview_lists_every_command(run_air):
     assert run_air("--version") == (DONE, f"air {air.__version__}\n", "")
 
 
+@pytest.mark.parametrize(
+    ("command", "typed", "now"),
+    [
+        ("distill", "--rate 2", "--rate is now called --learning-rate-factor"),
+        ("evaluate", "--rate=2", "--rate is now called --learning-rate-factor"),
+        ("fit", "--rate 2", "--rate is now called --learning-rate-factor"),
+        ("train", "--rate 0.1", "--rate is now called --learning-rate"),
+        ("train", "--final-share 0.1", "--final-share is now called --final-fraction"),
+        ("train", "--clip 1", "--clip is now called --max-grad-norm"),
+    ],
+)
+def test_a_former_option_is_refused_with_its_new_name(run_air, command: str, typed: str, now: str):
+    said = run_air(command, "in", "out", *typed.split())
+    assert said.status == USAGE
+    assert f"({now})\n" in said.err
+
+
 def write_config(folder: Path, text: str) -> Path:
     file = folder / "air.yaml"
     file.write_text(text)
@@ -274,6 +292,12 @@ def test_a_file_configures_and_options_win_over_it(run_air, pictures: Path, tmp_
         ("shard:\n  max_cuont: 2\n", ["section 'shard'", "unknown key 'max_cuont'", "did you mean 'max_count'?"]),
         ("distill:\n  patch_sise: 7\n", ["section 'distill'", "'patch_sise'", "did you mean 'patch_size'?"]),
         ("runner:\n  num_gpu: 1\n", ["section 'runner'", "'num_gpu'", "did you mean 'num_gpus'?"]),
+        ("fit:\n  rate: 2\n", ["section 'fit'", "unknown key 'rate': it is now called 'learning_rate_factor'"]),
+        ("evaluate:\n  rate: 2\n", ["unknown key 'rate': it is now called 'learning_rate_factor'"]),
+        ("distill:\n  rate: 2\n", ["unknown key 'rate': it is now called 'learning_rate_factor'"]),
+        ("train:\n  rate: 1\n", ["section 'train'", "unknown key 'rate': it is now called 'learning_rate'"]),
+        ("train:\n  clip: 1\n", ["unknown key 'clip': it is now called 'max_grad_norm'"]),
+        ("train:\n  final_share: 1\n", ["unknown key 'final_share': it is now called 'final_fraction'"]),
         ("shards:\n  max_count: 2\n", ["unknown section 'shards'", "did you mean 'shard'?"]),
         ("shard:\n  max_count: .inf\n", ["max_count = inf"]),
         ("shard: {\n", ["not valid YAML"]),
@@ -287,6 +311,13 @@ def test_a_misspelt_file_is_refused_whoever_asks(run_air, pictures: Path, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
+def test_former_names_are_of_keys_that_exist_and_are_no_keys_themselves():
+    for section, renamed in RENAMED_KEYS.items():
+        fields = sections()[section].model_fields
+        assert set(renamed.values()) <= set(fields)
+        assert not set(renamed) & set(fields)
+
+
 def test_a_missing_file_is_wrong_usage(run_air, pictures: Path, tmp_path: Path):
     answer = run_air("shard", pictures, tmp_path / "out", "--config", tmp_path / "nowhere.yaml")
     assert answer.status == USAGE
@@ -295,14 +326,19 @@ def test_a_missing_file_is_wrong_usage(run_air, pictures: Path, tmp_path: Path):
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda file: file.name)
 def test_every_configuration_of_the_project_can_be_read(file: Path):
-    from pipeline.config import read_sections
-
     assert read_sections(file, sections())
 
 
 def air_process(*arguments: object, **options) -> subprocess.Popen:
+    """`air` in a process of its own. ^C reaches it even where these tests ignore ^C, as under `nohup make test &`:
+    a child inherits the signals that its parent ignores, but not the signals that its parent handles.
+    """
     command = [sys.executable, "-m", "jobs.cli", *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_exit_statuses_reach_the_shell(shards: Path, tmp_path: Path):

@@ -70,6 +70,13 @@ def test_a_word_unlike_any_key_gets_no_suggestion():
     assert "did you mean" not in str(caught.value)
 
 
+def test_a_former_key_is_refused_with_its_new_name():
+    with pytest.raises(ConfigError) as caught:
+        build(BakeConfig, {"duration": 30, "minuts": 30}, "bake", {"duration": "minutes"})
+    assert "unknown key 'duration': it is now called 'minutes'" in str(caught.value)
+    assert "unknown key 'minuts' (did you mean 'minutes'?)" in str(caught.value)
+
+
 def test_configurations_do_not_change():
     with pytest.raises(ValueError, match="frozen"):
         BakeConfig().minutes = 3  # type: ignore[misc]

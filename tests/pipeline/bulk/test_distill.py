@@ -210,7 +210,7 @@ def test_a_picture_that_is_met_exactly_does_not_stop_its_shard(tmp_path: Path) -
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "red.png").write_bytes(images.encode_png(np.full((4, 4, 3), (255, 0, 0), np.uint8)))
     shard([str(tmp_path / "in")], str(tmp_path / "shards"), ShardConfig(), INLINE)
-    config = DistillConfig(patch_size=2, stages=1, steps=(10,), rate=3.0)
+    config = DistillConfig(patch_size=2, stages=1, steps=(10,), learning_rate_factor=3.0)
     tally = distill(str(tmp_path / "shards"), str(tmp_path / "targets"), config, INLINE)
     assert tally.summary["views"] == 1
 
