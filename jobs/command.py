@@ -1,4 +1,4 @@
-"""Command lines made from configuration models: every key of a job's section is an option, and an option wins.
+"""Command lines made from configuration models: every key of a job's section is an option, which wins over the file.
 
 parser = make_parser("shard", __doc__, ShardConfig, RunnerConfig)
 ...
@@ -50,7 +50,9 @@ def make_parser(command: str, description: str | None, *models: type[Config]) ->
     )
     parser.renamed = RENAMED_KEYS.get(command, {})
     if models:
-        parser.add_argument("--config", metavar="FILE", help="YAML file; its keys are these options, which win over it")
+        parser.add_argument(
+            "--config", metavar="FILE", help="YAML file with values for these options; options given here win"
+        )
     for model in models:
         title = "where and how it runs" if model.__name__ in ("RunnerConfig", "TrainerConfig") else "what it does"
         group = parser.add_argument_group(title)
@@ -88,7 +90,7 @@ def _mapping(text: str) -> Any:
     except ValueError:
         value = None
     if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object, such as '{{\"name\": 1}}'")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object, such as '{{\"name\": 1}}'")
     return value
 
 
@@ -119,14 +121,14 @@ def _shown(value: Any) -> str:
 
 
 def configure(arguments: argparse.Namespace, **models: type[Config]) -> list[Any]:
-    """One configuration per section: the file's keys, overridden by the options that were given.
+    """One configuration per section: the file's keys, overridden by the options on the command line.
 
     Args:
         arguments: Parsed by `make_parser`.
         models: Configuration classes by the section of the file that holds them.
 
     Raises:
-        ConfigError: An unknown key or a value out of bounds.
+        ConfigError: A key is unknown, or a value is out of bounds.
     """
     file = read_sections(arguments.config, sections()) if arguments.config else {}
     built = []

@@ -162,7 +162,7 @@ def test_one_of_a_thing_is_no_plural(run_air, pictures: Path, tmp_path: Path):
     assert said.out.startswith("1 image (0.0 MB) in 1 shard; none quarantined")
     assert "verified 1 shard, 1 file, 1 row, " in run_air("verify", tmp_path / "one").out
     next((tmp_path / "one" / "manifest").iterdir()).unlink()
-    assert "1 problem. What" in run_air("verify", tmp_path / "one").err
+    assert "1 problem. The job's own command" in run_air("verify", tmp_path / "one").err
 
 
 def test_gc_removes_what_killed_attempts_left(run_air, shards: Path):
@@ -378,7 +378,7 @@ def test_a_log_level_that_is_none_is_no_crash(run_air, shards: Path, monkeypatch
     monkeypatch.setenv("AIR_LOG_LEVEL", "loud")
     said = run_air("status", shards)
     assert said.status == USAGE
-    assert "AIR_LOG_LEVEL=LOUD is no level" in said.err
+    assert "AIR_LOG_LEVEL=LOUD is not a log level" in said.err
 
 
 @pytest.mark.slow

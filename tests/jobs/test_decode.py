@@ -136,7 +136,7 @@ def test_a_file_gives_a_picture_at_any_size_and_of_any_stages(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("out", "options", "said"),
     [
-        ("x.gif", [], "x.gif: a picture's name ends in .png, .webp, .jpg, .jpeg, not in .gif"),
+        ("x.gif", [], "x.gif: the name of a picture ends in .png, .webp, .jpg, .jpeg, not in .gif"),
         ("x.air", [], "not in .air"),
         ("x.jpg", ["--format", "png"], "--format png contradicts x.jpg"),
     ],
@@ -183,7 +183,10 @@ def test_names_that_agree_with_the_format_and_folders_with_dots_are_taken(
 def test_several_pictures_do_not_go_into_a_folder_called_as_one(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     write_tar(tmp_path / "in.tar", {f"{key}.air": blob for key, blob in BLOBS.items()})
     assert main(["decode", str(tmp_path / "in.tar"), str(tmp_path / "x.png"), *INLINE]) == 2
-    assert "x.png is the name of a picture, but the pictures need a folder" in capsys.readouterr().err
+    assert (
+        "x.png is the name of one picture, but several are drawn: name a folder, without .png"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_folder_of_files_gives_a_folder_of_pictures_and_names_what_is_damaged(

@@ -1,4 +1,4 @@
-"""`air evaluate`: figures that follow from their definitions, baselines beside them, bad images passed over."""
+"""`air evaluate`: figures that follow from their definitions, baselines beside them, bad images skipped."""
 
 import json
 import re

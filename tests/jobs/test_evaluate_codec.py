@@ -171,7 +171,7 @@ def test_a_codec_that_pillow_lacks_is_named_and_left_out(
     monkeypatch.setattr(features, "get_supported", lambda: ["pil", "jpg", "webp"])
     rows = evaluate_codec([str(folder / "face.png")], QUICK).rows
     assert [row["codec"] for row in rows] == ["AIR", "JPEG", "WebP"]
-    assert "not measured: JPEG 2000, AVIF; this Pillow is built without" in capsys.readouterr().out
+    assert "not measured: JPEG 2000, AVIF; this Pillow is built without them" in capsys.readouterr().out
 
 
 def test_a_codec_that_cannot_hold_an_image_says_so() -> None:
