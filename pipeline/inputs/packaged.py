@@ -1,4 +1,4 @@
-"""The photographs that scikit-image and scikit-learn ship, for the demo."""
+"""The photographs that scikit-image and scikit-learn ship, as input of the demo."""
 
 from __future__ import annotations
 
@@ -22,19 +22,25 @@ PICTURES = (
     ("skimage.data", "moon.png"),
     ("skimage.data", "gravel.png"),
 )
+"""Package and file of every photograph, in the order in which the demo takes them."""
 
 
 def collect_pictures(folder: Path, count: int) -> int:
     """Copies the first `count` packaged photographs into a folder.
 
+    Args:
+        folder: Where the copies go; it is made if it does not exist.
+        count: Number of photographs, at most all of `PICTURES`.
+
     Returns:
-        How many.
+        The number of copies.
 
     Raises:
-        ConfigError: The packages that ship them are not installed.
+        ConfigError: A package that ships a photograph is not installed.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for package, name in PICTURES[:count]:
+    chosen = PICTURES[:count]
+    for package, name in chosen:
         try:
             with as_file(files(package).joinpath(name)) as source:
                 shutil.copyfile(source, folder / name)
@@ -43,4 +49,4 @@ def collect_pictures(folder: Path, count: int) -> int:
                 f"the demo's picture {name} is missing: install scikit-image and scikit-learn "
                 "(pip install 'air-gaussians[demo]')"
             ) from None
-    return count
+    return len(chosen)

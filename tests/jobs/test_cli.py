@@ -16,7 +16,7 @@ import pytest
 import air
 from jobs.cli import COMMANDS, main
 from jobs.sections import sections
-from pipeline.config import RENAMED_KEYS, read_sections
+from pipeline.config import read_sections
 from pipeline.inputs.shards import list_shards
 from pipeline.storage.open import open_storage
 from tests.support import toys
@@ -309,13 +309,6 @@ def test_a_misspelt_file_is_refused_whoever_asks(run_air, pictures: Path, tmp_pa
     assert answer.status == USAGE
     assert [part for part in [str(file), *said] if part not in answer.err] == []
     assert not (tmp_path / "out").exists()
-
-
-def test_former_names_are_of_keys_that_exist_and_are_no_keys_themselves():
-    for section, renamed in RENAMED_KEYS.items():
-        fields = sections()[section].model_fields
-        assert set(renamed.values()) <= set(fields)
-        assert not set(renamed) & set(fields)
 
 
 def test_a_missing_file_is_wrong_usage(run_air, pictures: Path, tmp_path: Path):

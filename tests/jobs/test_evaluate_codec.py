@@ -211,8 +211,8 @@ def test_images_that_cannot_be_used_or_miss_a_target_are_named_and_passed_over(
     [
         (["--codec", "--refine", "0,10"], "refine: not with codec, which measures no predictor"),
         (["--codec", "--predictor", "grid", "--stages", "2"], "predictor, stages: not with codec"),
-        (["--bpp", "0.5"], "bpp: only with codec, which is not asked for"),
-        (["--codec", "--bpp", "0"], "bpp must be one or more numbers above 0, 24 at most"),
+        (["--bpp", "0.5"], "bpp: only with codec; set codec, or leave this out"),
+        (["--codec", "--bpp", "0"], "bpp must be one or more numbers above 0, at most 24"),
         (["--codec", "--bpp", "1,0.5"], "bpp must rise, without repetition"),
         (["--plot", "curves.svg"], "--plot: only with --codec"),
         (["--codec", "--plot", "curves.png"], "curves.png: the plot is an SVG file; give it a name that ends in .svg"),

@@ -257,7 +257,7 @@ def test_a_view_that_diverges_costs_no_other(tmp_path: Path, monkeypatch: pytest
         (tmp_path / "in" / f"{number}.png").write_bytes(images.encode_png(np.full((14, 21, 3), colour, np.uint8)))
     shard([str(tmp_path / "in")], str(tmp_path / "shards"), ShardConfig(), INLINE)
     distill(str(tmp_path / "shards"), str(tmp_path / "expected"), QUICK, INLINE)
-    monkeypatch.setattr("air.predictor.base.GridPredictor", Diverging)
+    monkeypatch.setattr("pipeline.bulk.distill.load", lambda reference, device: Diverging(reference.patch_size))
     tally = distill(
         str(tmp_path / "shards"), str(tmp_path / "targets"), QUICK.model_copy(update={"batch": batch}), INLINE
     )

@@ -214,13 +214,13 @@ def test_the_shipped_predictor_starts_where_no_target_is_given(photographs: Path
 
 def test_stages_of_no_predictor_are_refused() -> None:
     for given in ({"predictor": "grow"}, {"bpp": 1.0}):
-        with pytest.raises(ValidationError, match="stages = 2 is about a predictor"):
+        with pytest.raises(ValidationError, match="stages = 2 needs a predictor"):
             EncodeConfig.model_validate({"stages": 2, **given})
 
 
 def test_two_targets_are_refused(photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["encode", str(photographs), str(tmp_path / "out"), "--bpp", "1", "--psnr", "30"]) == 2
-    assert "bpp and psnr are targets: give one" in capsys.readouterr().err
+    assert "bpp and psnr are targets: give only one of them" in capsys.readouterr().err
 
 
 def test_another_plan_is_refused_by_name(encoded: Path, photographs: Path) -> None:
