@@ -1,1 +1,1 @@
-"""Reports on the output of jobs and evaluations: SQL views, contact sheets and charts. No job knows its reports."""
+"""Reports on the output of jobs and evaluations: SQL views, contact sheets, charts. Nothing here knows how jobs run."""
