@@ -33,7 +33,7 @@ class Config(BaseModel):
 
 
 class RunnerConfig(Config):
-    """Where and how work runs. Nothing here changes a result, so it is no part of a plan."""
+    """Where and how work runs. Nothing here changes a result, so nothing here belongs to a plan."""
 
     executor: Literal["ray", "inline"] = Field("ray", description="run on Ray, or one shard after another in-process")
     address: str | None = Field(None, description="existing Ray cluster, such as `auto` or ray://host:10001")

@@ -1,4 +1,4 @@
-"""The command line: what a person types, what is said back, and the exit status 0 (done), 1 (failed) or 2 (usage)."""
+"""The command line: arguments, printed text and messages, and the exit status 0 (done), 1 (failed) or 2 (usage)."""
 
 import json
 import os
@@ -85,7 +85,7 @@ def test_shard_again_goes_on_and_with_another_plan_is_refused(run_air, shards: P
 
 
 def test_shard_refuses_to_write_into_what_it_reads(run_air, pictures: Path, monkeypatch):
-    """Going on would find the shards of the first run among the pictures."""
+    """Otherwise the second run would take the shards of the first run for input."""
     monkeypatch.chdir(pictures)
     said = run_air("shard", ".", "shards", *INLINE)
     assert said.status == USAGE
@@ -348,7 +348,7 @@ def test_exit_statuses_reach_the_shell(shards: Path, tmp_path: Path):
 def test_a_stopped_run_says_so_and_goes_on(
     pictures: Path, tmp_path: Path, stop: signal.Signals, status: int, said: str
 ):
-    """By ^C, or by a scheduler, between units: no traceback, and the same command ends well."""
+    """^C, or SIGTERM from a scheduler, stops a run without a traceback, and the same command finishes the job."""
     for number in range(10, 160):
         shutil.copyfile(pictures / "0.png", pictures / f"{number}.png")
     command = ("shard", pictures, tmp_path / "out", "--max-count", 1, *INLINE)
@@ -386,7 +386,7 @@ def test_shard_on_a_ray_of_its_own(pictures: Path, tmp_path: Path):
 
 @pytest.mark.slow
 def test_a_ray_of_its_own_ends_with_the_job_that_a_scheduler_ends(pictures: Path, tmp_path: Path):
-    """Ray would exit in its own way, with a report of a crash."""
+    """Left to itself, Ray would exit with a report of a crash."""
     for number in range(10, 160):
         shutil.copyfile(pictures / "0.png", pictures / f"{number}.png")
     process = air_process("shard", pictures, tmp_path / "out", "--max-count", 1, "--executor", "ray")
@@ -402,7 +402,7 @@ def test_a_ray_of_its_own_ends_with_the_job_that_a_scheduler_ends(pictures: Path
 @pytest.mark.slow
 @pytest.mark.usefixtures("local_ray")
 def test_a_job_does_not_join_the_ray_of_another(pictures: Path, tmp_path: Path):
-    """That one would end with its owner. It has one slot more than this machine has cores, which gives a guest away."""
+    """That Ray would end with its owner. It has more slots than there are cores, so a job that joined it would fit."""
     process = air_process("shard", pictures, tmp_path / "out", "--num-cpus", (os.cpu_count() or 1) + 1)
     _, err = process.communicate(timeout=300)
     assert process.returncode == USAGE, err

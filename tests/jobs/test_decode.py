@@ -1,4 +1,4 @@
-"""`air decode` and `air render`: the right pixels, in tars or files, whatever .air files come in; damage is named."""
+"""`air decode` and `air render`: correct pixels from tars, folders and single files; damaged files are named."""
 
 import io
 import json
@@ -39,7 +39,7 @@ def make_file(seed: int) -> bytes:
 
 
 def expected(blob: bytes, stages: int | None = None, scale: float = 1.0) -> np.ndarray:
-    """The picture by the reference renderer, before rounding, in levels."""
+    """The levels of the picture by the reference renderer, before rounding."""
     height, width = round(HEIGHT * scale), round(WIDTH * scale)
     gaussians = decode(blob, stages).to(torch.float64)
     gaussians = gaussians.rescaled(scale) if scale != 1 else gaussians
@@ -99,7 +99,7 @@ def test_the_output_of_encode_gives_its_pictures(tmp_path: Path, embed: bool) ->
 
 
 class Given(EncodeJob):
-    """Takes files that are encoded already."""
+    """A job whose samples are encoded already."""
 
     def prepare(self, say: object) -> None:
         """Needs no kernels."""

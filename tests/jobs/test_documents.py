@@ -1,4 +1,4 @@
-"""What the documents tell people to type into Python and SQL works on what the commands write."""
+"""The Python and SQL in the documents works on the output of the commands."""
 
 import ast
 import re

@@ -1,4 +1,4 @@
-"""`air encode IMAGE OUT.air`: one image as one file, the same as in bulk, and what is refused."""
+"""`air encode IMAGE OUT.air`: one image becomes one file, the same file as in bulk; other inputs are refused."""
 
 import re
 import tarfile

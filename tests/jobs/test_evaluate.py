@@ -1,4 +1,4 @@
-"""`air evaluate`: figures that follow from their definitions, baselines beside them, bad images skipped."""
+"""`air evaluate`: figures follow from their definitions, baselines stand beside them, bad images are skipped."""
 
 import json
 import re
@@ -58,7 +58,7 @@ def test_the_figures_of_a_grid_are_those_of_its_render(one_picture: Path) -> Non
     predicted, refined = evaluate([str(one_picture)], config).rows
     image = read_image(one_picture)
     _, height, width = image.shape
-    bad = active_patches(torch.zeros_like(image), image, 6, StageControl())  # all but those that are all but black
+    bad = active_patches(torch.zeros_like(image), image, 6, StageControl())  # all patches except nearly black ones
     raw, anchor = grid_initialization(image, 6)[bad], anchors(height, width, 6)[bad]
     better = optimize(raw, anchor, image, 6, OptimizeConfig(steps=5)).raw
     for row, numbers in ((predicted, raw), (refined, better)):

@@ -1,4 +1,4 @@
-"""`air evaluate --codec`: sizes of files, other codecs at their best below them, figures of the decoded pictures."""
+"""`air evaluate --codec`: sizes of files, the best files of other codecs within them, quality of decoded pictures."""
 
 import io
 import json

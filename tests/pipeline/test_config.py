@@ -1,4 +1,4 @@
-"""Configuration: what is misspelt, out of bounds or no YAML is refused, and the message names the key and the file."""
+"""Configuration: misspelt keys, values out of bounds and invalid YAML are refused; the message names key and file."""
 
 from pathlib import Path
 
