@@ -28,7 +28,7 @@ COMMANDS = {
     "import-checkpoint": "the authors' checkpoint -> weights and card of this project",
     "stats": "summary of targets or of encoded images, or your own SQL over them",
     "status": "how far a job is",
-    "verify": "recount and rechecksum everything a job committed",
+    "verify": "check counts and checksums of everything a job committed",
     "gc": "remove what killed attempts left behind",
 }
 
