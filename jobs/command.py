@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from pydantic.fields import FieldInfo
 
 from jobs.sections import sections
-from pipeline.config import RENAMED_KEYS, Config, build, read_sections, suggestion
+from pipeline.config import RENAMED_KEYS, Config, build, is_list, read_sections, suggestion
 
 
 class _Parser(argparse.ArgumentParser):
@@ -71,7 +71,7 @@ def _add_option(group: Any, name: str, field: FieldInfo) -> None:
         group.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
     elif typing.get_origin(kind) is typing.Literal:
         group.add_argument(flag, choices=typing.get_args(kind), **options)
-    elif typing.get_origin(kind) is tuple:
+    elif is_list(kind):
         group.add_argument(flag, type=lambda text: tuple(text.split(",")), metavar="N,N,...", **options)
     elif typing.get_origin(kind) is dict:
         group.add_argument(flag, type=_mapping, metavar="JSON", **options)

@@ -1,7 +1,8 @@
-"""Trains a predictor network, on one worker or many, and keeps the best by validation.
+"""Trains a predictor network, on one worker or many, and keeps the network with the best validation.
 
 INPUT is the output of `air shard` (images) or of `air distill` (targets). OUT gets best.safetensors and
-last.safetensors with their cards, metrics.jsonl, TensorBoard events and checkpoints. Run again to go on after a stop.
+last.safetensors with their cards, metrics.jsonl, TensorBoard events and checkpoints. After a stop, the same command
+goes on from the last checkpoint.
 
   air train shards/ run/ --steps 20000 --valid validation-pictures/
 """
@@ -9,21 +10,13 @@ last.safetensors with their cards, metrics.jsonl, TensorBoard events and checkpo
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from air.defaults import GRID
 from jobs.command import configure, make_parser
 from pipeline.errors import ConfigError
-from pipeline.inputs.blocks import find_blocks
-from pipeline.inputs.pictures import fingerprint
-from pipeline.inputs.sources import check_outside
-from pipeline.predictors import find_predictor
-from pipeline.storage.open import open_storage
 from pipeline.training.config import TrainConfig, TrainerConfig
-from pipeline.training.plan import VALIDATION, canvas_of_targets, keep_validation, validation_sources
-from pipeline.work.plan import Plan, settle_plan
+from pipeline.training.plan import plan_training
 
 if TYPE_CHECKING:
     import torch
@@ -38,50 +31,20 @@ def train(
         source_uri: Output of `air shard` or `air distill`.
         output_uri: The run's folder.
         config: What to train.
-        trainer: Where.
+        trainer: Where and how it runs.
         valid: Images or shards to validate on; packaged photographs if not given.
+
+    Raises:
+        AirError: What `plan_training`, `pipeline.training.loop.train` and `train_on_ray` raise.
     """
     from jobs.train_display import show_training
-    from pipeline.training.group import Group
-    from pipeline.training.loop import TrainJob
-    from pipeline.training.loop import train as train_here
-    from pipeline.training.start import check_start
-    from pipeline.training.validation import check_images
 
-    if trainer.executor == "inline" and trainer.workers > 1:
-        raise ConfigError("--executor inline is one worker in this process; several need --executor ray")
-    source, output = open_storage(source_uri), open_storage(output_uri)
-    check_outside(output, [source.uri()])
-    kind, units, blocks = find_blocks(source)
-    canvas = canvas_of_targets(source, kind, config) if config.uses_targets else None
-    plan = Plan.make("train", config, units, [source.uri()])
-    if config.from_:
-        if config.from_ == GRID:
-            raise ConfigError("from = grid: the grid has no weights to begin with; leave it out for fresh ones")
-        begin = find_predictor(config.from_)
-        config = config.model_copy(update={"from_": begin.name})
-        plan = begin.hold(plan, "from_")
-    check_start(config, trainer)
-    with validation_sources(output, valid) as pictures:
-        check_images(pictures, config.valid_images)
-        held = {VALIDATION: fingerprint(pictures)}
-        plan = settle_plan(output, plan.model_copy(update={"config": {**plan.config, **held}}))
-        if not valid:
-            pictures = keep_validation(output, pictures)
-    cores = max(1, (os.cpu_count() or 1) // trainer.workers)
-    job = TrainJob(
-        config=config,
-        trainer=trainer,
-        source=source.uri(),
-        blocks=tuple(blocks),
-        output=output.uri(),
-        plan=plan.hash,
-        valid=pictures,
-        canvas=canvas,
-        threads=trainer.threads or cores,
-    )
+    job = plan_training(source_uri, output_uri, config, trainer, valid)
     with show_training(config) as report:
         if trainer.executor == "inline":
+            from pipeline.training.group import Group
+            from pipeline.training.loop import train as train_here
+
             return train_here(job, Group(device=_device(trainer)), report)
         from pipeline.training.ray import train_on_ray
 
@@ -104,11 +67,11 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def describe(figures: dict[str, float], output: str) -> str:
-    """What a run made, in one sentence."""
+    """One sentence about a finished run: steps, samples, time, the best validation, and where the network is."""
     folder = output.rstrip("/")
     done = f"{int(figures['step'])} steps, {int(figures['samples'])} samples in {figures['seconds']:.0f} s; "
     if math.isinf(figures["best_psnr"]):
-        return f"{done}the best by validation is gone. Last: {folder}/last.safetensors"
+        return f"{done}the network with the best validation is lost. Last: {folder}/last.safetensors"
     return f"{done}best validation {figures['best_psnr']:.2f} dB. Best: {folder}/best.safetensors"
 
 

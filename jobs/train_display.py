@@ -1,4 +1,4 @@
-"""What a person sees of a training run: a live line on a terminal, a line now and then in a log."""
+"""The display of a training run: a live line on a terminal, and a line every half minute in a log."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _LOG_EVERY_SECONDS = 30.0
 
 
 class _Figures:
-    """The last word on every figure, as a phrase."""
+    """The latest value of every figure, and a phrase that tells them."""
 
     def __init__(self, config: TrainConfig) -> None:
         self._config = config
@@ -55,7 +55,7 @@ class _Figures:
 
 @contextmanager
 def show_training(config: TrainConfig) -> Iterator[Callable[[Mapping[str, float]], None]]:
-    """A display that suits where the output goes; takes figures by name."""
+    """A live display on a terminal, lines elsewhere; yields the function that takes figures by name."""
     console = Console(stderr=True)
     figures = _Figures(config)
     if not console.is_terminal:

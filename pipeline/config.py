@@ -1,18 +1,48 @@
 """Configuration: bounded pydantic models, one per job, read from one YAML file with a section per job.
 
-A section's keys are exactly the options of the command with that name. This module knows how to read and to complain;
-which keys exist is said beside the code that uses them.
+A section's keys are exactly the options of the command with that name. This module reads, checks and explains what is
+wrong; each job declares its keys beside the code that uses them. Here are only those that several jobs have.
 """
+
+from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, ValidationError, model_validator
+from pydantic_core import CoreSchema, core_schema
 
 from pipeline.errors import ConfigError
+
+if TYPE_CHECKING:
+    from air.stages.control import StageControl
+
+Number = TypeVar("Number", bound=int | float)
+
+
+class PerStage(tuple[Number, ...]):
+    """One number for each stage, at least one; the last one holds for all further stages.
+
+    A field is declared as `PerStage[int]`, or with bounds as `PerStage[Annotated[int, Field(ge=0)]]`. It takes a list
+    or a single number, and is written to JSON as a list.
+    """
+
+    def at(self, stage: int) -> Number:
+        """The number of a stage, counted from 0."""
+        return self[min(stage, len(self) - 1)]
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        numbers = core_schema.tuple_variable_schema(handler.generate_schema(get_args(source)[0]), min_length=1)
+        return core_schema.no_info_after_validator_function(cls, numbers)
+
+
+def is_list(annotation: Any) -> bool:
+    """Whether a field of that type takes several values."""
+    return get_origin(annotation) in (tuple, PerStage)
 
 
 class Config(BaseModel):
@@ -23,13 +53,33 @@ class Config(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _one_is_a_list_of_one(cls, values: Any) -> Any:
-        """`steps: 50` in YAML, as `--steps 50` on the command line."""
+        """Takes `steps: 50` in YAML for `steps: [50]`, as the command line takes `--steps 50`."""
         if not isinstance(values, dict):
             return values
-        lists = {name for name, field in cls.model_fields.items() if get_origin(field.annotation) is tuple}
+        lists = {name for name, field in cls.model_fields.items() if is_list(field.annotation)}
         return {
             key: (value,) if key in lists and isinstance(value, int | float) else value for key, value in values.items()
         }
+
+
+_Level = Annotated[int, Field(ge=0, le=255)]
+Background = Annotated[
+    tuple[_Level, _Level, _Level], Field(description="colour behind transparent pixels, each channel 0 to 255")
+]
+"""The type of a field `background`; a type and not a class to inherit, so that the field keeps its place in plans."""
+
+
+class StageControlConfig(Config):
+    """Which patches are bad, so that the next stage adds Gaussians there."""
+
+    max_patch_mse: float = Field(10**-3.5, ge=0, le=10, description="a patch with a larger mean squared error is bad")
+    max_patch_dssim: float = Field(0.05, ge=0, le=2, description="a patch with a larger 1 - SSIM is bad")
+
+    def control(self) -> StageControl:
+        """The thresholds as `air.stages` takes them."""
+        from air.stages.control import StageControl
+
+        return StageControl(self.max_patch_mse, self.max_patch_dssim)
 
 
 class RunnerConfig(Config):
@@ -37,12 +87,14 @@ class RunnerConfig(Config):
 
     executor: Literal["ray", "inline"] = Field("ray", description="run on Ray, or one shard after another in-process")
     address: str | None = Field(None, description="existing Ray cluster, such as `auto` or ray://host:10001")
-    workers: int | None = Field(None, ge=1, le=100_000, description="most shards at work at once; default: what fits")
-    num_cpus: float = Field(1.0, gt=0, le=1024, description="CPU cores per shard at work")
-    num_gpus: float = Field(0.0, ge=0, le=64, description="GPUs per shard at work; 0.5 is half of one")
-    memory_mb: int | None = Field(None, ge=1, description="memory per shard at work that Ray reserves, in MB")
-    max_attempts: int = Field(4, ge=1, le=100, description="times a shard is tried before it counts as failed")
-    max_bad_share: float = Field(0.5, ge=0, le=1, description="stop above this share of images in quarantine")
+    workers: int | None = Field(
+        None, ge=1, le=100_000, description="shards that run at the same time, at most; default: as many as fit"
+    )
+    num_cpus: float = Field(1.0, gt=0, le=1024, description="CPU cores for each running shard")
+    num_gpus: float = Field(0.0, ge=0, le=64, description="GPUs for each running shard; 0.5 is half a GPU")
+    memory_mb: int | None = Field(None, ge=1, description="memory that Ray reserves for each running shard, in MB")
+    max_attempts: int = Field(4, ge=1, le=100, description="attempts at a shard before it counts as failed")
+    max_bad_share: float = Field(0.5, ge=0, le=1, description="stop above this fraction of images in quarantine")
     straggler_factor: float = Field(
         4.0, gt=1, le=1000, description="run a shard twice after this many times the 95th percentile of durations"
     )
@@ -96,21 +148,25 @@ def _describe(problem: Any, known: Iterable[str], renamed: Mapping[str, str]) ->
     if problem["type"] == "missing":
         return f"key '{key}' is missing"
     message = problem["msg"].removeprefix("Value error, ")
-    # A model's own validator speaks of several keys, and names them.
+    # A validator of the whole model has no single key; its message names the keys.
     return f"{key} = {problem['input']!r}: {message[0].lower()}{message[1:]}" if key else message
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
-    """` (did you mean 'x'?)` where a known word is close, else nothing."""
+    """` (did you mean 'x'?)` if a known word is close to this one, else an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1)
     return f" (did you mean '{close[0]}'?)" if close else ""
 
 
 def read_sections(file: str | Path, sections: Mapping[str, type[Config]]) -> dict[str, dict[str, Any]]:
-    """The sections of a YAML file, every one of them checked, whichever job asked.
+    """The sections of a YAML file. All sections are checked, not only those of the job that reads the file.
+
+    Args:
+        file: Path of the file.
+        sections: The configuration class of each section that a file may have.
 
     Raises:
-        ConfigError: The file is missing, is not YAML, or has a section or key that nobody knows.
+        ConfigError: The file is missing, is not YAML, or has an unknown section or key.
     """
     try:
         document = yaml.safe_load(Path(file).read_text(encoding="utf-8"))

@@ -94,14 +94,14 @@ class PredictorNetwork(nn.Module, ABC):
     def start_stage(self, stage: int) -> None:
         """Prepares a stage that was not trained yet: it starts as a copy of the one before it."""
 
-    def parameter_groups(self, rate: float, weight_decay: float) -> list[dict[str, Any]]:
+    def parameter_groups(self, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
         """The parameters in groups for a torch optimiser.
 
         Weights of linear and convolutional layers decay; biases, norms and embeddings do not. The quantiser learns ten
         times as fast.
 
         Args:
-            rate: Learning rate; parameters with another `rate_factor` get their multiple of it.
+            learning_rate: That of most parameters; others get `learning_rate_factor` times it.
             weight_decay: Of those that decay.
 
         Returns:
@@ -112,14 +112,14 @@ class PredictorNetwork(nn.Module, ABC):
             for name, parameter in module.named_parameters(prefix, recurse=False):
                 if parameter.requires_grad:
                     decays = isinstance(module, _DECAYING) and parameter.ndim > 1
-                    factor = _QUANTIZER_RATE if name.startswith("quantizer.") else self.rate_factor(name)
+                    factor = _QUANTIZER_RATE if name.startswith("quantizer.") else self.learning_rate_factor(name)
                     groups.setdefault((factor, decays), []).append(parameter)
         return [
-            {"params": parameters, "lr": rate * factor, "weight_decay": weight_decay if decays else 0.0}
+            {"params": parameters, "lr": learning_rate * factor, "weight_decay": weight_decay if decays else 0.0}
             for (factor, decays), parameters in groups.items()
         ]
 
-    def rate_factor(self, name: str) -> float:
+    def learning_rate_factor(self, name: str) -> float:
         """Learning rate of the parameter `name`, as a multiple of the others'; overridden where some learn slower."""
         return 1.0
 

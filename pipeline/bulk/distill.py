@@ -11,14 +11,15 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from air.defaults import GRID
 from air.errors import InvalidGaussiansError, NonFiniteLossError
 from pipeline.bulk.views import ViewConfig, make_view
+from pipeline.config import Background, PerStage, StageControlConfig
 from pipeline.errors import Rejected
 from pipeline.formats import images, tables
 from pipeline.identity import seed_of
@@ -43,7 +44,7 @@ _VIEWS_ON_GPU = 16
 """Views that a GPU optimises together by default."""
 
 
-class DistillConfig(ViewConfig):
+class DistillConfig(StageControlConfig, ViewConfig):
     """How `air distill` makes the targets of an image: the views, and how Gaussians are fitted to them."""
 
     seed: int = Field(0, ge=0, lt=2**63, description="seed of the views")
@@ -58,8 +59,8 @@ class DistillConfig(ViewConfig):
         le=16,
         description="stages, each adding Gaussians where the picture is bad; default: all of a network, 4 of the grid",
     )
-    steps: tuple[int, ...] = Field(
-        (50,), description="optimisation steps per stage; the last one holds for all further"
+    steps: PerStage[Annotated[int, Field(ge=0, le=100_000)]] = Field(
+        PerStage((50,)), description="optimisation steps of each stage; the last number holds for all further stages"
     )
     learning_rate_factor: float = Field(
         1.0, gt=0, le=100, description="factor on the optimiser's learning rates (docs/optimizer.md)"
@@ -69,10 +70,8 @@ class DistillConfig(ViewConfig):
         description="what the next stage builds on: this stage's optimised Gaussians, or the predicted ones; "
         "default: target, the best picture; predicted with a network that is named, what the next round trains on",
     )
-    max_patch_mse: float = Field(10**-3.5, ge=0, le=10, description="a patch with a larger mean squared error is bad")
-    max_patch_dssim: float = Field(0.05, ge=0, le=2, description="a patch with a larger 1 - SSIM is bad")
     max_pixels: int = Field(images.MAX_PIXELS, ge=1, description="images with more pixels are refused before decoding")
-    background: tuple[int, int, int] = Field((255, 255, 255), description="colour behind transparent pixels, 0 to 255")
+    background: Background = images.WHITE
     # These two change how the work is done, not its result: they are excluded from dumps, and so from the plan.
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", exclude=True, description="where to compute; auto takes a GPU that the worker has"
@@ -80,14 +79,6 @@ class DistillConfig(ViewConfig):
     batch: int | None = Field(
         None, ge=1, le=256, exclude=True, description="views optimised together; default: 1 on a CPU, 16 on a GPU"
     )
-
-    @model_validator(mode="after")
-    def _bounded(self) -> DistillConfig:
-        if not self.steps or not all(0 <= count <= 100_000 for count in self.steps):
-            raise ValueError("steps must be one or more counts from 0 to 100000")
-        if not all(0 <= value <= 255 for value in self.background):
-            raise ValueError("background must be three numbers from 0 to 255")
-        return self
 
     def find_predictor(self) -> PredictorReference:
         """The predictor that the configuration names, or else the default one.
@@ -117,8 +108,8 @@ class DistillConfig(ViewConfig):
         from air.optimization.optimize import OptimizeConfig
 
         assert self.stages is not None
-        counts = [self.steps[min(stage, len(self.steps) - 1)] for stage in range(self.stages)]
-        return [OptimizeConfig(steps=count).scaled(self.learning_rate_factor) for count in counts]
+        configs = [OptimizeConfig(steps=self.steps.at(stage)) for stage in range(self.stages)]
+        return [config.scaled(self.learning_rate_factor) for config in configs]
 
 
 class DistillJob:
@@ -277,7 +268,6 @@ def _fit(
     """
     import torch
 
-    from air.stages.control import StageControl
     from air.stages.loop import run_stages_batch
 
     assert config.canvas is not None
@@ -286,7 +276,7 @@ def _fit(
             pictures,
             predictor,
             config.optimization(),
-            control=StageControl(config.max_patch_mse, config.max_patch_dssim),
+            control=config.control(),
             canvas=config.canvas,
         )
         return [[stage.to("cpu") for stage in stages] for stages in fitted]

@@ -20,7 +20,7 @@ from pydantic import Field, model_validator
 
 from air.defaults import GRID, GROW, GROWING_STEPS, STEPS_AFTER_PREDICTION, STORED_STEPS, start_of_encoding
 from air.errors import CodecError, InvalidGaussiansError, NonFiniteLossError, TargetMissedError
-from pipeline.config import Config
+from pipeline.config import Background, Config
 from pipeline.errors import ConfigError, Rejected
 from pipeline.formats import images, tables
 from pipeline.formats.tars import MAX_SHARD_BYTES, open_tar
@@ -64,7 +64,7 @@ class EncodeConfig(Config):
     max_count: int = Field(64, ge=1, le=1_000_000, description="images in a unit of work; of shards, each is a unit")
     image_column: str | None = Field(None, description="Parquet column with image bytes; default: a known name")
     max_pixels: int = Field(images.MAX_PIXELS, ge=1, description="images with more pixels are refused before decoding")
-    background: tuple[int, int, int] = Field((255, 255, 255), description="colour behind transparent pixels, 0 to 255")
+    background: Background = images.WHITE
 
     @model_validator(mode="after")
     def _bounded(self) -> EncodeConfig:
@@ -73,8 +73,6 @@ class EncodeConfig(Config):
             raise ValueError(f"{' and '.join(given)} are targets: give only one of them")
         if self.stages is not None and (self.predictor == GROW or (self.predictor is None and given)):
             raise ValueError(f"stages = {self.stages} needs a predictor: name one, such as predictor = compact")
-        if not all(0 <= value <= 255 for value in self.background):
-            raise ValueError("background must be three numbers from 0 to 255")
         return self
 
     def settled(self, reference: PredictorReference | None) -> EncodeConfig:

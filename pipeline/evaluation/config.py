@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import Field, model_validator
 
 from air.defaults import GROWING_STEPS, STORED_STEPS
-from pipeline.config import Config
+from pipeline.config import StageControlConfig
 from pipeline.formats import images
 
 _ABOUT_PREDICTORS = (
@@ -23,7 +23,7 @@ _ABOUT_THE_CODEC = ("bpp", "steps", "stored_steps")
 _MAX_BPP = 24.0
 
 
-class EvaluateConfig(Config):
+class EvaluateConfig(StageControlConfig):
     """What `air evaluate` measures: a predictor, or the codec."""
 
     predictor: str | None = Field(
@@ -56,8 +56,6 @@ class EvaluateConfig(Config):
     limit: int | None = Field(None, ge=1, description="number of images to measure, the first ones; default: all")
     threads: int = Field(1, ge=1, le=1024, description="CPU threads")
     max_pixels: int = Field(images.MAX_PIXELS, ge=1, description="images with more pixels are refused before decoding")
-    max_patch_mse: float = Field(10**-3.5, ge=0, le=10, description="a patch with a larger mean squared error is bad")
-    max_patch_dssim: float = Field(0.05, ge=0, le=2, description="a patch with a larger 1 - SSIM is bad")
     codec: bool = Field(
         False,
         description="measure the codec instead of a predictor: .air files beside JPEG, WebP, JPEG 2000 and AVIF files "

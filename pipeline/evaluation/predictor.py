@@ -98,7 +98,7 @@ def evaluate(
     """
     torch.set_num_threads(config.threads)
     warm_up("predict")
-    control = StageControl(config.max_patch_mse, config.max_patch_dssim)
+    control = config.control()
     same = (reference.stages(config.stages), config.gaussians, control)
     optimization = OptimizeConfig if reference.name == GRID else OptimizeConfig.refinement
     contestants = [_Contestant(reference.model, load(reference, torch.device("cpu")), *same, optimization)]

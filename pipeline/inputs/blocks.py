@@ -1,11 +1,8 @@
-"""Training samples in one global order that no worker, restart or number of workers changes.
+"""Blocks of training samples: finding them in a folder, and reading single samples of them.
 
-A block is a row group of targets or a shard of images. Every epoch shuffles the blocks, groups them in windows and
-permutes the samples of each window: a pure function of (seed, epoch, block sizes), so nothing is stored. The stream of
-epochs is cut in global batches of constant size, and every rank takes its slice of each. All state is the step number.
-
-This module knows where samples come from and in which order; what is made of their pixels is in
-`pipeline.training.augment`.
+A block is a row group of targets or a shard of images. A reader keeps a few blocks open and the images that it decoded
+last. This module knows nothing of the order of samples (`pipeline.training.order`) or of what training makes of their
+pixels (`pipeline.training.augment`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Holding a training run's folder against its own plan: how far the run is, and what of it is damaged."""
+"""Checks of a training run's folder: how far the run is, and which of its files are damaged."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ class Standing:
     """How far a run is.
 
     Attributes:
-        step: Steps that its newest checkpoint holds: what a stop would leave.
+        step: The step of the newest checkpoint; the run would go on from there. 0 without a checkpoint.
         steps: Steps of the whole run.
-        told: The last step that its metrics speak of.
+        told: The last step in `metrics.jsonl`; 0 if there is none.
         seconds: Training time until the checkpoint.
         samples: Samples until the checkpoint.
-        skipped: Samples of them that could not be used.
-        validations: (step, PSNR in dB) of each.
-        finished: Whether nothing is left to do.
+        skipped: How many of these samples could not be used.
+        validations: The step and the PSNR in dB of each validation.
+        finished: Whether the run has ended.
     """
 
     step: int
@@ -45,7 +45,7 @@ def standing(output: Storage) -> Standing:
     """How far the run in a folder is, by its newest checkpoint and its metrics.
 
     Raises:
-        DamagedDataError: One of them cannot be read.
+        DamagedDataError: The checkpoint or the metrics cannot be read.
     """
     config = _config(read_plan(output))
     saved = checkpoints(output)
@@ -64,12 +64,12 @@ def standing(output: Storage) -> Standing:
 
 
 def _config(plan: Plan) -> TrainConfig:
-    """What of a plan's configuration says when a run is over."""
+    """The part of a plan's configuration that says when a run is over."""
     return TrainConfig.model_validate({key: plan.config[key] for key in ("steps", "batch", "max_seconds")})
 
 
 def verify_run(output: Storage) -> Iterator[str]:
-    """Holds every file of a run against what vouches for it; yields one line for each thing that is wrong or undone."""
+    """Checks every file of a run against its checksum and the plan; yields one line for each damage or missing part."""
     plan_hash = read_plan(output).hash
     saved = checkpoints(output)
     for folder in saved:
@@ -85,13 +85,13 @@ def verify_run(output: Storage) -> Iterator[str]:
         if is_expected or output.exists(file):
             yield from _verify_kept(output, file, plan_hash)
     if found.told < found.step:
-        yield f"metrics.jsonl ends with step {found.told}, the newest checkpoint is of step {found.step}"
+        yield f"metrics.jsonl ends with step {found.told}, but the newest checkpoint is of step {found.step}"
     if not found.finished:
         yield f"the run is not finished: its newest checkpoint is of step {found.step} of {found.steps}"
 
 
 def repair_run(output: Storage) -> list[str]:
-    """Removes damaged checkpoints, so that the run goes on from the newest whole one; returns their folders."""
+    """Removes damaged checkpoints, so that the run goes on from the newest intact one; returns the removed folders."""
     damaged = [folder for folder in checkpoints(output) if any(_damage(output, folder))]
     for folder in damaged:
         remove_checkpoint(output, folder)
@@ -106,7 +106,7 @@ def _verify_folder(output: Storage, folder: str, plan_hash: str) -> Iterator[str
 
 
 def _damage(output: Storage, folder: str) -> Iterator[str]:
-    """What keeps a run from going on with a checkpoint."""
+    """One line if the checkpoint is damaged, so that a run cannot go on from it."""
     try:
         state = read_state(output, folder)
         for kind in KINDS:
@@ -117,13 +117,13 @@ def _damage(output: Storage, folder: str) -> Iterator[str]:
 
 def _verify_kept(output: Storage, file: str, plan_hash: str) -> Iterator[str]:
     if not output.exists(file):
-        yield f"{file} is missing; `air train` writes it again where a checkpoint still holds it"
+        yield f"{file} is missing; the same `air train` writes it again if a checkpoint of the run still holds it"
         return
     try:
         with local_checkpoint(output.uri(file)) as path:
             _, card = load_checkpoint(path)
     except (CheckpointError, MissingFileError) as error:
-        yield f"{error}; `air train` writes it again where a checkpoint of the run still holds it"
+        yield f"{error}; the same `air train` writes it again if a checkpoint of the run still holds it"
         return
     if card.plan != plan_hash:
         yield f"{file} is of another plan ({card.plan[:12]}, expected {plan_hash[:12]})"

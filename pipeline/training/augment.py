@@ -1,7 +1,7 @@
-"""Crops of one size for a batch, and augmentation: drawn from a sample's own seed, never from order or worker.
+"""Crops and augmentation. Both depend on a sample's own seed alone, not on the order of samples or on the worker.
 
-The augmented crop is input and target alike, as training is self-supervised: augmentation widens what the network
-sees (method.md section 5), it does not ask it to undo anything.
+Training is self-supervised: the augmented crop is both the input and the target. Augmentation widens the variety of
+images (method.md section 5); the network does not have to undo it.
 """
 
 from __future__ import annotations
@@ -19,19 +19,21 @@ from pipeline.identity import seed_of
 
 
 class AugmentConfig(Config):
-    """Which part of an image is trained on, and what is done to it."""
+    """The crops of images and their augmentation."""
 
     patch_size: int = Field(7, ge=2, le=64, description="pixels between anchors; crops are sized in whole patches")
-    min_crop: int = Field(168, ge=2, le=8192, description="lower end of a batch's random crop side, in pixels")
-    max_crop: int = Field(168, ge=2, le=8192, description="upper end of a batch's random crop side, in pixels")
+    min_crop: int = Field(168, ge=2, le=8192, description="smallest side of the random crops of a batch, in pixels")
+    max_crop: int = Field(168, ge=2, le=8192, description="largest side of the random crops of a batch, in pixels")
     min_zoom: float = Field(
-        0.5, gt=0, le=1, description="images are reduced by a random factor from this to 1, but not below the crop"
+        0.5, gt=0, le=1, description="smallest random factor that reduces an image; never below the size of the crop"
     )
-    flip: float = Field(0.5, ge=0, le=1, description="share of crops that are mirrored")
-    colour_jitter: float = Field(0.2, ge=0, le=1, description="share of crops with other brightness, contrast, colour")
-    noise: float = Field(0.1, ge=0, le=1, description="share of crops with shot noise")
-    jpeg: float = Field(0.1, ge=0, le=1, description="share of crops compressed as JPEG of quality 30 to 95")
-    blur: float = Field(0.1, ge=0, le=1, description="share of crops blurred by a Gaussian of up to 1.5 pixels")
+    flip: float = Field(0.5, ge=0, le=1, description="fraction of crops that are mirrored")
+    colour_jitter: float = Field(
+        0.2, ge=0, le=1, description="fraction of crops with changed brightness, contrast and colour"
+    )
+    noise: float = Field(0.1, ge=0, le=1, description="fraction of crops with shot noise")
+    jpeg: float = Field(0.1, ge=0, le=1, description="fraction of crops compressed as JPEG of quality 30 to 95")
+    blur: float = Field(0.1, ge=0, le=1, description="fraction of crops blurred by a Gaussian of up to 1.5 pixels")
 
     @model_validator(mode="after")
     def _ordered(self) -> AugmentConfig:
@@ -43,7 +45,7 @@ class AugmentConfig(Config):
 
 
 def crop_side(config: AugmentConfig, seed: int, step: int) -> int:
-    """The side of the square crops of a global batch in pixels, whole patches: the same on every rank."""
+    """The side of the square crops of a global batch, in pixels: whole patches, and the same on every rank."""
     random = np.random.Generator(np.random.PCG64(seed_of(seed, "crop", step)))
     side = random.integers(config.min_crop, config.max_crop, endpoint=True)
     return config.patch_size * max(1, int(side) // config.patch_size)
@@ -54,23 +56,23 @@ def make_crop(rgb: np.ndarray, side: int, config: AugmentConfig, seed: int) -> n
 
     Args:
         rgb: The image, shape (H, W, 3), uint8.
-        side: Of the crop, in pixels, whole patches.
-        config: What is done.
+        side: The crop's side in pixels, whole patches.
+        config: Zoom and augmentation.
         seed: 64 bits; equal seeds give equal crops.
 
     Returns:
-        Shape (side, side, 3), uint8; smaller, in whole patches, where the image is.
+        Shape (side, side, 3), uint8. A smaller image gives a smaller crop, in whole patches.
 
     Raises:
-        Rejected: `too_small`: the image has less than one patch in a direction.
+        Rejected: `too_small`: the image is smaller than one patch in a direction.
     """
     images.check_holds_patch(rgb.shape[0], rgb.shape[1], config.patch_size)
     random = np.random.Generator(np.random.PCG64(seed))
     zoom, place_x, place_y, *chances = random.uniform(size=8)
     crop = _cut(rgb, side, config.patch_size, config.min_zoom + (1 - config.min_zoom) * zoom, place_x, place_y)
     flips, jitters, adds_noise, compresses, blurs = (
-        chance < share
-        for chance, share in zip(
+        chance < fraction
+        for chance, fraction in zip(
             chances, (config.flip, config.colour_jitter, config.noise, config.jpeg, config.blur), strict=True
         )
     )
@@ -90,7 +92,7 @@ def make_crop(rgb: np.ndarray, side: int, config: AugmentConfig, seed: int) -> n
 
 
 def aligned_corner(rows: int, columns: int, side: int, patch_size: int, seed: int) -> tuple[int, int, int, int]:
-    """A crop of whole patches of a grid: first row and column, and numbers of rows and columns, all in patches."""
+    """A random crop of a grid of patches: its first row, first column, rows and columns, all in patches."""
     random = np.random.Generator(np.random.PCG64(seed))
     height, width = min(rows, side // patch_size), min(columns, side // patch_size)
     top = int(random.integers(rows - height, endpoint=True))
@@ -100,7 +102,7 @@ def aligned_corner(rows: int, columns: int, side: int, patch_size: int, seed: in
 
 def _cut(rgb: np.ndarray, side: int, patch_size: int, zoom: float, place_x: float, place_y: float) -> np.ndarray:
     height, width = rgb.shape[:2]
-    # Reduce no further than to the crop, and enlarge nothing.
+    # The image is never reduced below the size of the crop, and never enlarged.
     zoom = min(1.0, max(zoom, side / min(height, width)))
     crop_height = min(side, patch_size * (height // patch_size))
     crop_width = min(side, patch_size * (width // patch_size))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -15,17 +15,18 @@ from torch import Tensor
 
 from pipeline.errors import Rejected
 from pipeline.identity import seed_of
-from pipeline.inputs.blocks import Block, BlockReader, RawSample
+from pipeline.inputs.blocks import BlockReader, RawSample
 from pipeline.storage.open import open_storage
 from pipeline.training.augment import crop_side, make_crop
-from pipeline.training.config import TrainConfig
+from pipeline.training.group import Group
 from pipeline.training.order import GlobalOrder, rank_slice
+from pipeline.training.plan import TrainJob
 from pipeline.training.targets import StageTargets, cut_targets
 
 logger = logging.getLogger(__name__)
 
 _MAX_NAMED = 10_000
-"""Samples that the log names as unusable; of further ones only the count is told."""
+"""Unusable samples that the log names, at most; further ones are only counted."""
 
 
 @dataclass
@@ -34,14 +35,14 @@ class Crops:
 
     Attributes:
         images: Shape (B, 3, H, W), float32 in [0, 1].
-        targets: By stage, where they are trained on.
+        targets: The targets of each stage; empty where training needs images alone.
     """
 
     images: Tensor
     targets: list[StageTargets] = field(default_factory=list)
 
     def to(self, device: torch.device) -> Crops:
-        """The same on a device."""
+        """The crops on a device."""
         return Crops(self.images.to(device), [stage.to(device) for stage in self.targets])
 
 
@@ -50,9 +51,9 @@ class LocalBatch:
     """A rank's slice of a global batch.
 
     Attributes:
-        keys: Of its samples.
-        groups: Its crops, by size.
-        refused: Samples that could not be used: where each is, and why.
+        keys: The keys of its samples.
+        groups: Its crops, one group for each size.
+        refused: The samples that could not be used: where each one is, and why it was refused.
     """
 
     keys: list[str] = field(default_factory=list)
@@ -60,40 +61,42 @@ class LocalBatch:
     refused: list[str] = field(default_factory=list)
 
 
+class BatchSource(Protocol):
+    """What the training loop takes batches from."""
+
+    def batch(self, step: int) -> LocalBatch:
+        """This rank's slice of the global batch of a step, counted from 0."""
+        ...
+
+    def close(self) -> None:
+        """Gives up files and memory; no batch follows."""
+        ...
+
+
 class Feed:
-    """Makes a rank's batches.
+    """Makes a rank's batches from the samples of a run.
 
     Args:
-        source: URI of the samples.
-        blocks: Where they are.
-        config: Order, crops, augmentation.
-        canvas: For training on targets, which of a stage's Gaussians the next stage was built on; None: on images.
-        cache_bytes: Memory for decoded images.
-        rank: Of this worker.
-        size: Number of workers.
+        job: The run.
+        group: The workers, of which this rank is one.
     """
 
-    def __init__(
-        self,
-        source: str,
-        blocks: Sequence[Block],
-        config: TrainConfig,
-        canvas: str | None,
-        cache_bytes: int,
-        rank: int,
-        size: int,
-    ) -> None:
-        self._config = config
-        self._canvas = canvas
-        self._order = GlobalOrder([block.count for block in blocks], config)
-        self._slice = rank_slice(config.batch, rank, size)
+    def __init__(self, job: TrainJob, group: Group) -> None:
+        self._config = job.config
+        self._canvas = job.canvas
+        self._order = GlobalOrder([block.count for block in job.blocks], job.config)
+        self._slice = rank_slice(job.config.batch, group.rank, group.size)
         self._reader = BlockReader(
-            open_storage(source), blocks, config.window, cache_bytes, with_targets=canvas is not None
+            open_storage(job.source),
+            job.blocks,
+            job.config.window,
+            job.trainer.cache_mb * 1_000_000,
+            with_targets=job.canvas is not None,
         )
         self._named: set[tuple[int, int]] = set()
 
     def batch(self, step: int) -> LocalBatch:
-        """The slice of the global batch of a step."""
+        """This rank's slice of the global batch of a step, counted from 0."""
         config = self._config
         side = crop_side(config, config.seed, step)
         batch = LocalBatch()
@@ -114,8 +117,12 @@ class Feed:
             batch.groups.append(Crops(pixels.to(torch.float32).contiguous() / 255, stages))
         return batch
 
+    def close(self) -> None:
+        """Closes the blocks that are open, and forgets the decoded images."""
+        self._reader.close()
+
     def _warn(self, where: tuple[int, int], what: str) -> None:
-        """Names a sample when it is first met, not in every epoch again."""
+        """Names an unusable sample in the log once, not again in every epoch."""
         if where not in self._named and len(self._named) < _MAX_NAMED:
             self._named.add(where)
             logger.warning("passed over: %s", what)
@@ -135,12 +142,12 @@ Batch = TypeVar("Batch")
 
 
 class Prefetcher(Generic[Batch]):
-    """Makes batches step after step in a thread, a few ahead of who takes them.
+    """Makes batches in a thread, step after step, a few ahead of their use.
 
     Args:
-        make: The batch of a step.
-        first: Step to begin with.
-        ahead: How many are kept ready.
+        make: Makes the batch of a step; called in that thread.
+        first: The first step.
+        ahead: Number of batches that are kept ready.
     """
 
     def __init__(self, make: Callable[[int], Batch], first: int, ahead: int) -> None:
@@ -154,7 +161,7 @@ class Prefetcher(Generic[Batch]):
         while not self._stopped.is_set():
             try:
                 item: Any = self._make(step)
-            except Exception as error:  # noqa: BLE001  # raised again where the batch is taken
+            except Exception as error:  # noqa: BLE001  # `take` raises it again
                 item = error
             while not self._stopped.is_set():
                 try:
@@ -167,7 +174,7 @@ class Prefetcher(Generic[Batch]):
             step += 1
 
     def take(self) -> Batch:
-        """The next batch. Raises what making it raised."""
+        """The next batch. If making it raised an error, raises that error."""
         item = self._ready.get()
         if isinstance(item, Exception):
             raise item

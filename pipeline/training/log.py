@@ -1,4 +1,4 @@
-"""What a training run tells: `metrics.jsonl` for programs, TensorBoard events for people. Rank 0 alone writes them."""
+"""The figures of a training run: their sums, `metrics.jsonl` for programs, TensorBoard events for people."""
 
 from __future__ import annotations
 
@@ -6,24 +6,66 @@ import json
 import tempfile
 import time
 from collections.abc import Mapping
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from pipeline.errors import DamagedDataError
 from pipeline.storage.base import Storage
+from pipeline.training.group import Group
 
 METRICS_PATH = "metrics.jsonl"
 _WRITE_SECONDS = 10.0
 
 
+@dataclass
+class StepSums:
+    """Figures of one or more steps, as sums, of one worker or of all.
+
+    Attributes:
+        loss: Losses of the usable samples; NaN if one of them is not a number.
+        psnr: PSNR of the usable samples, in dB; 0 in phases that draw no picture.
+        usable: Number of usable samples.
+        skipped: Number of samples that could not be used.
+        seconds: Training time, which rank 0 alone measures.
+    """
+
+    loss: float = 0.0
+    psnr: float = 0.0
+    usable: float = 0.0
+    skipped: float = 0.0
+    seconds: float = 0.0
+
+    def add(self, other: StepSums) -> None:
+        """Adds the figures of further steps."""
+        self.loss += other.loss
+        self.psnr += other.psnr
+        self.usable += other.usable
+        self.skipped += other.skipped
+        self.seconds += other.seconds
+
+    def all_reduce(self, group: Group) -> StepSums:
+        """The sums over all workers, formed in float64."""
+        numbers = torch.tensor(astuple(self), dtype=torch.float64, device=group.device)
+        group.all_reduce([numbers])
+        return StepSums(*numbers.tolist())
+
+    def means(self) -> dict[str, float]:
+        """Mean loss and mean PSNR of the usable samples; nothing if there are none."""
+        return {"loss": self.loss / self.usable, "psnr": self.psnr / self.usable} if self.usable else {}
+
+
 class TrainingLog:
-    """Collects figures by step. Those beyond the step that a run resumes from are dropped: they come again.
+    """Collects figures by step and writes them. Rank 0 alone has one.
+
+    Rows after the step that a run goes on from are dropped, as the run makes them again.
 
     Args:
         output: The run's folder.
-        step: Where the run begins.
+        step: The step that the run begins with.
     """
 
     def __init__(self, output: Storage, step: int) -> None:
@@ -32,13 +74,13 @@ class TrainingLog:
         self._output = output
         self._rows = [row for row in read_metrics(output) if row["step"] <= step]
         self._written = time.monotonic()
-        # Object stores know no appending: events are written here and copied there.
+        # An object store cannot append to a file: events are written to a local folder and copied from there.
         self._folder = Path(output.root) / "tensorboard" if output.root.startswith("/") else None
         self._scratch = None if self._folder else tempfile.TemporaryDirectory(prefix="air-")
         self._events = SummaryWriter(str(self._folder or (self._scratch and self._scratch.name)), purge_step=step + 1)
 
     def add(self, step: int, figures: Mapping[str, float]) -> None:
-        """Figures of a step."""
+        """Takes the figures of a step, by name."""
         self._rows.append({"step": step, **figures})
         for name, value in figures.items():
             self._events.add_scalar(name, value, step)
@@ -46,11 +88,11 @@ class TrainingLog:
             self.flush()
 
     def add_pictures(self, step: int, name: str, grid: np.ndarray) -> None:
-        """A picture, shape (3, H, W), values in [0, 1]."""
+        """Takes a picture, shape (3, H, W), values in [0, 1]."""
         self._events.add_image(name, grid, step)
 
     def flush(self) -> None:
-        """Makes everything visible."""
+        """Writes everything that was taken so far."""
         self._written = time.monotonic()
         text = "".join(json.dumps(row) + "\n" for row in self._rows)
         self._output.write(METRICS_PATH, text.encode())
@@ -60,7 +102,7 @@ class TrainingLog:
                 self._output.upload(file, f"tensorboard/{file.name}")
 
     def close(self) -> None:
-        """Flushes and ends."""
+        """Flushes, and closes the files."""
         self.flush()
         self._events.close()
         if self._scratch:
@@ -68,10 +110,10 @@ class TrainingLog:
 
 
 def read_metrics(output: Storage) -> list[dict[str, Any]]:
-    """The rows of a run's `metrics.jsonl`, oldest first; none where there is no such file.
+    """The rows of a run's `metrics.jsonl`, oldest first; none if there is no such file.
 
     Raises:
-        DamagedDataError: A line is not what `TrainingLog` writes.
+        DamagedDataError: A line is not a JSON object with a step.
     """
     if not output.exists(METRICS_PATH):
         return []
@@ -80,7 +122,7 @@ def read_metrics(output: Storage) -> list[dict[str, Any]]:
         try:
             row = json.loads(line)
             if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-                raise ValueError("no object with a step")
+                raise ValueError("it is not a JSON object with a step")
         except ValueError as error:
             raise DamagedDataError(
                 f"{output.uri(METRICS_PATH)}, line {number}, is not a row of figures: {error}; delete that line"

@@ -1,7 +1,7 @@
-"""What a training phase holds the network against, for a batch of images of one size (method.md section 5).
+"""The losses of the training phases, for a batch of images of one size (method.md section 5).
 
-Every function returns one loss per image, so that a caller weights images, not workers. They know nothing of where the
-images come from or how the network is updated.
+Every phase has a function that returns one loss per image, so that each image has the same weight on any number of
+workers. This module knows nothing of where images come from or how the network is updated.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from pipeline.training.config import LossConfig
 from pipeline.training.targets import StageTargets
 
 _SMALLEST_MSE = 1e-5
-"""50 dB: what is better need not be made better still."""
+"""Mean squared error of 50 dB, added before the logarithm: above that PSNR, the loss hardly falls any further."""
 
 DISTILL_WEIGHT = 100.0
-"""Of the smooth L1 between predicted and optimised raw numbers (method.md section 5)."""
+"""Weight of the smooth L1 between predicted and optimised raw numbers (method.md section 5)."""
 
 
 class _DrawnStage(NamedTuple):
-    """A stage as it went for a batch.
+    """The input and the result of a stage, for a batch.
 
     Attributes:
-        canvas: What it was given, shape (B, 3, H, W), without gradient.
+        canvas: The image that earlier stages drew, shape (B, 3, H, W), without gradient.
         active: Which patches got a Gaussian, boolean, shape (B, patches).
-        gaussians: Theirs, one image after another.
+        gaussians: The Gaussians of these patches, one image after another.
     """
 
     canvas: Tensor
@@ -52,9 +52,9 @@ class BatchLosses:
     """Losses of a batch.
 
     Attributes:
-        loss: What is minimised, shape (B,), with its graph.
-        squared_error: Of the last stage's image, clamped to [0, 1], mean over its pixels, shape (B,); None where no
-            image was drawn.
+        loss: The loss of each image, shape (B,), with its autograd graph.
+        squared_error: Mean squared error of the last stage's image, clamped to [0, 1], shape (B,); None in a phase that
+            draws no image.
     """
 
     loss: Tensor
@@ -64,20 +64,29 @@ class BatchLosses:
 def propose(
     network: PredictorNetwork, images: Tensor, canvas: Tensor, active: Tensor, stage: int, precision: str
 ) -> list[Tensor]:
-    """Raw Gaussians (B, patches, 8) in float32, the last ones the stage's; only the network may be less precise."""
+    """A stage's proposals of raw Gaussians, each of shape (B, patches, 8), float32; the last one is the stage's result.
+
+    Args:
+        network: The network that proposes.
+        images: Shape (B, 3, H, W).
+        canvas: The image that earlier stages drew, of the same shape.
+        active: Which patches get a Gaussian, boolean, shape (B, patches).
+        stage: Number of the stage, from 0.
+        precision: "float32" or "bfloat16", for computations inside the network.
+    """
     with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
         proposals = network.proposals(images, canvas.detach(), active, stage)
     return [raw.float() for raw in proposals]
 
 
 def active_batch(canvas: Tensor, images: Tensor, patch_size: int, control: StageControl) -> Tensor:
-    """Which patches of each image are still bad, boolean, shape (B, patches)."""
+    """Which patches of each image are bad on the canvas, boolean, shape (B, patches)."""
     pairs = zip(canvas.detach(), images, strict=True)
     return torch.stack([active_patches(drawn, image, patch_size, control) for drawn, image in pairs])
 
 
 def anchors_batch(network: PredictorNetwork, raw: Tensor, height: int, width: int) -> Tensor:
-    """What the offsets of all images' Gaussians (B, patches, 8) count from, shape (B, patches, 2)."""
+    """The anchors of raw Gaussians (B, patches, 8), shape (B, patches, 2): offsets count from there."""
     return torch.stack([network.anchors(own, height, width) for own in raw])
 
 
@@ -94,18 +103,19 @@ def finetune_losses(
     workers: Workers,
     precision: str = "float32",
 ) -> BatchLosses:
-    """All stages jointly, each stage's render held against the image.
+    """The losses of phase finetune: all stages jointly, with each stage's render compared with the image.
 
-    A render is a plain sum, so a stage's image is that of the stage before plus what the stage draws: its loss reaches
-    every earlier stage without drawing anything twice. What the network sees of the canvas carries no gradient.
+    A render is a plain sum of Gaussians. A stage's image is therefore the image of the stage before plus the render of
+    the stage's own Gaussians, and its loss reaches every earlier stage without drawing anything twice. The network sees
+    the canvas without gradient.
 
     Args:
-        network: What is trained.
+        network: The network that is trained.
         images: Shape (B, 3, H, W), float32 in [0, 1].
-        stages: How many take part.
-        config: Weights and stage control.
+        stages: Number of stages that take part.
+        config: Weights of the loss, and stage control.
         workers: CPU threads for rendering and loss.
-        precision: "float32" or "bfloat16".
+        precision: "float32" or "bfloat16", for computations inside the network.
     """
     judge = BatchLoss(images, workers)
     total, canvas, _ = _draw_stages(network, images, stages, judge, config, workers, precision)
@@ -121,7 +131,7 @@ def _draw_stages(
     workers: Workers,
     precision: str,
 ) -> tuple[Tensor, Tensor, list[_DrawnStage]]:
-    """The loss of all stages (B,), what they draw together (B, 3, H, W), and those that added Gaussians."""
+    """The loss of all stages (B,), the image that they draw (B, 3, H, W), and the stages that added Gaussians."""
     _, _, height, width = images.shape
     control = config.control()
     canvas = torch.zeros_like(images)
@@ -138,9 +148,9 @@ def _draw_stages(
             added.append(_DrawnStage(canvas.detach(), active, tables[-1]))
         canvas = drawn[-1]
         losses = _judge(canvas, images, judge, config)
-        for passed in drawn[:-1]:
-            losses = losses + config.proposal_weight * _judge(passed, images, judge, config)
-        total = total + config.stage_weight(stage) * losses
+        for earlier in drawn[:-1]:
+            losses = losses + config.proposal_weight * _judge(earlier, images, judge, config)
+        total = total + config.stage_weights.at(stage) * losses
     return total, canvas, added
 
 
@@ -152,20 +162,21 @@ def quantize_losses(
     workers: Workers,
     precision: str = "float32",
 ) -> BatchLosses:
-    """As `finetune_losses`, and the loss of what the quantised Gaussians of all stages draw, and their distortion.
+    """The losses of phase quantize: those of finetune, plus loss and distortion of the quantised Gaussians.
 
-    This is method.md section 6. Quantisation comes after the last stage, as in a file, so that no stage sees it.
+    This is method.md section 6. The Gaussians of all stages are quantised together after the last stage, as in a file,
+    so that no stage sees the quantisation.
 
     Args:
-        network: What is trained; it has a quantiser.
-        images: As for `finetune_losses`, like all that follow.
-        stages: How many take part.
-        config: Weights and stage control.
-        workers: CPU threads.
-        precision: "float32" or "bfloat16".
+        network: The network that is trained; it has a quantiser.
+        images: Shape (B, 3, H, W), float32 in [0, 1].
+        stages: Number of stages that take part.
+        config: Weights of the loss, and stage control.
+        workers: CPU threads for rendering and loss.
+        precision: "float32" or "bfloat16", for computations inside the network.
 
     Returns:
-        The squared error is of the quantised picture.
+        The losses; the squared error is that of the quantised picture.
     """
     assert network.quantizer is not None
     _, _, height, width = images.shape
@@ -175,7 +186,7 @@ def quantize_losses(
         return BatchLosses(total, squared_errors(canvas, images))
     patches = [stage.active.nonzero(as_tuple=True) for stage in added]
     image = torch.cat([index for index, _ in patches])
-    # Files count offsets from plain anchors, whatever the network's own are.
+    # Files count offsets from plain anchors, even if the network has other anchors.
     plain = anchors(height, width, network.patch_size).to(images.device)
     anchor = torch.cat([plain[patch] for _, patch in patches])
     values = channel_values(Gaussians.concatenate([stage.gaussians for stage in added]), anchor)
@@ -210,18 +221,18 @@ def distill_losses(raw: Tensor, target: Tensor, active: Tensor) -> Tensor:
     """100 · smooth L1 between sigmoid(raw) and sigmoid(target), the mean over an image's active Gaussians, shape (B,).
 
     Args:
-        raw: Predicted, shape (B, patches, 8).
-        target: Optimised, of the same shape.
-        active: Boolean, shape (B, patches). An image without active patches has no loss.
+        raw: Predicted raw numbers, shape (B, patches, 8).
+        target: Optimised raw numbers, of the same shape.
+        active: Boolean, shape (B, patches). The loss of an image without active patches is 0.
     """
     error = F.smooth_l1_loss(raw.sigmoid(), target.sigmoid(), reduction="none").mean(dim=2)
     return DISTILL_WEIGHT * (error * active).sum(dim=1) / active.sum(dim=1).clamp(min=1)
 
 
 def _teach(proposals: Sequence[Tensor], target: Tensor, active: Tensor, config: LossConfig) -> Tensor:
-    """The distillation loss of a stage's result, and of what the network passed through on its way to it."""
-    *passed, last = (distill_losses(raw, target, active) for raw in proposals)
-    return last + config.proposal_weight * sum(passed, torch.zeros_like(last))
+    """The distillation loss of a stage's result, plus the weighted losses of the proposals before it, shape (B,)."""
+    *earlier, last = (distill_losses(raw, target, active) for raw in proposals)
+    return last + config.proposal_weight * sum(earlier, torch.zeros_like(last))
 
 
 def offline_pod_losses(
@@ -231,20 +242,20 @@ def offline_pod_losses(
     config: LossConfig,
     precision: str = "float32",
 ) -> BatchLosses:
-    """Predictions on the stored canvases held against the stored targets, all stages.
+    """The losses of offline pod: predictions on the stored canvases, compared with the stored targets, all stages.
 
     Args:
-        network: What is trained.
-        images: Shape (B, 3, H, W).
-        targets: Of the stages that take part, batched.
-        config: Weights.
-        precision: "float32" or "bfloat16".
+        network: The network that is trained.
+        images: Shape (B, 3, H, W), float32 in [0, 1].
+        targets: The batched targets of each stage that takes part.
+        config: Weights of the loss.
+        precision: "float32" or "bfloat16", for computations inside the network.
     """
     total = torch.zeros(len(images), device=images.device)
     for stage, (canvas, active, target) in enumerate(targets):
         if bool(active.any()):
             proposals = propose(network, images, canvas, active, stage, precision)
-            total = total + config.stage_weight(stage) * _teach(proposals, target, active, config)
+            total = total + config.stage_weights.at(stage) * _teach(proposals, target, active, config)
     return BatchLosses(total, None)
 
 
@@ -256,17 +267,17 @@ def online_pod_losses(
     workers: Workers,
     precision: str = "float32",
 ) -> BatchLosses:
-    """Predictions held against what a short optimisation makes of them on the spot.
+    """The losses of online pod: a short optimisation starts from the predictions, and its result is their target.
 
-    The next stage builds on the prediction, not on the target: that is the canvas the network will meet.
+    The next stage builds on the predictions and not on the targets: when the network predicts, it meets such canvases.
 
     Args:
-        network: What is trained.
-        images: Shape (B, 3, H, W).
-        horizons: How the targets are optimised, for each stage that takes part.
-        config: Weights and stage control.
-        workers: CPU threads: images are optimised side by side.
-        precision: "float32" or "bfloat16".
+        network: The network that is trained.
+        images: Shape (B, 3, H, W), float32 in [0, 1].
+        horizons: The optimiser's configuration for each stage that takes part.
+        config: Weights of the loss, and stage control.
+        workers: CPU threads; each thread optimises one image at a time.
+        precision: "float32" or "bfloat16", for computations inside the network.
     """
     _, _, height, width = images.shape
     control = config.control()
@@ -279,7 +290,7 @@ def online_pod_losses(
         proposals = propose(network, images, canvas, active, stage, precision)
         predicted = proposals[-1].detach()
         goal = _optimized(network, predicted, active, images, canvas, horizon, workers)
-        total = total + config.stage_weight(stage) * _teach(proposals, goal, active, config)
+        total = total + config.stage_weights.at(stage) * _teach(proposals, goal, active, config)
         gaussians = activate_batch(network, predicted, active, height, width)
         canvas = canvas + render_batch(gaussians, active.sum(dim=1).tolist(), height, width, workers)
     return BatchLosses(total, squared_errors(canvas, images))
@@ -294,7 +305,7 @@ def _optimized(
     horizon: OptimizeConfig,
     workers: Workers,
 ) -> Tensor:
-    """The raw numbers (B, patches, 8) with those of active patches optimised."""
+    """The raw numbers (B, patches, 8), optimised in active patches where that lowers the loss."""
     _, _, height, width = images.shape
     patch_size = network.patch_size
     anchor = anchors_batch(network, raw, height, width)
@@ -320,7 +331,7 @@ def _optimized(
 
 
 def _judge(drawn: Tensor, images: Tensor, photometric: BatchLoss, config: LossConfig) -> Tensor:
-    """The loss of each image, shape (B,)."""
+    """The loss of the images that were drawn, one for each image, shape (B,)."""
     losses = torch.zeros(len(images), device=images.device)
     if config.photometric_weight:
         losses = losses + config.photometric_weight * photometric(drawn)
@@ -333,5 +344,5 @@ def _judge(drawn: Tensor, images: Tensor, photometric: BatchLoss, config: LossCo
 
 
 def squared_errors(canvas: Tensor, images: Tensor) -> Tensor:
-    """Mean squared error of each image of a canvas clamped to [0, 1], without gradient, shape (B,)."""
+    """Mean squared error of each image, after the canvas is clamped to [0, 1]; shape (B,), without gradient."""
     return (canvas.detach().clamp(0, 1) - images).square().mean(dim=(1, 2, 3))

@@ -1,4 +1,12 @@
-"""The global order of samples: the step number is the whole state."""
+"""Training samples in one global order that no worker, restart or number of workers changes.
+
+Samples lie in blocks: row groups of targets, or shards of images. Every epoch shuffles the blocks, groups them in
+windows and permutes the samples of each window. That order is a pure function of (seed, epoch, block sizes), so it is
+not stored. The stream of epochs is cut into global batches of constant size, and every rank takes its slice of each.
+The step number is the whole state.
+
+This module knows the sizes of blocks and nothing else of them; `pipeline.inputs.blocks` finds and reads them.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +24,23 @@ from pipeline.identity import seed_of
 
 
 class FeedConfig(Config):
-    """In which order samples come."""
+    """The order of samples."""
 
-    seed: int = Field(0, ge=0, lt=2**63, description="seed of the order, of crops, of augmentation and of new weights")
+    seed: int = Field(
+        0, ge=0, lt=2**63, description="seed of the order, of crops, of augmentation and of fresh weights"
+    )
     batch: int = Field(16, ge=1, le=65536, description="views in a batch, over all workers")
     window: int = Field(8, ge=1, le=4096, description="blocks (row groups, shards) whose samples are mixed at a time")
 
 
 class Place(NamedTuple):
-    """Where a sample of the stream lies: in which epoch it comes, in which block, in which row of it."""
+    """The place of a sample in the stream.
+
+    Attributes:
+        epoch: Number of the epoch.
+        block: Number of the block that holds the sample.
+        row: Number of the sample in its block.
+    """
 
     epoch: int
     block: int
@@ -32,10 +48,10 @@ class Place(NamedTuple):
 
 
 class GlobalOrder:
-    """The stream of samples.
+    """The endless stream of samples, one epoch after another.
 
     Args:
-        counts: Samples of every block.
+        counts: Number of samples in each block.
         config: Seed, batch size, window.
     """
 
@@ -47,12 +63,12 @@ class GlobalOrder:
         self._window = lru_cache(maxsize=4)(self._permute)
 
     def batch(self, step: int) -> list[Place]:
-        """All places of a global batch; an epoch's last partial batch is filled up from the next epoch."""
+        """The places of a global batch; the next epoch fills up the last batch of an epoch."""
         first = step * self._config.batch
         return [self.place(index) for index in range(first, first + self._config.batch)]
 
     def place(self, index: int) -> Place:
-        """Where sample `index` of the endless stream lies."""
+        """The place of sample `index` of the stream."""
         epoch, position = divmod(index, self.samples_per_epoch)
         _, ends = self._epoch(epoch)
         window = bisect_right(ends, position)
@@ -76,7 +92,7 @@ class GlobalOrder:
 
 
 def rank_slice(batch: int, rank: int, size: int) -> slice:
-    """What of a global batch is a rank's: contiguous, and within one sample as much as any other's."""
+    """A rank's part of a global batch: contiguous; parts of different ranks differ by one sample at most."""
     return slice(batch * rank // size, batch * (rank + 1) // size)
 
 

@@ -1,8 +1,8 @@
-"""`pipeline.training.loop` on Ray Train (v2): a group of workers, replaced as a whole when one of them dies.
+"""`pipeline.training.loop` on Ray Train (v2): a group of workers, which Ray replaces as a whole when one of them dies.
 
-Ray starts the workers, connects them (gloo or nccl), and starts them anew after a loss. It keeps no checkpoint of ours:
-those lie in the run's own folder, written through `pipeline.storage.open`, so that the same command goes on after any
-stop, on any cluster, from any kind of path. Ray's own would be tied to its run's name and its own storage settings.
+Ray starts the workers, connects them (gloo or nccl), and starts them again after a loss. Checkpoints do not go through
+Ray: the loop writes them into the run's own folder with `pipeline.storage.open`, so that the same command goes on after
+any stop, on any cluster, from any kind of path. Ray's checkpoints depend on the name and the storage of a Ray run.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from air.errors import AirError, NonFiniteLossError
 from pipeline.config import RunnerConfig
 from pipeline.errors import ConfigError, JobFailedError, TrainingError
 from pipeline.training.group import Group
-from pipeline.training.loop import Report, TrainJob, train
+from pipeline.training.loop import Report, train
+from pipeline.training.plan import TrainJob
 from pipeline.work.ray import ray_session
 
 logger = logging.getLogger(__name__)
@@ -45,9 +46,9 @@ def train_on_ray(job: TrainJob, report: Report) -> dict[str, float]:
     """Trains on the configured number of workers; returns what `pipeline.training.loop.train` returns.
 
     Raises:
-        ConfigError: ray.train is not installed, or the machine is too small.
+        ConfigError: ray.train is not installed, or the cluster has fewer resources than the workers need.
         JobFailedError: Workers were lost more often than `max_failures` allows, or failed for another reason.
-        AirError: What the training itself raised.
+        AirError: An error of the training itself.
     """
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")  # the default from Ray 2.51 on
     try:
@@ -79,7 +80,7 @@ def train_on_ray(job: TrainJob, report: Report) -> dict[str, float]:
                 logging_config=LoggingConfig(log_level="ERROR"),
             ),
         )
-        with _passing_on(board, report):
+        with _Forwarding(board, report):
             try:
                 outcome = run.fit().return_value
             except TrainingFailedError as error:
@@ -88,7 +89,7 @@ def train_on_ray(job: TrainJob, report: Report) -> dict[str, float]:
                 if ours is not None:
                     raise ours from None
                 raise JobFailedError(
-                    f"training failed {trainer.max_failures + 1} times, the last time so: {_last_line(error)}. "
+                    f"training failed {trainer.max_failures + 1} times, the last time with: {_last_line(error)}. "
                     "The same command goes on from the last checkpoint"
                 ) from error
     assert outcome is not None
@@ -98,7 +99,7 @@ def train_on_ray(job: TrainJob, report: Report) -> dict[str, float]:
 
 
 def _work(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What Ray Train runs in every worker."""
+    """The function that Ray Train runs in every worker."""
     import ray.train
     from ray.train.torch import get_device
 
@@ -109,11 +110,11 @@ def _work(settings: Mapping[str, Any]) -> dict[str, Any]:
     try:
         return dict(train(job, group, lambda figures: settings["board"].post.remote(dict(figures))))
     except (NonFiniteLossError, TrainingError) as error:
-        return {"failure": error}  # raised, it would be tried again, and end the same way
+        return {"failure": error}  # Ray would retry after a raised error, and the retry would end the same way
 
 
-class _passing_on:
-    """While inside, figures that workers post go to the display, in a thread of their own."""
+class _Forwarding:
+    """A context in which a thread hands the figures that rank 0 posts to the display."""
 
     def __init__(self, board: Any, report: Callable[[Mapping[str, float]], None]) -> None:
         self._board = board
@@ -142,7 +143,7 @@ class _passing_on:
             for figures in ray.get(self._board.take.remote(), timeout=10):
                 self._report(figures)
         except RayError:
-            pass  # a display can wait
+            pass  # the display may miss figures; training goes on
 
 
 def _last_line(error: BaseException) -> str:

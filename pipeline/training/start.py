@@ -1,4 +1,4 @@
-"""What a training run begins with: fresh weights, or those of a checkpoint, as they are or with changed settings."""
+"""The network that a training run begins with: fresh, or from a checkpoint, with its own or with changed settings."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ logger = logging.getLogger(__name__)
 
 
 def check_start(config: TrainConfig, trainer: TrainerConfig) -> None:
-    """Refuses what cannot be trained before anything is written: builds the network, without weights.
+    """Refuses a configuration that cannot be trained, before anything is written: builds the network without weights.
 
-    Of a checkpoint it reads the card alone. Warns of a fresh network that is meant to have weights learned elsewhere.
+    From a checkpoint only the card is read. Logs a warning if a part of a fresh network starts from random weights,
+    although it is made for pretrained ones.
 
     Raises:
         CheckpointError: There is no such checkpoint.
-        TrainingError: It does not fit the configuration, or the configuration describes no network.
+        TrainingError: The checkpoint does not fit the configuration, or no network can be built from the configuration.
     """
     if config.from_:
         with local_checkpoint(config.from_) as path:
@@ -38,18 +39,18 @@ def check_start(config: TrainConfig, trainer: TrainerConfig) -> None:
         raise TrainingError(f"the architecture {architecture} has no gradient_checkpointing: leave it off")
     if not config.from_ and network.untrained_part:
         logger.warning(
-            "the %s of %s starts from random weights. Pretrained ones come with a checkpoint: give them to a network, "
-            "save it, and name it with --from (docs/predictor.md, a training of your own)",
+            "the %s of %s starts from random weights. To start from pretrained weights, load them into a network, save "
+            "it as a checkpoint, and name the checkpoint with --from (docs/predictor.md, a training of your own)",
             network.untrained_part,
             architecture,
         )
 
 
 def _fresh_settings(config: TrainConfig) -> dict[str, Any]:
-    """What builds a network that no checkpoint begins.
+    """The settings of a fresh network.
 
     Raises:
-        TrainingError: A setting stands in for an option.
+        TrainingError: `settings` sets what an option sets.
     """
     for name, option in (("patch_size", "patch_size"), ("num_stages", "stages"), ("quantizer_bits", "phase quantize")):
         if name in config.settings:
@@ -58,7 +59,7 @@ def _fresh_settings(config: TrainConfig) -> dict[str, Any]:
 
 
 def _changed_settings(config: TrainConfig) -> dict[str, Any]:
-    """What the phase makes another of a checkpoint's settings."""
+    """The settings of a checkpoint's network that the phase changes."""
     if config.phase == "patch":
         return {"patch_size": config.patch_size}
     return {"quantizer_bits": list(config.quantizer_bits)} if config.phase == "quantize" else {}
@@ -85,17 +86,17 @@ def _check_card(card: Card, config: TrainConfig) -> None:
 
 
 def make_network(config: TrainConfig) -> tuple[PredictorNetwork, list[str]]:
-    """The network that a run begins with, and the names of the parameters that a checkpoint gave it.
+    """The network that a run begins with, and the names of the parameters that come from a checkpoint.
 
-    Without a checkpoint, fresh weights that the seed determines. In phase `patch`, a network of the new patch size with
-    all those weights of the checkpoint whose shapes fit; in phase `quantize`, one with a quantiser.
+    Without a checkpoint, the seed determines fresh weights. In phase `patch`, the network has the new patch size, and
+    takes all weights of the checkpoint whose shapes fit. In phase `quantize`, the network has a quantiser.
 
     Args:
-        config: One that `check_start` let pass.
+        config: A configuration that passed `check_start`.
 
     Raises:
         CheckpointError: The checkpoint cannot be read.
-        TrainingError: The configuration describes no network.
+        TrainingError: No network can be built from the configuration.
     """
     torch.manual_seed(seed_of(config.seed, "weights"))
     if not config.from_:
@@ -114,7 +115,7 @@ def _with_quantizer(network: PredictorNetwork, card: Card, config: TrainConfig) 
     bits = list(config.quantizer_bits)
     taken = [name for name, _ in network.named_parameters()]
     if network.settings.get("quantizer_bits") != bits:
-        # Levels of other bits have other steps: a quantiser that is there begins anew, too.
+        # Another number of bits means other steps, so an existing quantiser with other bits is replaced, too.
         network.quantizer = None
         network, taken = _with(network, card, _changed_settings(config))
     assert network.quantizer is not None
@@ -125,7 +126,7 @@ def _with_quantizer(network: PredictorNetwork, card: Card, config: TrainConfig) 
 
 
 def _with(network: PredictorNetwork, card: Card, changes: dict[str, Any]) -> tuple[PredictorNetwork, list[str]]:
-    """The network with other settings, and the names of those weights that fit it and were taken over."""
+    """A network with changed settings that takes over all weights whose shapes fit, and the names of these weights."""
     other = _build(card.architecture, {**card.settings, **changes})
     fresh, learned = other.state_dict(), network.state_dict()
     fitting = {name: value for name, value in learned.items() if name in fresh and fresh[name].shape == value.shape}

@@ -3,10 +3,14 @@
     OUT/checkpoints/step-00001000/model.safetensors        raw weights
                                   average.safetensors      their moving average
                                   optimizer.safetensors    AdamW's moments, by parameter name
-                                  state.json               step, phase, plan, checksums of the others; written last:
-                                                           a folder without it is none
+                                  state.json               step, phase, plan, checksums of the other files; written
+                                                           last: a folder without it is not a checkpoint
+    OUT/best.safetensors, best.json                        the moving average with the best validation, and its card
+    OUT/last.safetensors, last.json                        the moving average of the last checkpoint, and its card
 
-A checkpoint of another plan or of other parameters is refused with a sentence. Nothing is unpickled.
+A run goes on from `checkpoints/` alone. `best` and `last` are what it makes for others; `KeptNetworks` writes them.
+A checkpoint of another plan or with other parameters is refused, with an error that says what differs. Nothing is
+unpickled.
 """
 
 from __future__ import annotations
@@ -17,15 +21,19 @@ import json
 import logging
 import math
 import re
+import tempfile
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
+from air.predictor.checkpoint import save_checkpoint
 from air.predictor.network import PredictorNetwork
 from pipeline.errors import DamagedDataError, TrainingError
+from pipeline.predictors import is_whole
 from pipeline.storage.base import MissingFileError, Storage
 from pipeline.training.config import OptimizerConfig
 
@@ -34,26 +42,26 @@ logger = logging.getLogger(__name__)
 STATE_VERSION = 2
 FOLDER = "checkpoints"
 KINDS = ("model", "average", "optimizer")
-"""The sets of tensors of a checkpoint, each a file."""
+"""The sets of tensors of a checkpoint; each is a file."""
 
-_REMEDY = "`air verify --repair` removes damaged checkpoints; the run then goes on from the one before"
+_REMEDY = "`air verify --repair` removes damaged checkpoints; the run then goes on from the checkpoint before"
 
 _IS_PART = re.compile(rf"({FOLDER}/step-\d+)/")
-"""Matches a file of a checkpoint; nothing else in the folder is ours to delete."""
+"""Matches a file of a checkpoint. A run deletes nothing else in that folder."""
 
 
 class TrainingState:
-    """Network, moving average and optimiser of a run, and how far it is.
+    """Network, moving average and optimiser of a run, and how far the run is.
 
     Attributes:
-        network: Raw weights.
-        average: The same network with the moving average of the weights.
+        network: The network with the raw weights.
+        average: The same network with the exponential moving average of the weights.
         step: Steps done.
-        seconds: Training time of them.
-        skipped: Samples of them that could not be used.
+        seconds: Training time of these steps.
+        skipped: Samples of these steps that could not be used.
         stages: Stages that have joined.
-        best_psnr: Of all validations, dB; none yet: -inf.
-        best_step: When that was.
+        best_psnr: The highest PSNR of all validations, in dB; -inf before the first validation.
+        best_step: The step of that validation.
     """
 
     def __init__(self, network: PredictorNetwork, config: OptimizerConfig, stages: int) -> None:
@@ -68,36 +76,53 @@ class TrainingState:
         self._config = config
         self._names = {id(parameter): name for name, parameter in network.named_parameters()}
         self.optimizer = torch.optim.AdamW(
-            network.parameter_groups(config.rate, config.weight_decay), betas=(config.beta1, config.beta2), fused=True
+            network.parameter_groups(config.learning_rate, config.weight_decay),
+            betas=(config.beta1, config.beta2),
+            fused=True,
         )
-        self._rates = [group["lr"] for group in self.optimizer.param_groups]
+        self._learning_rates = [group["lr"] for group in self.optimizer.param_groups]
         self.parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def join_stage(self, stage: int) -> None:
-        """A stage begins to be trained, as a copy of the one before."""
+        """Starts to train a stage, as a copy of the stage before it."""
         if stage:
             self.network.start_stage(stage)
             self.average.start_stage(stage)
         self.stages = stage + 1
 
     def update(self, progress: float) -> float:
-        """One AdamW step from the gradients in place, and one of the moving average; returns the highest rate."""
-        share = self._config.rate_share(self.step, progress)
-        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
-            group["lr"] = rate * share
+        """Takes one AdamW step with the gradients that are there, and updates the moving average.
+
+        Args:
+            progress: Fraction of the run that is done.
+
+        Returns:
+            The learning rate of the step.
+        """
+        fraction = self._config.learning_rate_fraction(self.step, progress)
+        for group, highest in zip(self.optimizer.param_groups, self._learning_rates, strict=True):
+            group["lr"] = highest * fraction
         self.optimizer.step()
         self.step += 1
-        # Young averages forget faster, or the first weights would linger.
-        keep = min(self._config.average, (1 + self.step) / (10 + self.step))
+        # A young average forgets faster: otherwise the first weights would linger.
+        keep = min(self._config.ema_decay, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
             for mean, value in zip(self.average.parameters(), self.network.parameters(), strict=True):
                 mean.lerp_(value, 1 - keep)
             for mean, value in zip(self.average.buffers(), self.network.buffers(), strict=True):
                 mean.copy_(value)
-        return self._config.rate * share
+        return self._config.learning_rate * fraction
 
     def save(self, output: Storage, about: Mapping[str, Any]) -> str:
-        """Writes a checkpoint; `about` is what a later run must agree with. Returns its folder."""
+        """Writes a checkpoint.
+
+        Args:
+            output: The run's folder.
+            about: What the run that goes on from the checkpoint must agree with.
+
+        Returns:
+            The checkpoint's folder.
+        """
         folder = folder_of(self.step)
         checksums = {}
         for name, tensors in self._tensors().items():
@@ -130,11 +155,16 @@ class TrainingState:
         }
 
     def load(self, output: Storage, folder: str, about: Mapping[str, Any]) -> None:
-        """Takes up a checkpoint.
+        """Takes over the state of a checkpoint.
+
+        Args:
+            output: The run's folder.
+            folder: The checkpoint's folder in it.
+            about: What the checkpoint must agree with.
 
         Raises:
-            TrainingError: It is of another version or another run; the message says what differs.
-            DamagedDataError: It cannot be read.
+            TrainingError: The checkpoint is of another version or another run; the message says what differs.
+            DamagedDataError: The checkpoint cannot be read.
         """
         state = read_state(output, folder)
         differing = [
@@ -155,7 +185,7 @@ class TrainingState:
         self.best_step = state["best_step"]
 
     def average_at(self, output: Storage, folder: str) -> PredictorNetwork:
-        """The network with the moving average that another checkpoint of this run holds."""
+        """The network with the moving average of another checkpoint of this run."""
         network = copy.deepcopy(self.average)
         network.load_state_dict(read_tensors(output, folder, "average", read_state(output, folder)))
         return network
@@ -170,19 +200,96 @@ class TrainingState:
             self.optimizer.state[parameter][moment] = value
 
 
+class Snapshot(NamedTuple):
+    """The moving average after a step, and the training time until then in seconds."""
+
+    network: PredictorNetwork
+    step: int
+    seconds: float
+
+
+class KeptNetworks:
+    """`best.safetensors` and `last.safetensors` of a run, each with its card. Rank 0 alone writes them.
+
+    Args:
+        output: The run's folder.
+        phase: The training phase, for the card.
+        plan: Hash of the run's plan, for the card.
+        seed: The run's seed, for the card.
+    """
+
+    def __init__(self, output: Storage, phase: str, plan: str, seed: int) -> None:
+        self._output = output
+        self._phase = phase
+        self._plan = plan
+        self._seed = seed
+
+    def keep_last(self, state: TrainingState) -> None:
+        """Writes the moving average as `last`."""
+        self._write("last", Snapshot(state.average, state.step, state.seconds))
+
+    def keep_best(self, state: TrainingState) -> None:
+        """Writes the moving average as `best`; it has just reached `state.best_psnr`."""
+        self._write("best", Snapshot(state.average, state.step, state.seconds), state.best_psnr)
+
+    def restore(self, state: TrainingState) -> None:
+        """Writes `last` and `best` again from the run's checkpoints, where one of them is missing or damaged.
+
+        `best` can be restored only while the checkpoint of its step exists. After that it is lost: `state` forgets it,
+        and the next validation writes a new one.
+
+        Args:
+            state: The state of the newest checkpoint.
+        """
+        if not is_whole(self._output.uri("last.safetensors")):
+            self.keep_last(state)
+        if math.isinf(state.best_psnr) or is_whole(self._output.uri("best.safetensors")):
+            return
+        folder = folder_of(state.best_step)
+        if folder in checkpoints(self._output):
+            seconds = read_state(self._output, folder)["seconds"]
+            snapshot = Snapshot(state.average_at(self._output, folder), state.best_step, seconds)
+            self._write("best", snapshot, state.best_psnr)
+            return
+        logger.warning(
+            "%s is missing or damaged, and the checkpoint of its step, %d, was removed: the network with the best "
+            "validation so far, %.2f dB, is lost",
+            self._output.uri("best.safetensors"),
+            state.best_step,
+            state.best_psnr,
+        )
+        state.best_psnr, state.best_step = -math.inf, 0
+
+    def _write(self, name: str, snapshot: Snapshot, psnr: float | None = None) -> None:
+        """Writes a moving average with its card; the card has the PSNR of its validation where one was made."""
+        with tempfile.TemporaryDirectory(prefix="air-") as folder:
+            path = Path(folder) / f"{name}.safetensors"
+            save_checkpoint(
+                path,
+                snapshot.network,
+                phase=self._phase,
+                step=snapshot.step,
+                plan=self._plan,
+                metrics={} if psnr is None else {"valid_psnr": psnr},
+                notes={"seed": self._seed, "seconds": snapshot.seconds},
+            )
+            self._output.upload(path, path.name)
+            self._output.upload(path.with_suffix(".json"), f"{name}.json")
+
+
 def folder_of(step: int) -> str:
-    """Of the checkpoint of a step."""
+    """The folder of the checkpoint of a step."""
     return f"{FOLDER}/step-{step:08d}"
 
 
 def checkpoints(output: Storage) -> list[str]:
-    """Folders of the whole checkpoints of a run, oldest first."""
+    """The folders of a run's complete checkpoints, oldest first."""
     found = (_IS_PART.match(path) for path, _ in output.list(FOLDER) if path.endswith("/state.json"))
     return sorted(part[1] for part in found if part)
 
 
 def remove_old_checkpoints(output: Storage, keep: int) -> None:
-    """Deletes all but the newest `keep` checkpoints, and what is left of ones that a stop cut short before those."""
+    """Deletes all checkpoints but the newest `keep`, and older incomplete ones, which a stop has cut short."""
     kept = checkpoints(output)[-keep:]
     found = {_IS_PART.match(path) for path, _ in output.list(FOLDER)}
     for folder in sorted({part[1] for part in found if part}):
@@ -191,38 +298,38 @@ def remove_old_checkpoints(output: Storage, keep: int) -> None:
 
 
 def remove_checkpoint(output: Storage, folder: str) -> None:
-    """Deletes a checkpoint; the state goes first: what remains is never taken for whole."""
+    """Deletes a checkpoint, `state.json` first: what a stop may leave of it never looks complete."""
     output.delete(f"{folder}/state.json")
     output.delete_folder(folder)
 
 
 def read_state(output: Storage, folder: str) -> dict[str, Any]:
-    """What a checkpoint holds beside numbers.
+    """The contents of a checkpoint's `state.json`.
 
     Raises:
-        TrainingError: It is of another version.
-        DamagedDataError: It cannot be read.
+        TrainingError: The checkpoint is of another version.
+        DamagedDataError: The file cannot be read.
     """
     path = f"{folder}/state.json"
     try:
         state = json.loads(output.read(path))
         if not isinstance(state, dict):
-            raise ValueError("no JSON object")
+            raise ValueError("it holds no JSON object")
     except ValueError as error:
         raise DamagedDataError(f"{output.uri(path)} is not a state: {error}; {_REMEDY}") from None
     if state.get("version") != STATE_VERSION:
         raise TrainingError(
-            f"{output.uri(folder)} has version {state.get('version')} of the training state, this code reads "
-            f"{STATE_VERSION}: finish the run with the code that began it"
+            f"{output.uri(folder)} has version {state.get('version')} of the training state, and this code reads "
+            f"version {STATE_VERSION}: finish the run with the code that began it"
         )
     return state
 
 
 def read_tensors(output: Storage, folder: str, kind: str, state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of one of `KINDS`.
+    """The tensors of a checkpoint, of one of the `KINDS`, by name.
 
     Raises:
-        DamagedDataError: They are not those that the state names.
+        DamagedDataError: The file is missing, or its checksum is not the one in the state.
     """
     path = f"{folder}/{kind}.safetensors"
     try:

@@ -1,4 +1,4 @@
-"""What a row of targets teaches in a crop of its view: by stage the canvas, the active patches, their Gaussians."""
+"""The targets of a crop, cut from a row of targets: each stage's canvas, active patches and their Gaussians."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from pipeline.training.augment import aligned_corner
 
 
 class StageTargets(NamedTuple):
-    """Of one stage, for one crop or a batch of them (then with a leading dimension B).
+    """The targets of one stage, for one crop, or for a batch of crops with a leading dimension B.
 
     Attributes:
-        canvas: What is drawn before the stage, shape (3, H, W).
+        canvas: The image that earlier stages drew, shape (3, H, W).
         active: Which patches have a Gaussian, boolean, shape (patches,).
-        raw: Their optimised raw numbers, shape (patches, 8); zeros elsewhere.
+        raw: The optimised raw numbers of active patches, shape (patches, 8); zeros in other patches.
     """
 
     canvas: Tensor
@@ -34,25 +34,25 @@ class StageTargets(NamedTuple):
         return StageTargets(*(torch.stack(column) for column in zip(*parts, strict=True)))
 
     def to(self, device: torch.device) -> StageTargets:
-        """The same on a device."""
+        """The targets on a device."""
         return StageTargets(*(tensor.to(device) for tensor in self))
 
 
 def cut_targets(
     row: dict[str, Any], rgb: np.ndarray, stages: int, side: int, canvas: str, seed: int
 ) -> tuple[np.ndarray, list[StageTargets]]:
-    """A crop of whole patches of a view, and what its row says about it.
+    """A random crop of a view, in whole patches, and the targets of each stage in the crop.
 
     Args:
         row: A row of targets.
-        rgb: Its view, shape (H, W, 3), uint8.
-        stages: How many are wanted; a stage that the row lacks has no active patch.
-        side: Of the crop, in pixels, whole patches.
-        canvas: "target" or "predicted": which of a stage's Gaussians the row's next stage was built on.
-        seed: Of the crop's place.
+        rgb: The view of that row, shape (H, W, 3), uint8.
+        stages: Number of stages; a stage that the row does not have gets no active patch.
+        side: The crop's side in pixels, whole patches.
+        canvas: "target" or "predicted": which Gaussians of a stage the row's next stage was built on.
+        seed: Seed of the crop's position.
 
     Returns:
-        The crop (h, w, 3), uint8, and its targets by stage.
+        The crop (h, w, 3), uint8, and the targets of each stage.
     """
     patch_size = row["patch_size"]
     rows, columns = rgb.shape[0] // patch_size, rgb.shape[1] // patch_size
@@ -64,7 +64,7 @@ def cut_targets(
     anchor = anchors(rgb.shape[0], rgb.shape[1], patch_size)[torch.from_numpy(patch)]
     targets, drawn = gaussians_of(row, "target"), gaussians_of(row, canvas)
     goals = deactivate(targets, anchor, patch_size)
-    # A plain sum: moved by the corner, the whole view's Gaussians draw the crop of the whole view's canvas.
+    # A render is a plain sum: the view's Gaussians, moved by the corner, draw exactly the crop of the view's canvas.
     moved = Gaussians(drawn.xy - corner, drawn.scale, drawn.angle, drawn.colour)
 
     background = torch.zeros(3, height * patch_size, width * patch_size)

@@ -1,4 +1,4 @@
-"""Validation of a predictor on a fixed set of images: what it reaches without any optimisation."""
+"""Validation of a predictor on a fixed set of images: the PSNR of its predictions without any optimisation."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pipeline.errors import Rejected, TrainingError
 from pipeline.inputs.pictures import find_pictures
 
 _GRID_SIDE = 256
-"""Pixels of a side of a picture in the image grid, at most."""
+"""Pixels of a side of a picture in the picture grid, at most."""
 
 
 @dataclass
@@ -30,10 +30,10 @@ class Score:
     """Sums over validated images.
 
     Attributes:
-        images: How many.
+        images: Number of images.
         psnr: Sum of their PSNR in dB.
-        gaussians: Sum of each stage's Gaussians.
-        pictures: Original beside prediction, each (3, H, 2 W), of the first few.
+        gaussians: Sum of the numbers of Gaussians of each stage.
+        pictures: The first few originals, each beside its prediction, shape (3, H, 2 W).
     """
 
     images: int
@@ -43,17 +43,20 @@ class Score:
 
 
 def load_images(uri: str, count: int, max_side: int, rank: int, size: int) -> list[Tensor]:
-    """This rank's share of the first `count` images of a folder or of shards, the middle of each.
+    """This rank's part of the first `count` images of a folder or of shards; large images are cropped to their middle.
 
     Args:
         uri: Images, tars or Parquet as `air shard` takes them, or the output of `air shard` or `air distill`.
-        count: How many images there are for all ranks.
-        max_side: Larger images are cropped to this many pixels a side.
-        rank: Of this worker.
+        count: Number of images of all ranks together.
+        max_side: Images are cropped to this many pixels a side.
+        rank: Number of this worker, from 0.
         size: Number of workers.
 
+    Returns:
+        Images of shape (3, H, W), float32 in [0, 1].
+
     Raises:
-        TrainingError: There is no usable image.
+        TrainingError: There is no image, or one of them cannot be used.
     """
     decoded = []
     for rgb in _decode(uri, range(rank, count, size)):
@@ -66,13 +69,13 @@ def load_images(uri: str, count: int, max_side: int, rank: int, size: int) -> li
 
 
 def check_images(uri: str, count: int) -> None:
-    """Raises what `load_images` would raise, and keeps nothing."""
+    """Decodes the images that all ranks would load together, and raises what `load_images` raises."""
     if not sum(1 for _ in _decode(uri, range(count))):
         raise TrainingError(f"{uri} holds no image to validate on")
 
 
 def _decode(uri: str, wanted: Sequence[int]) -> Iterator[np.ndarray]:
-    """Images by their position in a fixed order; fewer where there are fewer."""
+    """The images at these positions of a fixed order; positions beyond the last image are left out."""
     pictures = find_pictures([uri])
     for picture in [pictures[index] for index in wanted if index < len(pictures)]:
         try:
@@ -92,16 +95,16 @@ def validate(
     shown: int,
     quantised: bool = False,
 ) -> Score:
-    """What the network alone makes of the images.
+    """The PSNR of the network's predictions, without optimisation.
 
     Args:
-        network: What is judged.
-        pictures: Images (3, H, W).
-        stages: How many.
+        network: The network that is validated.
+        pictures: Images of shape (3, H, W).
+        stages: Number of stages that take part.
         control: Which patches get a Gaussian.
         threads: CPU threads.
-        shown: How many pictures the score shows.
-        quantised: Judge what a file would hold that is written with the network's quantiser.
+        shown: Number of pictures in the score.
+        quantised: Validate the Gaussians as a file stores them, quantised with the network's quantiser.
     """
     score = Score(len(pictures), 0.0, [0.0] * stages)
     for number, image in enumerate(pictures):
@@ -132,7 +135,7 @@ def validate(
 
 
 def _as_stored(network: PredictorNetwork, image: Tensor, results: Sequence[StageResult], threads: int) -> Gaussians:
-    """What a file holds that is written with the network's quantiser, on the CPU."""
+    """The Gaussians as a file stores them that is written with the network's quantiser, on the CPU."""
     _, height, width = image.shape
     stages = [
         Stage(result.patch.cpu().numpy(), activate(result.predicted, result.anchor, network.patch_size))
@@ -144,7 +147,7 @@ def _as_stored(network: PredictorNetwork, image: Tensor, results: Sequence[Stage
 
 
 def picture_grid(pictures: Sequence[np.ndarray]) -> np.ndarray:
-    """Pictures (3, H, W) below each other, black beside narrower ones."""
+    """Pictures (3, H, W), one below the other; the space beside narrower pictures is black."""
     width = max(picture.shape[2] for picture in pictures)
     padded = [np.pad(picture, ((0, 0), (0, 0), (0, width - picture.shape[2]))) for picture in pictures]
     return np.concatenate(padded, axis=1)

@@ -28,9 +28,9 @@ TRAINING: dict[str, Any] = {
     "max_crop": 56,
     "min_zoom": 1,
     "steps": 150,
-    "rate": 3e-3,
+    "learning_rate": 3e-3,
     "warmup_steps": 10,
-    "average": 0.97,
+    "ema_decay": 0.97,
     "psnr_weight": 1,
 }
 INLINE = RunnerConfig(executor="inline")

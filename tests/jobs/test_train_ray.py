@@ -38,7 +38,7 @@ TINY: dict[str, Any] = {
     "max_crop": 40,
     "steps": 12,
     "warmup_steps": 2,
-    "rate": 1e-3,
+    "learning_rate": 1e-3,
     "valid_images": 3,
 }
 
@@ -60,7 +60,7 @@ def test_one_and_two_workers_give_the_same_curve(shards: Path, tmp_path: Path) -
     """A batch of five in slices of two and three, of pictures of several sizes."""
     for workers in (1, 2):
         assert run(shards, tmp_path / str(workers), workers)["samples"] == 60
-    for name in ("loss", "psnr", "gradient", "valid_psnr"):
+    for name in ("loss", "psnr", "grad_norm", "valid_psnr"):
         one, two = (column(tmp_path / str(workers), name) for workers in (1, 2))
         assert len(one) == (2 if name == "valid_psnr" else 12)
         # A warning, so that pytest -rA shows it.

@@ -1,11 +1,14 @@
 """Configuration: misspelt keys, values out of bounds and invalid YAML are refused; the message names key and file."""
 
+import pickle
+import re
 from pathlib import Path
+from typing import Annotated
 
 import pytest
 from pydantic import Field, model_validator
 
-from pipeline.config import Config, RunnerConfig, build, read_sections
+from pipeline.config import Background, Config, PerStage, RunnerConfig, StageControlConfig, build, read_sections
 from pipeline.errors import ConfigError
 
 
@@ -126,3 +129,47 @@ def test_a_file_that_is_no_text_is_refused(tmp_path: Path):
 def test_a_missing_file_is_refused(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"cannot read configuration .*nowhere\.yaml: No such file"):
         read_sections(tmp_path / "nowhere.yaml", SECTIONS)
+
+
+class OvenConfig(StageControlConfig):
+    minutes: PerStage[Annotated[int, Field(ge=1, le=90)]] = Field(PerStage((45,)))
+    glaze: Background = (255, 255, 255)
+
+
+def test_the_last_number_holds_for_all_further_stages():
+    config = build(OvenConfig, {"minutes": [30, 20]}, "bake")
+    assert [config.minutes.at(stage) for stage in range(4)] == [30, 20, 20, 20]
+    assert OvenConfig().minutes.at(7) == 45
+    assert build(OvenConfig, {"minutes": 10}, "bake").minutes == (10,)
+
+
+def test_numbers_per_stage_are_a_list_in_json_and_survive_it():
+    config = build(OvenConfig, {"minutes": [30, 20]}, "bake")
+    document = config.model_dump(mode="json")
+    assert document["minutes"] == [30, 20]
+    again = build(OvenConfig, document, "bake")
+    assert again == config
+    assert again.minutes.at(2) == 20
+    assert pickle.loads(pickle.dumps(config)).minutes.at(2) == 20
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"minutes": []}, "at least 1 item"),
+        ({"minutes": [30, 0]}, "minutes.1 = 0: input should be greater than or equal to 1"),
+        ({"minutes": "30,x"}, "minutes = '30,x'"),
+        ({"glaze": [0, 0, 256]}, "glaze.2 = 256: input should be less than or equal to 255"),
+        ({"glaze": [0, 0]}, "glaze.2"),
+        ({"max_patch_mse": -1}, "max_patch_mse = -1"),
+    ],
+)
+def test_lists_out_of_bounds_are_refused_by_name_and_place(values: dict, said: str):
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        build(OvenConfig, values, "bake")
+
+
+def test_the_thresholds_of_bad_patches_are_those_of_the_stages():
+    from air.stages.control import StageControl
+
+    assert build(OvenConfig, {}, "bake").control() == StageControl()

@@ -153,7 +153,7 @@ class DinoPredictor(PredictorNetwork):
         """Copies the head of the stage before."""
         self.heads[stage].load_state_dict(self.heads[stage - 1].state_dict())
 
-    def rate_factor(self, name: str) -> float:
+    def learning_rate_factor(self, name: str) -> float:
         """The backbones learn at a tenth of the rate."""
         return _BACKBONE_RATE if ".backbone." in name else 1.0
 

@@ -6,14 +6,14 @@ from air.predictor.compact.network import CompactPredictor
 class SlowTrunk(CompactPredictor):
     """The compact network with a trunk that learns at a tenth of the rate."""
 
-    def rate_factor(self, name: str) -> float:
+    def learning_rate_factor(self, name: str) -> float:
         return 0.1 if name.startswith("trunk.") else 1.0
 
 
 def grouped(network: CompactPredictor) -> dict[str, tuple[float, float]]:
     """(rate, decay) by parameter name; every parameter must be in one group exactly."""
     names = {parameter: name for name, parameter in network.named_parameters()}
-    groups = network.parameter_groups(rate=0.5, weight_decay=0.25)
+    groups = network.parameter_groups(learning_rate=0.5, weight_decay=0.25)
     found = [(names[each], (group["lr"], group["weight_decay"])) for group in groups for each in group["params"]]
     assert sorted(name for name, _ in found) == sorted(names.values())
     return dict(found)
@@ -34,7 +34,9 @@ def test_a_part_can_learn_slower_and_frozen_parameters_are_left_out():
     assert groups["heads.0.weight"] == (0.5, 0.25)
     network = CompactPredictor(patch_size=4, channels=8, depth=1)
     network.stem.requires_grad_(False)
-    given = [each for group in network.parameter_groups(rate=1.0, weight_decay=0.0) for each in group["params"]]
+    given = [
+        each for group in network.parameter_groups(learning_rate=1.0, weight_decay=0.0) for each in group["params"]
+    ]
     assert not any(each is network.stem.weight for each in given)
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import io
 import json
-import logging
 import shutil
-import tarfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +21,14 @@ from jobs.train import train
 from pipeline.errors import PlanMismatchError, TrainingError
 from pipeline.storage.open import open_storage
 from pipeline.training.audit import verify_run
-from pipeline.training.batches import Feed
+from pipeline.training.batches import Feed, LocalBatch
 from pipeline.training.config import TrainConfig, TrainerConfig
+from pipeline.training.group import Group
 from pipeline.training.log import read_metrics
+from pipeline.training.loop import MakeFeed
+from pipeline.training.loop import train as train_here
+from pipeline.training.plan import plan_training
 from pipeline.training.state import remove_old_checkpoints
-from tests.support.toys import encode_picture
 
 TINY: dict[str, Any] = {
     "patch_size": 8,
@@ -37,8 +39,8 @@ TINY: dict[str, Any] = {
     "max_crop": 40,
     "steps": 6,
     "warmup_steps": 2,
-    "rate": 3e-3,
-    "average": 0.5,
+    "learning_rate": 3e-3,
+    "ema_decay": 0.5,
     "valid_images": 2,
 }
 INLINE: dict[str, Any] = {"executor": "inline", "threads": 1, "log_every": 1, "checkpoint_every": 2, "cache_mb": 10}
@@ -49,6 +51,12 @@ def run(shards: Path, out: Path, trainer: dict[str, Any] | None = None, **change
     config = TrainConfig.model_validate({**TINY, **changes})
     where = TrainerConfig.model_validate({**INLINE, **(trainer or {})})
     return train(str(shards), str(out), config, where, valid=str(shards))
+
+
+def run_fed_by(make_feed: MakeFeed, shards: Path, out: Path) -> dict[str, float]:
+    """The same run with another source of batches."""
+    config, where = TrainConfig.model_validate(TINY), TrainerConfig.model_validate(INLINE)
+    return train_here(plan_training(str(shards), str(out), config, where, str(shards)), Group(), make_feed=make_feed)
 
 
 def losses(out: Path) -> list[tuple[int, float]]:
@@ -82,24 +90,19 @@ def test_a_run_leaves_a_checkpoint_that_predicts_and_says_what_it_is(whole_run: 
     assert list((whole_run / "tensorboard").iterdir())
 
 
-def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(
-    shards: Path, whole_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    make = Feed.batch
-
+def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(shards: Path, whole_run: Path, tmp_path: Path) -> None:
     class Stopped(Exception):
         pass
 
-    def stopping(feed: Feed, step: int) -> Any:
-        if step == 5:
-            raise Stopped
-        return make(feed, step)
+    class Stopping(Feed):
+        def batch(self, step: int) -> LocalBatch:
+            if step == 5:
+                raise Stopped
+            return super().batch(step)
 
-    monkeypatch.setattr(Feed, "batch", stopping)
     with pytest.raises(Stopped):
-        run(shards, tmp_path / "run")
+        run_fed_by(Stopping, shards, tmp_path / "run")
     assert [step for step, _ in losses(tmp_path / "run")][-1] == 5
-    monkeypatch.setattr(Feed, "batch", make)
     figures = run(shards, tmp_path / "run")
     assert (figures["step"], figures["samples"]) == (6, 18)
     assert losses(tmp_path / "run") == losses(whole_run)
@@ -109,6 +112,25 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(
     )
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("stops", [False, True])
+def test_a_run_closes_its_feed_when_it_ends(shards: Path, tmp_path: Path, stops: bool) -> None:
+    closed = []
+
+    class Watched(Feed):
+        def batch(self, step: int) -> LocalBatch:
+            if stops and step == 1:
+                raise TrainingError("no step 1")
+            return super().batch(step)
+
+        def close(self) -> None:
+            super().close()
+            closed.append(True)
+
+    with pytest.raises(TrainingError, match="no step 1") if stops else nullcontext():
+        run_fed_by(Watched, shards, tmp_path / "run")
+    assert closed == [True]
 
 
 def test_of_old_checkpoints_nothing_is_left_and_nothing_of_broken_ones(shards: Path, tmp_path: Path) -> None:
@@ -149,7 +171,7 @@ def test_what_a_run_keeps_is_written_again_from_its_checkpoints(
     assert [file.read_bytes() for file in (weights, weights.with_suffix(".json"))] == before
 
 
-def test_a_best_that_no_checkpoint_holds_is_said_to_be_gone(
+def test_a_run_says_that_the_best_network_is_lost_where_no_checkpoint_holds_it(
     shards: Path, whole_run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = shutil.copytree(whole_run, tmp_path / "run")
@@ -160,9 +182,9 @@ def test_a_best_that_no_checkpoint_holds_is_said_to_be_gone(
     file.write_text(f"train: {json.dumps(TINY)}\ntrainer: {json.dumps(INLINE)}\n")
     assert main(["train", str(shards), str(out), "--config", str(file), "--valid", str(shards)]) == 0
     said = capsys.readouterr().out
-    assert "the best by validation is gone. Last: " in said
+    assert "the network with the best validation is lost. Last: " in said
     assert "best.safetensors" not in said
-    assert "of its step, 1, no checkpoint is left" in caplog.text
+    assert "the checkpoint of its step, 1, was removed" in caplog.text
 
 
 def test_status_and_verify_and_gc_know_training(
@@ -224,24 +246,22 @@ def test_a_run_in_an_object_store_is_verified_and_mended(shards: Path) -> None:
     assert list(verify_run(output)) == []
 
 
-def test_a_second_process_in_the_same_folder_stops(
-    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    make, folder = Feed.batch, tmp_path / "run" / "checkpoints"
+def test_a_second_process_in_the_same_folder_stops(shards: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run" / "checkpoints"
 
-    def beside_another(feed: Feed, step: int) -> Any:
-        if step == 5:
-            while not (folder / "step-00000004" / "state.json").exists():
-                time.sleep(0.01)
-            shutil.copytree(folder / "step-00000004", folder / "step-00000006")
-        return make(feed, step)
+    class BesideAnother(Feed):
+        def batch(self, step: int) -> LocalBatch:
+            if step == 5:
+                while not (folder / "step-00000004" / "state.json").exists():
+                    time.sleep(0.01)
+                shutil.copytree(folder / "step-00000004", folder / "step-00000006")
+            return super().batch(step)
 
-    monkeypatch.setattr(Feed, "batch", beside_another)
     with pytest.raises(TrainingError, match=r"step-00000006 is there, .* another `air train` is at work"):
-        run(shards, tmp_path / "run")
+        run_fed_by(BesideAnother, shards, tmp_path / "run")
 
 
-@pytest.mark.parametrize(("key", "value"), [("seed", 5), ("batch", 4), ("rate", 1e-4)])
+@pytest.mark.parametrize(("key", "value"), [("seed", 5), ("batch", 4), ("learning_rate", 1e-4)])
 def test_another_plan_is_refused_with_what_differs(shards: Path, whole_run: Path, key: str, value: float) -> None:
     with pytest.raises(PlanMismatchError, match=rf"{key}: {TINY.get(key, 0)} -> {value}"):
         run(shards, whole_run, **{key: value})
@@ -255,23 +275,18 @@ def test_a_state_of_another_run_is_refused_with_a_sentence(shards: Path, whole_r
         run(shards, tmp_path / "run", steps=2)
 
 
-def test_a_loss_that_is_no_number_stops_and_names_the_samples(
-    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    make = Feed.batch
+def test_a_loss_that_is_not_a_number_stops_and_names_the_samples(shards: Path, tmp_path: Path) -> None:
+    class Spoilt(Feed):
+        def batch(self, step: int) -> LocalBatch:
+            batch = super().batch(step)
+            if step == 3:
+                batch.groups[0].images[0, 0, 0, 0] = float("nan")
+            return batch
 
-    def spoilt(feed: Feed, step: int) -> Any:
-        batch = make(feed, step)
-        if step == 3:
-            batch.groups[0].images[0, 0, 0, 0] = float("nan")
-        return batch
-
-    monkeypatch.setattr(Feed, "batch", spoilt)
     with pytest.raises(NonFiniteLossError, match=r"step 3, with the samples photographs\S*/\w+-\w{8}.*step-00000002"):
-        run(shards, tmp_path / "run")
+        run_fed_by(Spoilt, shards, tmp_path / "run")
     network, _ = load_checkpoint(tmp_path / "run" / "last.safetensors")
     assert all(bool(torch.isfinite(value).all()) for value in network.state_dict().values())
-    monkeypatch.setattr(Feed, "batch", make)
     assert run(shards, tmp_path / "run")["step"] == 6
 
 
@@ -282,7 +297,11 @@ def test_a_checkpoint_of_another_patch_size_is_refused(shards: Path, whole_run: 
 
 def test_training_goes_on_from_a_checkpoint(shards: Path, whole_run: Path, tmp_path: Path) -> None:
     begun = str(whole_run / "last.safetensors")
-    run(shards, tmp_path / "run", **{"from": begun, "steps": 1, "rate": 1e-9, "average": 0.0, "weight_decay": 0})
+    run(
+        shards,
+        tmp_path / "run",
+        **{"from": begun, "steps": 1, "learning_rate": 1e-9, "ema_decay": 0.0, "weight_decay": 0},
+    )
     before, after = (safetensors.torch.load_file(file) for file in (begun, tmp_path / "run" / "last.safetensors"))
     assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
 
@@ -292,74 +311,6 @@ def test_later_stages_join_as_copies(shards: Path, tmp_path: Path) -> None:
     rows = read_metrics(open_storage(tmp_path / "run"))
     stages = [sum(name.startswith("valid_gaussians") for name in row) for row in rows if "valid_psnr" in row]
     assert stages == [1, 1, 2, 2]
-
-
-def test_an_image_that_cannot_be_used_is_passed_over(
-    photographs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    whole = (photographs / "astronaut.png").read_bytes()
-    (tmp_path / "shards").mkdir()
-    with tarfile.open(tmp_path / "shards" / "foreign.tar", "w") as archive:
-        for number, data in enumerate([whole, whole, whole, whole, whole[: len(whole) // 2]]):
-            member = tarfile.TarInfo(f"{number}.png")
-            member.size = len(data)
-            archive.addfile(member, io.BytesIO(data))
-    config = TrainConfig.model_validate({**TINY, "batch": 5, "steps": 2})
-    with caplog.at_level(logging.WARNING):
-        figures = train(
-            str(tmp_path / "shards"),
-            str(tmp_path / "run"),
-            config,
-            TrainerConfig.model_validate(INLINE),
-            str(photographs),
-        )
-    assert figures["samples"] == 10
-    assert sum(row.get("skipped", 0) for row in read_metrics(open_storage(tmp_path / "run"))) == 2
-    named = [record.getMessage() for record in caplog.records if "passed over" in record.getMessage()]
-    assert len(named) == 1  # of two epochs
-    assert named[0].startswith(f"passed over: 4 in {tmp_path / 'shards' / 'foreign.tar'}: truncated: ")
-
-
-@pytest.fixture
-def dots(tmp_path: Path) -> Path:
-    """A shard of four pictures of one pixel, which are too small to train on."""
-    (tmp_path / "dots").mkdir()
-    with tarfile.open(tmp_path / "dots" / "dots.tar", "w") as archive:
-        for number in range(4):
-            data = encode_picture(number, 1, 1)
-            member = tarfile.TarInfo(f"{number}.png")
-            member.size = len(data)
-            archive.addfile(member, io.BytesIO(data))
-    return tmp_path / "dots"
-
-
-@pytest.mark.parametrize("share", [0.5, 1.0])
-def test_a_run_without_a_usable_sample_stops_and_keeps_nothing(
-    photographs: Path, dots: Path, tmp_path: Path, share: float
-) -> None:
-    config, trainer = TrainConfig.model_validate(TINY), {**INLINE, "max_bad_share": share}
-    message = r"6 of the 6 samples so far cannot be used, such as \d in \S+dots\.tar: too_small: "
-    with pytest.raises(TrainingError, match=message):
-        train(str(dots), str(tmp_path / "run"), config, TrainerConfig.model_validate(trainer), str(photographs))
-    rows = read_metrics(open_storage(tmp_path / "run"))
-    assert [row["skipped"] for row in rows] == [3, 3]
-    assert not any(name in row for row in rows for name in ("loss", "psnr", "valid_psnr"))
-    assert not list((tmp_path / "run").glob("**/*.safetensors"))
-
-
-def test_a_run_stops_above_a_share_of_unusable_samples(photographs: Path, tmp_path: Path) -> None:
-    (tmp_path / "shards").mkdir()
-    with tarfile.open(tmp_path / "shards" / "mixed.tar", "w") as archive:
-        for number, data in enumerate([(photographs / "astronaut.png").read_bytes(), *[encode_picture(0, 1, 1)] * 2]):
-            member = tarfile.TarInfo(f"{number}.png")
-            member.size = len(data)
-            archive.addfile(member, io.BytesIO(data))
-    config = TrainConfig.model_validate({**TINY, "steps": 2})
-    arguments = (str(tmp_path / "shards"), str(tmp_path / "run"), config)
-    with pytest.raises(TrainingError, match=r"4 of the 6 .* max_bad_share allows a share of 0\.5"):
-        train(*arguments, TrainerConfig.model_validate(INLINE), str(photographs))
-    allowing = TrainerConfig.model_validate({**INLINE, "max_bad_share": 0.7})
-    assert train(*arguments, allowing, str(photographs))["step"] == 2
 
 
 def test_other_pictures_to_validate_on_are_another_plan(shards: Path, photographs: Path, tmp_path: Path) -> None:

@@ -40,8 +40,8 @@ TINY: dict[str, Any] = {
     "max_crop": 32,
     "steps": 30,
     "warmup_steps": 0,
-    "rate": 3e-3,
-    "average": 0.0,
+    "learning_rate": 3e-3,
+    "ema_decay": 0.0,
     "valid_images": 1,
 }
 INLINE: dict[str, Any] = {"executor": "inline", "threads": 1, "log_every": 1, "checkpoint_every": 1000, "cache_mb": 10}

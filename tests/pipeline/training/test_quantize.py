@@ -26,9 +26,12 @@ from jobs.cli import main
 from jobs.train import train
 from pipeline.errors import TrainingError
 from pipeline.storage.open import open_storage
-from pipeline.training.batches import Feed
+from pipeline.training.batches import Feed, LocalBatch
 from pipeline.training.config import TrainConfig, TrainerConfig
+from pipeline.training.group import Group
 from pipeline.training.log import read_metrics
+from pipeline.training.loop import train as train_here
+from pipeline.training.plan import plan_training
 from pipeline.training.start import make_network
 from pipeline.training.validation import load_images, validate
 
@@ -42,8 +45,8 @@ TINY: dict[str, Any] = {
     "min_zoom": 1,
     "steps": 40,
     "warmup_steps": 0,
-    "rate": 3e-3,
-    "average": 0.0,
+    "learning_rate": 3e-3,
+    "ema_decay": 0.0,
     "valid_images": 2,
     **dict.fromkeys(["flip", "colour_jitter", "noise", "jpeg", "blur"], 0),
 }
@@ -130,25 +133,23 @@ def test_the_quantiser_alone_leaves_the_network_as_it_was(shards: Path, finetune
     assert not torch.equal(after["quantizer.adapt.weight"], fresh.state_dict()["quantizer.adapt.weight"])
 
 
-def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(
-    shards: Path, finetuned: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(shards: Path, finetuned: str, tmp_path: Path) -> None:
     settings = {"phase": "quantize", "from": finetuned, "steps": 4}
     whole = losses(run(shards, tmp_path / "whole", **settings))
-    make = Feed.batch
 
     class Stopped(Exception):
         pass
 
-    def stopping(feed: Feed, step: int) -> Any:
-        if step == 3:
-            raise Stopped
-        return make(feed, step)
+    class Stopping(Feed):
+        def batch(self, step: int) -> LocalBatch:
+            if step == 3:
+                raise Stopped
+            return super().batch(step)
 
-    monkeypatch.setattr(Feed, "batch", stopping)
+    where = TrainerConfig.model_validate({**INLINE, "checkpoint_every": 2})
+    job = plan_training(str(shards), str(tmp_path / "run"), configure(**settings), where, str(shards))
     with pytest.raises(Stopped):
-        run(shards, tmp_path / "run", {"checkpoint_every": 2}, **settings)
-    monkeypatch.setattr(Feed, "batch", make)
+        train_here(job, Group(), make_feed=Stopping)
     assert losses(run(shards, tmp_path / "run", {"checkpoint_every": 2}, **settings)) == whole
     ours, theirs = (safetensors.torch.load_file(tmp_path / name / "last.safetensors") for name in ("run", "whole"))
     assert ours.keys() == theirs.keys()

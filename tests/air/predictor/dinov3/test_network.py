@@ -128,7 +128,7 @@ def test_the_backbones_learn_at_a_tenth_of_the_rate():
     network = tiny()
     rates = {
         id(parameter): (group["lr"], group["weight_decay"])
-        for group in network.parameter_groups(rate=1e-3, weight_decay=0.5)
+        for group in network.parameter_groups(learning_rate=1e-3, weight_decay=0.5)
         for parameter in group["params"]
     }
     head = network.heads[1]
