@@ -1,4 +1,4 @@
-"""`air COMMAND ...`: finds the command's module and turns its errors into messages and exit codes."""
+"""`air COMMAND ...`: finds the command's module and turns its errors into messages and exit statuses."""
 
 import logging
 import os
@@ -16,19 +16,19 @@ from pipeline.config import suggestion
 from pipeline.errors import ConfigError
 
 COMMANDS = {
-    "demo": "the whole way on pictures that packages ship",
+    "demo": "every step, from photographs that packages ship to targets",
     "shard": "images in folders, globs, tars, Parquet -> WebDataset shards",
     "distill": "shards -> distillation targets in Parquet",
     "train": "targets or shards -> a predictor's checkpoint",
-    "evaluate": "what a predictor makes of images, beside grids; or the codec, beside others",
+    "evaluate": "quality and time of a predictor beside grids, or of the codec beside other codecs",
     "encode": "images or shards -> .air files in tars, and a Parquet row about each; or one image -> one file",
     "decode": ".air files -> pictures, at any size",
     "render": "one .air file -> a picture",
     "fit": "one image -> Gaussians, with progress and a picture",
     "import-checkpoint": "the authors' checkpoint -> weights and card of this project",
-    "stats": "summary of targets, or your own SQL over them",
+    "stats": "summary of targets or of encoded images, or your own SQL over them",
     "status": "how far a job is",
-    "verify": "recount and rechecksum everything a job committed",
+    "verify": "check counts and checksums of everything a job committed",
     "gc": "remove what killed attempts left behind",
 }
 
@@ -54,13 +54,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_USAGE
     level = os.environ.get("AIR_LOG_LEVEL", "WARNING").upper()
     if level not in logging.getLevelNamesMapping():
-        print(f"air: AIR_LOG_LEVEL={level} is no level: use DEBUG, INFO, WARNING or ERROR", file=sys.stderr)
+        print(f"air: AIR_LOG_LEVEL={level} is not a log level: use DEBUG, INFO, WARNING or ERROR", file=sys.stderr)
         return EXIT_USAGE
     logging.basicConfig(format="%(message)s", level=level)
     try:
         with _termination_raises():
             return import_module(f"jobs.{command.replace('-', '_')}").main(rest)
-    except SystemExit as stop:  # argparse: --help, or a wrong option that it has explained
+    except SystemExit as stop:  # from argparse: --help, or a wrong option that argparse has explained
         return int(stop.code or EXIT_DONE)
     except ConfigError as error:
         print(f"air {command}: {error}", file=sys.stderr)
@@ -69,7 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"air {command}: {error}", file=sys.stderr)
         return EXIT_FAILED
     except BrokenPipeError:
-        # The reader of our output left, as in `air stats ... | head`: no failure. Python would complain at exit.
+        # The reader of the output has left, as in `air stats ... | head`, which is not a failure. Python flushes the
+        # output at exit; without a reader it would complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_DONE
     except _Terminated:
@@ -81,17 +82,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 class _Terminated(KeyboardInterrupt):
-    """SIGTERM came, which is what schedulers and `timeout` send."""
+    """SIGTERM came: the signal that schedulers and `timeout` send."""
 
 
 @contextmanager
 def _termination_raises() -> Iterator[None]:
-    """Within, SIGTERM cleans up as ^C does, and then raises `_Terminated`.
+    """Within the block, SIGTERM cleans up as ^C does, and then raises `_Terminated`.
 
-    From the first one on, more of them do nothing; while Ray shuts down, they end the process at once.
+    Only the first SIGTERM counts. Further ones do nothing, but while Ray shuts down they end the process at once.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield  # signals are the main thread's
+        yield  # only the main thread may handle signals
         return
 
     came = threading.Event()
@@ -104,7 +105,7 @@ def _termination_raises() -> Iterator[None]:
     before = signal.signal(signal.SIGTERM, terminate)
     try:
         yield
-    except KeyboardInterrupt as interrupt:  # a subclass would not come through Ray, which raises its own in its place
+    except KeyboardInterrupt as interrupt:  # Ray replaces a subclass raised by the handler
         raise _Terminated if came.is_set() else interrupt from None
     finally:
         if not came.is_set():
@@ -118,7 +119,7 @@ def _overview() -> str:
         [
             "usage: air COMMAND ...\n\nImages as sums of 2D Gaussians, at scale.\n\ncommands:",
             *lines,
-            "\n`air COMMAND --help` shows its options. AIR_LOG_LEVEL=DEBUG shows the cause of what failed.",
+            "\n`air COMMAND --help` shows its options. AIR_LOG_LEVEL=DEBUG shows the causes of errors.",
         ]
     )
 

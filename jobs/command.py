@@ -1,4 +1,4 @@
-"""Command lines made from configuration models: every key of a job's section is an option, and an option wins.
+"""Command lines made from configuration models: every key of a job's section is an option, which wins over the file.
 
 parser = make_parser("shard", __doc__, ShardConfig, RunnerConfig)
 ...
@@ -10,21 +10,34 @@ import argparse
 import json
 import types
 import typing
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from pydantic.fields import FieldInfo
 
 from jobs.sections import sections
-from pipeline.config import Config, build, is_list, read_sections, suggestion
+from pipeline.config import RENAMED_KEYS, Config, build, is_list, read_sections, suggestion
 
 
 class _Parser(argparse.ArgumentParser):
-    """Explains a wrong option in a line or two, and names the one that was meant."""
+    """Explains a wrong option in a line or two, and names the option that was meant.
+
+    Attributes:
+        renamed: The new name of each key that has a former name.
+    """
+
+    renamed: Mapping[str, str] = {}
 
     def error(self, message: str) -> NoReturn:
         unknown = [word.partition("=")[0] for word in message.split() if word.startswith("--")]
-        meant = suggestion(unknown[0], self._option_string_actions) if "unrecognized" in message and unknown else ""
-        self.exit(2, f"{self.prog}: {message}{meant}\nSee `{self.prog} --help`.\n")
+        hint = self._hint(unknown[0]) if "unrecognized" in message and unknown else ""
+        self.exit(2, f"{self.prog}: {message}{hint}\nSee `{self.prog} --help`.\n")
+
+    def _hint(self, flag: str) -> str:
+        key = flag.removeprefix("--").replace("-", "_")
+        if key in self.renamed:
+            return f" ({flag} is now called {_flag(self.renamed[key])})"
+        return suggestion(flag, self._option_string_actions)
 
 
 def make_parser(command: str, description: str | None, *models: type[Config]) -> argparse.ArgumentParser:
@@ -35,8 +48,11 @@ def make_parser(command: str, description: str | None, *models: type[Config]) ->
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.renamed = RENAMED_KEYS.get(command, {})
     if models:
-        parser.add_argument("--config", metavar="FILE", help="YAML file; its keys are these options, which win over it")
+        parser.add_argument(
+            "--config", metavar="FILE", help="YAML file with values for these options; options given here win"
+        )
     for model in models:
         title = "where and how it runs" if model.__name__ in ("RunnerConfig", "TrainerConfig") else "what it does"
         group = parser.add_argument_group(title)
@@ -50,7 +66,7 @@ def _add_option(group: Any, name: str, field: FieldInfo) -> None:
     kind = _plain(field.annotation)
     text = f"{field.description} ({_bounds(field)}default: {_shown(field.default)})"
     options["help"] = text.replace("%", "%%")
-    flag = "--" + (field.alias or name).replace("_", "-")
+    flag = _flag(field.alias or name)
     if kind is bool:
         group.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
     elif typing.get_origin(kind) is typing.Literal:
@@ -64,13 +80,17 @@ def _add_option(group: Any, name: str, field: FieldInfo) -> None:
         group.add_argument(flag, metavar=metavar, **options)
 
 
+def _flag(key: str) -> str:
+    return "--" + key.replace("_", "-")
+
+
 def _mapping(text: str) -> Any:
     try:
         value = json.loads(text)
     except ValueError:
         value = None
     if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object, such as '{{\"name\": 1}}'")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object, such as '{{\"name\": 1}}'")
     return value
 
 
@@ -101,14 +121,14 @@ def _shown(value: Any) -> str:
 
 
 def configure(arguments: argparse.Namespace, **models: type[Config]) -> list[Any]:
-    """One configuration per section: the file's keys, overridden by the options that were given.
+    """One configuration per section: the file's keys, overridden by the options on the command line.
 
     Args:
         arguments: Parsed by `make_parser`.
         models: Configuration classes by the section of the file that holds them.
 
     Raises:
-        ConfigError: An unknown key or a value out of bounds.
+        ConfigError: A key is unknown, or a value is out of bounds.
     """
     file = read_sections(arguments.config, sections()) if arguments.config else {}
     built = []

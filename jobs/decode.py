@@ -1,9 +1,9 @@
 """Draws .air files as pictures, at any size.
 
-What comes in tars goes out in tars: the output of `air encode`, a tar, or a folder of tars gives OUT/data/*.tar,
-planned, committed and resumed as every bulk job is. An .air file gives a picture: OUT, where that ends in .png, .webp,
-.jpg or .jpeg, in place of any that is there; or a file in the folder OUT. A folder of .air files gives a folder of
-pictures. Damaged files are named, the others drawn, and the exit status is 1.
+From tars it makes tars: the output of `air encode`, a tar, or a folder of tars gives OUT/data/*.tar, planned, committed
+and resumed as in every bulk job. From one .air file it makes one picture: OUT, if OUT ends in .png, .webp, .jpg or
+.jpeg (a file of that name is replaced), or else a file in the folder OUT. From a folder of .air files it makes a folder
+of pictures. It names damaged files and draws the others; the exit status is then 1.
 
   air decode encoded/ pictures/ --format webp --scale 0.5
   air decode photo.air photo.png
@@ -34,7 +34,7 @@ _MAX_NAMED = 20
 
 
 def decode(given: str, output_uri: str, config: DecodeConfig, runner: RunnerConfig) -> Tally:
-    """Plans and runs over tars; returns the totals."""
+    """Plans and runs a job over tars; returns the totals."""
     given, output = normalise(given), open_storage(output_uri)
     check_outside(output, [given])
     plan, read = plan_decode(config, given)
@@ -47,13 +47,13 @@ def decode_files(source: Storage, names: Sequence[str], output_uri: str, config:
     """Draws .air files one after the other.
 
     Args:
-        source: Where they are.
-        names: Their paths in it, all ending in .air.
+        source: The storage that holds the files.
+        names: Paths of the files in `source`, all ending in .air.
         output_uri: A folder; for a single file also the name of a picture, with the ending of its format.
-        config: What to make; a picture's name decides its format.
+        config: What to make; the name of a picture decides its format.
 
     Returns:
-        Those that cannot be used, each with the reason.
+        A line for every file that cannot be used, with the reason.
     """
     named = _FORMATS.get(posixpath.splitext(output_uri)[1].lower())
     if named is not None:
@@ -91,16 +91,16 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def check_output(output_uri: str, single: bool, asked: str | None) -> None:
-    """Refuses an output whose name says something else than what would be made.
+    """Refuses an output whose name does not fit the pictures.
 
     Args:
-        output_uri: As it was typed.
+        output_uri: The output as the user typed it.
         single: Whether a single .air file is drawn.
-        asked: The format that was asked for by name, if any.
+        asked: The value of --format, if given.
 
     Raises:
-        ConfigError: An ending that no picture has, and no folder of that name; a format that contradicts the ending; or
-            the name of one picture for several.
+        ConfigError: The name has an ending that pictures do not have, and is not a folder; or the format contradicts
+            the ending; or it is the name of one picture, but there are several.
     """
     name = posixpath.basename(output_uri)
     ending = posixpath.splitext(name)[1].lower()
@@ -108,22 +108,22 @@ def check_output(output_uri: str, single: bool, asked: str | None) -> None:
     if not single:
         if ending in _FORMATS:
             raise ConfigError(
-                f"{output_uri} is the name of a picture, but the pictures need a folder: leave out {ending}"
+                f"{output_uri} is the name of one picture, but several are drawn: name a folder, without {ending}"
             )
     elif ending in _FORMATS:
         if asked not in (None, _FORMATS[ending]):
             raise ConfigError(
-                f"--format {asked} contradicts {output_uri}: leave it out, or name the picture accordingly"
+                f"--format {asked} contradicts {output_uri}: leave out --format, or change the ending of the name"
             )
     elif ending and not os.path.isdir(normalise(output_uri)):
         raise ConfigError(
-            f"{output_uri}: a picture's name ends in {known}, not in {ending}; "
-            "for a folder of that name put a slash at its end"
+            f"{output_uri}: the name of a picture ends in {known}, not in {ending}; "
+            "if it is a folder, put a slash at its end"
         )
 
 
 def find_files(given: str) -> tuple[Storage, list[str]] | None:
-    """Where .air files lie and their paths there; None for tars and the output of a job.
+    """The storage that holds .air files, and their paths in it; None for tars and for the output of a job.
 
     Raises:
         ConfigError: There is no such file.
@@ -141,7 +141,7 @@ def find_files(given: str) -> tuple[Storage, list[str]] | None:
 
 
 def draw_all(source: Storage, names: Sequence[str], output: str, config: DecodeConfig) -> int:
-    """Draws files and says how it went; returns the exit status."""
+    """Draws files, prints how many were drawn and what is wrong with the others; returns the exit status."""
     prepare_decoder(partial(print, flush=True))
     bad = decode_files(source, names, output, config)
     for line in bad:

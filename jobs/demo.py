@@ -1,6 +1,6 @@
-"""The whole way on photographs that scikit-image and scikit-learn ship: shard, distill, verify, summarise, look.
+"""Runs every step on photographs that scikit-image and scikit-learn ship: shard, distill, verify, stats, contact sheet.
 
-Everything goes to OUT (default: demo-out), and the last line printed is a picture to open.
+All files go to OUT (default: demo-out). The last printed line is the path of a picture to open.
 
   air demo
 """
@@ -11,7 +11,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from jobs import distill, shard, stats, verify
 from jobs.command import configure, make_parser
+from jobs.report import counted, print_outcome
 from jobs.sections import DemoConfig
 from pipeline.bulk.distill import DistillConfig
 from pipeline.bulk.shard import ShardConfig
@@ -40,9 +42,20 @@ def run_demo(
     runner: RunnerConfig,
     file: str | None,
 ) -> None:
-    """All the steps, each with the command that does it alone; `file` is the configuration, for those commands."""
-    from jobs import distill, shard, stats, verify
-    from jobs.report import counted, print_outcome
+    """Runs all steps, and prints before each the command that does the same.
+
+    Args:
+        out: The folder for all files.
+        demo: Which pictures.
+        shard_config: How they are packed.
+        distill_config: How Gaussians are fitted.
+        runner: Where and how the jobs run.
+        file: The configuration file, for the printed commands.
+
+    Raises:
+        ConfigError: The packages that ship the photographs are not installed.
+        DamagedDataError: The targets do not verify.
+    """
     from pipeline.reports.sheet import save_sheet
 
     begin = time.monotonic()
@@ -51,31 +64,29 @@ def run_demo(
     count = collect_pictures(out / "pictures", demo.pictures)
     print(f"{pictures}/ holds {counted(count, 'photograph')} that scikit-image and scikit-learn ship.")
 
-    _announce(f"air shard {pictures} {shards}{option}", "Pack them, untouched, into WebDataset shards.")
+    _announce(f"air shard {pictures} {shards}{option}", "Packs the photographs, unchanged, into WebDataset shards.")
     tally = shard.shard([pictures], shards, shard_config, runner)
     print_outcome(shard.describe(tally), shards, tally)
 
     _announce(
         f"air distill {shards} {targets}{option}",
-        "Fit Gaussians in stages, each adding Gaussians only where the picture is still bad.",
+        "Fits Gaussians in stages; each stage adds Gaussians only where the picture is still bad.",
     )
     tally = distill.distill(shards, targets, distill_config, runner)
     print_outcome(distill.describe(tally), targets, tally)
 
-    _announce(f"air verify {targets}", "Hold every file against its checksum and its count.")
+    _announce(f"air verify {targets}", "Compares every file with its checksum and its count.")
     if verify.main([targets]) != 0:
         raise DamagedDataError(f"{targets} did not verify; delete {out} and run the demo again")
 
-    _announce(f"air stats {targets}", "What is in the Parquet files.")
+    _announce(f"air stats {targets}", "Summarises the Parquet files.")
     stats.main([targets])
 
     picture = out / "contact-sheet.png"
     storage = open_storage(targets)
     save_sheet(storage, read_plan(storage).config["canvas"], picture)
-    print(
-        f"\nDone in {time.monotonic() - begin:.0f} s. Originals, predictions, optimised Gaussians and where the stages"
-    )
-    print("added them, side by side:")
+    print(f"\nDone in {time.monotonic() - begin:.0f} s. Side by side: originals, predictions, optimised Gaussians, and")
+    print("where the stages added them:")
     print(picture.resolve())
 
 

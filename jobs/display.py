@@ -1,4 +1,4 @@
-"""What a person sees of a running job: a live line on a terminal, a line now and then in a log."""
+"""Shows a running job: a live line on a terminal, or a line a minute in a log."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class LiveDisplay:
 
 
 class LogDisplay:
-    """A line a minute, for logs. Short runs print nothing."""
+    """Prints a line a minute, for logs. Short runs print nothing."""
 
     def __init__(self, console: Console, job: str) -> None:
         self._console = console
@@ -44,7 +44,7 @@ class LogDisplay:
         self._noted: set[str] = set()
 
     def update(self, tally: Tally) -> None:
-        """Prints the tally if the last line is a minute old, and notes once."""
+        """Prints each note once, and the tally if the last line is a minute old."""
         now = time.monotonic()
         for note in _notes(tally) - self._noted:
             self._noted.add(note)
@@ -79,7 +79,7 @@ def _details(tally: Tally, elapsed: float) -> list[str]:
 
 @contextmanager
 def show(job: str) -> Iterator[Display]:
-    """A display that suits where the output goes."""
+    """The display that suits the output: live on a terminal, lines in a log."""
     console = Console(stderr=True)
     if not console.is_terminal:
         yield LogDisplay(console, job)

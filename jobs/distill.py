@@ -1,7 +1,7 @@
 """Makes distillation targets: for every view of every image and every stage, Gaussians as predicted and as optimised.
 
 SHARDS is the output of `air shard`, or a folder of WebDataset tars. Images that cannot be used go to OUT/quarantine
-with a reason. Run again to go on after a stop; see how far it is with `air status OUT`.
+with a reason. After a stop, the same command goes on; `air status OUT` shows how far the job is.
 
   air distill shards/ targets/ --predictor grid --patch-size 5 --steps 50
   air distill shards/ targets-2/ --predictor run-1/best.safetensors
@@ -23,11 +23,11 @@ from pipeline.work.runner import Tally, run
 
 
 def distill(source_uri: str, output_uri: str, config: DistillConfig, runner: RunnerConfig) -> Tally:
-    """Plans and runs; returns the totals.
+    """Plans and runs the job; returns the totals.
 
     Raises:
-        ConfigError: GPUs are asked for, but none are to be reserved; or the predictor does not fit the configuration;
-            or the output lies in the shards' folder, or around it.
+        ConfigError: The configuration asks for a GPU, but reserves none; or the predictor does not fit the
+            configuration; or one of the two folders, shards and output, lies in the other.
         CheckpointError: There is no such predictor.
     """
     if config.device == "cuda" and runner.executor == "ray" and not runner.num_gpus:
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def describe(tally: Tally) -> str:
-    """What a distill job made, in one phrase."""
+    """What a distill job made, as one phrase."""
     done = tally.summary
     views, images, gaussians = (int(done[name]) for name in ("views", "images", "gaussians"))
     text = f"{counted(views, 'view')} of {counted(images, 'image')}, {counted(gaussians, 'Gaussian')}"

@@ -1,14 +1,14 @@
-"""Encodes images as .air files: one image as one file, or any number in tars, with a Parquet row about each: bytes,
-bits per pixel, PSNR, MS-SSIM.
+"""Encodes images as .air files: one image as one file, or any number in tars. A Parquet row about each image of a bulk
+job gives bytes, bits per pixel, PSNR and MS-SSIM.
 
 IMAGES are the output of `air shard`, or folders, globs, image files, tars and Parquet files with image bytes. Give at
 most one target: --gaussians, --pixels-per-gaussian, --bpp or --psnr. Without a target Gaussians start from the shipped
-predictor, which is quickest; with one they are grown, which gives more decibels for the same bits; --predictor decides
-otherwise. Images that cannot be used go to OUT/quarantine with a reason. Run again to go on after a stop: the files are
-the same, byte for byte.
+predictor, which is quickest; with a target they are grown, which gives more decibels for the same bits. --predictor
+overrides that choice. Images that cannot be used go to OUT/quarantine with a reason. After a stop, the same command
+goes on; the files are the same, byte for byte.
 
-One image file and an OUT that ends in .air give that one file, in place of any that is there. Options of bulk work,
-such as --embed and --executor, are refused then.
+One image file and an OUT that ends in .air give one file; a file of that name is replaced. Options of bulk work, such
+as --embed and --executor, are then refused.
 
   air encode photo.jpg photo.air --bpp 0.5
   air encode photos/ encoded/
@@ -45,14 +45,15 @@ from pipeline.storage.uri import normalise
 from pipeline.work.plan import settle_plan
 from pipeline.work.runner import Tally, run
 
-_OF_BULK = ("embed", "max_count", "image_column")
+_BULK_ONLY = ("embed", "max_count", "image_column")
 
 
 def encode(inputs: Sequence[str], output_uri: str, config: EncodeConfig, runner: RunnerConfig) -> Tally:
-    """Plans and runs; returns the totals.
+    """Plans and runs the job; returns the totals.
 
     Raises:
-        ConfigError: No images, two with one key, an output within an input, or more stages than the predictor has.
+        ConfigError: There are no images, or two have the same key; or the output lies within an input; or the predictor
+            has fewer stages than are asked for.
         CheckpointError: There is no such predictor.
     """
     output = open_storage(output_uri)
@@ -70,7 +71,7 @@ def encode_file(image: str, output_uri: str, config: EncodeConfig) -> dict[str, 
 
     Args:
         image: A local path or a URI.
-        output_uri: The .air file, likewise. Written whole, in place of any that is there.
+        output_uri: The .air file, a local path or a URI. Written whole; a file of that name is replaced.
         config: What to make.
 
     Returns:
@@ -78,7 +79,7 @@ def encode_file(image: str, output_uri: str, config: EncodeConfig) -> dict[str, 
 
     Raises:
         ConfigError: There is no such image.
-        StorageError: The image cannot be read, or the file not be written.
+        StorageError: The image cannot be read, or the file cannot be written.
         JobFailedError: The image cannot be used, or no file meets the target.
         CheckpointError: There is no such predictor.
     """
@@ -100,7 +101,7 @@ def encode_file(image: str, output_uri: str, config: EncodeConfig) -> dict[str, 
 def main(arguments: Sequence[str]) -> int:
     """The command."""
     parser = make_parser("encode", __doc__, EncodeConfig, RunnerConfig)
-    parser.add_argument("images", nargs="+", metavar="IMAGES", help="output of `air shard`, or what it takes")
+    parser.add_argument("images", nargs="+", metavar="IMAGES", help="output of `air shard`, or what `air shard` takes")
     parser.add_argument("out", metavar="OUT", help="folder for the files, or one .air file; a local path or a URI")
     given = parser.parse_args(arguments)
     config, runner = configure(given, encode=EncodeConfig, runner=RunnerConfig)
@@ -114,21 +115,23 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _check_single(given: argparse.Namespace) -> None:
-    """Raises ConfigError unless one image file is to become one .air file, with options that mean something then."""
+    """Raises ConfigError unless the input is one image file and no option is for bulk work alone."""
     endings = images.IMAGE_EXTENSIONS
     if len(given.images) != 1 or posixpath.splitext(given.images[0])[1].lower() not in endings:
         raise ConfigError(
-            f"{given.out} is one .air file, made of one image file (its name ends in {', '.join(sorted(endings))}); "
-            f"for other inputs OUT is a folder, whose name does not end in {AIR_ENDING}"
+            f"{given.out} is one .air file, which is made from one image file, whose name ends in "
+            f"{', '.join(sorted(endings))}; for other inputs OUT is a folder, whose name does not end in {AIR_ENDING}"
         )
-    of_bulk = [name for name in (*_OF_BULK, *RunnerConfig.model_fields) if hasattr(given, name)]
-    if of_bulk:
-        flags = ", ".join("--" + name.replace("_", "-") for name in of_bulk)
-        raise ConfigError(f"{flags}: not for a single .air file; leave it out, or give a folder as OUT")
+    bulk_only = [name for name in (*_BULK_ONLY, *RunnerConfig.model_fields) if hasattr(given, name)]
+    if bulk_only:
+        flags = ", ".join("--" + name.replace("_", "-") for name in bulk_only)
+        raise ConfigError(
+            f"{flags}: only for bulk work, not for a single .air file; leave it out, or give a folder as OUT"
+        )
 
 
 def describe_file(measured: Mapping[str, Any]) -> str:
-    """What one .air file holds, in one line."""
+    """Size and quality of one .air file, in one line."""
     return (
         f"{measured['width']} x {measured['height']} pixels, {counted(sum(measured['gaussians']), 'Gaussian')}, "
         f"{counted(measured['bytes'], 'byte')}, {measured['bpp']:.3f} bits per pixel, {measured['psnr']:.2f} dB, "
@@ -137,7 +140,7 @@ def describe_file(measured: Mapping[str, Any]) -> str:
 
 
 def describe(tally: Tally) -> str:
-    """What an encode job made, in one phrase."""
+    """What an encode job made, as one phrase."""
     done = tally.summary
     count, size = int(done["images"]), done["file_bytes"]
     text = f"{counted(count, 'file')} ({size / 1e6:.2f} MB), {counted(int(done['gaussians']), 'Gaussian')}"

@@ -1,12 +1,13 @@
-"""Measures what a predictor makes of images, by itself and refined, beside plain grids: PSNR, MS-SSIM, counts, times.
-With --codec: .air files beside JPEG, WebP, JPEG 2000 and AVIF, for targets of bits per pixel.
+"""Measures a predictor on images, before and after refinement, beside plain grids: PSNR, MS-SSIM, counts and times.
+With --codec it measures .air files beside JPEG, WebP, JPEG 2000 and AVIF, for targets of bits per pixel.
 
-IMAGES are folders, globs, image files, tars and Parquet, or the output of `air shard` or `air distill`. Every image is
-taken whole. Each number of refinement steps starts from the prediction and moves all Gaussians together. Times are wall
-seconds an image with --threads threads. Images that cannot be used are named and passed over.
+IMAGES are folders, globs, image files, tars and Parquet, or the output of `air shard` or `air distill`. Images are
+measured whole. Each number of refinement steps starts from the prediction and moves all Gaussians together. Times are
+wall seconds per image with --threads threads. Images that cannot be used are named and skipped.
 
-The other codecs' files are the best that are no larger than the .air file; where even the worst is larger, it is that
-one. Encoding to .air is timed with the search for the target, the others' only with the setting that was found.
+Every other codec makes the best file that is no larger than the .air file, or its smallest file if even that is larger.
+The time of encoding to .air includes the search for the target; the times of the other codecs are for the one setting
+that was found.
 
   air evaluate pictures/ --predictor run/best.safetensors --refine 0,10,50 --output figures.parquet
   air evaluate pictures/ --codec --bpp 0.25,1 --output figures.parquet --plot figures.svg
@@ -40,13 +41,13 @@ if TYPE_CHECKING:
 
 
 def evaluate(inputs: Sequence[str], config: EvaluateConfig, output: str | None = None) -> Evaluation:
-    """Measures a predictor, prints the means, and writes the table to `output`, a path or URI, if it is given.
+    """Measures a predictor, prints the means, and writes the table to `output`, a path or URI, if given.
 
     Raises:
-        ConfigError: The output's name is not that of a Parquet file, or an input holds no image.
+        ConfigError: The name of the output does not end in .parquet, or an input holds no image.
         CheckpointError: There is no such predictor.
         JobFailedError: No image could be used.
-        StorageError: The output cannot be written: found out before anything is measured, if it can be.
+        StorageError: The output cannot be written. This is checked before anything is measured, as far as possible.
     """
     _check_output(output, ".parquet", "the table is one Parquet file")
     from air.warmup import kernels_of
@@ -71,12 +72,12 @@ def evaluate(inputs: Sequence[str], config: EvaluateConfig, output: str | None =
 def evaluate_codec(
     inputs: Sequence[str], config: EvaluateConfig, output: str | None = None, plot: str | None = None
 ) -> Evaluation:
-    """Measures the codec, prints the means, and writes the table to `output` and curves to `plot`, if they are given.
+    """Measures the codec, prints the means, and writes the table to `output` and curves to `plot`, if given.
 
     Raises:
-        ConfigError: A file's name has not the ending of its kind, or an input holds no image.
+        ConfigError: The name of an output does not end in .parquet or .svg, or an input holds no image.
         JobFailedError: No image could be used.
-        StorageError: A file cannot be written: found out before anything is measured, if it can be.
+        StorageError: An output cannot be written. This is checked before anything is measured, as far as possible.
     """
     _check_output(output, ".parquet", "the table is one Parquet file")
     _check_output(plot, ".svg", "the plot is an SVG file")
@@ -89,7 +90,7 @@ def evaluate_codec(
     others = baselines.available()
     missing = [baseline.name for baseline in baselines.BASELINES if baseline not in others]
     if missing:
-        print(f"not measured: {', '.join(missing)}; this Pillow is built without", flush=True)
+        print(f"not measured: {', '.join(missing)}; this Pillow is built without them", flush=True)
     kernels = kernels_of("encode")
     seconds = 0 if kernels.is_compiled() else kernels.seconds
     evaluation = _measure(inputs, config, seconds, lambda pictures, report: measure(pictures, others, config, report))
@@ -106,15 +107,19 @@ def evaluate_codec(
 def main(arguments: Sequence[str]) -> int:
     """The command."""
     parser = make_parser("evaluate", __doc__, EvaluateConfig)
-    parser.add_argument("images", nargs="+", metavar="IMAGES", help="what to measure on; local paths or URIs")
-    parser.add_argument("--output", metavar="OUT.parquet", help="write a row for each thing measured there")
-    parser.add_argument("--plot", metavar="OUT.svg", help="with --codec: write PSNR and MS-SSIM over bits there")
+    parser.add_argument("images", nargs="+", metavar="IMAGES", help="images to measure on; local paths or URIs")
+    parser.add_argument(
+        "--output", metavar="OUT.parquet", help="Parquet file to write, with a row for each measurement"
+    )
+    parser.add_argument(
+        "--plot", metavar="OUT.svg", help="with --codec: chart to write, PSNR and MS-SSIM over bits per pixel"
+    )
     given = parser.parse_args(arguments)
     (config,) = configure(given, evaluate=EvaluateConfig)
     if config.codec:
         evaluation = evaluate_codec(given.images, config, given.output, given.plot)
     elif given.plot:
-        raise ConfigError("--plot: only with --codec, which is not asked for")
+        raise ConfigError("--plot: only with --codec; add --codec, or leave out --plot")
     else:
         evaluation = evaluate(given.images, config, given.output)
     written = [name for name in (given.output, given.plot) if name]
@@ -129,7 +134,7 @@ def _measure(
     compile_seconds: int,
     measure: Callable[[list[Picture], Any], Evaluation],
 ) -> Evaluation:
-    """What `measure` makes of the inputs' pictures, with progress shown; it first compiles for so many seconds."""
+    """Calls `measure` with the pictures of the inputs, shows progress, and says first how long kernels compile."""
     pictures = find_pictures(inputs, config.max_pixels)
     if compile_seconds:
         print(f"compiling kernels, once on this machine: about {compile_seconds} s", flush=True)
@@ -141,7 +146,7 @@ def _measure(
 
 
 def _check_output(name: str | None, ending: str, what: str) -> None:
-    """Refuses an output that could not be written after all the measuring."""
+    """Refuses, before anything is measured, an output that cannot be written."""
     if name is None:
         return
     if not name.endswith(ending):
@@ -239,7 +244,7 @@ def _write_table(
 
 
 def _deliver(write: Callable[[Path], object], output: str) -> None:
-    """Writes a file here and copies it to `output`; what cannot be copied is kept, for it took long to measure."""
+    """Writes a local file and copies it to `output`. A file that cannot be copied is kept, as measuring took long."""
     storage, name = open_parent(output)
     folder = Path(tempfile.mkdtemp(prefix="air-"))
     local = folder / name

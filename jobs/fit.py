@@ -1,4 +1,4 @@
-"""Fits Gaussians to one image and shows how it goes; writes the render as PNG.
+"""Fits Gaussians to one image, shows the progress, and writes the render as PNG.
 
 air fit photo.jpg fitted.png --steps 200 --patch-size 4
 """
@@ -28,7 +28,7 @@ def main(arguments: Sequence[str]) -> int:
     parser = make_parser("fit", __doc__, FitConfig)
     parser.add_argument("image", metavar="IMAGE", help="image file; a local path or a URI")
     parser.add_argument(
-        "out", nargs="?", metavar="OUT.png", help="where the render goes (default: IMAGE-fitted.png here)"
+        "out", nargs="?", metavar="OUT.png", help="the render (default: IMAGE-fitted.png in the current folder)"
     )
     given = parser.parse_args(arguments)
     (config,) = configure(given, fit=FitConfig)
@@ -47,7 +47,16 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def fit_image(rgb: np.ndarray, target: str, config: FitConfig) -> None:
-    """Fits, shows progress where someone watches, writes the render and prints what was reached."""
+    """Fits, shows progress on a terminal, writes the render and prints the PSNR that was reached.
+
+    Args:
+        rgb: The image, shape (H, W, 3), uint8.
+        target: Path of the PNG file.
+        config: How to fit.
+
+    Raises:
+        StorageError: The PNG file cannot be written.
+    """
     from air.compute.backends import choose_device
     from air.fitting.fit import fit
     from air.fitting.grow import OPTIMIZATION

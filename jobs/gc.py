@@ -1,8 +1,8 @@
 """Removes what killed attempts left behind: data that no manifest names, and temporary files.
 
-A job that ends well does this by itself, but for temporary files of the last day. Do not run it while a job is at work
+A job that ends well does this itself, except for temporary files of the last day. Do not run it while a job is working
 in the folder: attempts that have not committed yet would lose their files. A training run removes its old checkpoints
-itself: of one, only temporary files go.
+itself; of a training run only temporary files are removed.
 
   air gc targets/
 """
@@ -22,7 +22,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("out", metavar="OUT", help="output folder of a job; a local path or a URI")
     given = parser.parse_args(arguments)
     output = open_storage(given.out)
-    plan = read_plan(output)  # refuses a folder that is not ours to clean
+    plan = read_plan(output)  # refuses a folder that is not the output of a job
     temporaries = output.sweep_temporaries(older_than=0)
     if plan.job == "train":
         print(f"{given.out}: a training run keeps no garbage; removed {counted(temporaries, 'temporary file')}")

@@ -1,4 +1,4 @@
-"""Turns a checkpoint that the method's authors released into one of this project: NAME.safetensors and its card.
+"""Turns a checkpoint that the authors of the method released into NAME.safetensors and its card.
 
 air import-checkpoint ps_7.pt air-p7.safetensors
 """
@@ -14,8 +14,10 @@ from jobs.command import make_parser
 def main(arguments: Sequence[str]) -> int:
     """The command."""
     parser = make_parser("import-checkpoint", __doc__)
-    parser.add_argument("file", metavar="FILE", help="a released file, such as ps_7.pt; a local path")
-    parser.add_argument("out", metavar="OUT.safetensors", help="where the weights go; OUT.json beside it is their card")
+    parser.add_argument("file", metavar="FILE", help="the released checkpoint, such as ps_7.pt; a local path")
+    parser.add_argument(
+        "out", metavar="OUT.safetensors", help="file for the weights; their card goes to OUT.json beside it"
+    )
     given = parser.parse_args(arguments)
     if not given.out.endswith(".safetensors"):
         parser.error(f"{given.out}: give the output a name that ends in .safetensors")

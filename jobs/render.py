@@ -1,6 +1,6 @@
 """Draws one .air file as a picture, at any size: `air decode` for a single file.
 
-The picture's name says its format (.png, .webp, .jpg); a picture of that name is replaced.
+The ending of the picture's name says the format (.png, .webp, .jpg); a file of that name is replaced.
 
   air render photo.air photo.png --scale 2
 """

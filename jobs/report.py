@@ -24,12 +24,16 @@ def rejections(rejected: Iterable[tuple[str, int]], fate: str = "quarantined") -
 
 
 def print_outcome(done: str, output: str, tally: Tally) -> None:
-    """What a bulk job did, in one line."""
+    """Prints what a bulk job did, in one line."""
     print(f"{done}; {rejections(tally.rejected.most_common())}. Output: {output}")
 
 
 def mean_psnr(summed: Callable[[str], float]) -> float | None:
-    """Mean PSNR in dB of a job's results, from the sums of its summary by name; None where there is none."""
+    """Mean PSNR in dB of a job's results; None if it has measured none.
+
+    Args:
+        summed: The sum of the job's summaries under a name.
+    """
     for total, count in (("psnr_target_sum", "psnr_views"), ("psnr_sum", "images")):
         if summed(total) and summed(count):
             return summed(total) / summed(count)
@@ -37,7 +41,7 @@ def mean_psnr(summed: Callable[[str], float]) -> float | None:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """A table with its numbers to the right. Piped output keeps its width, so that nothing is cut off."""
+    """Prints a table, numbers to the right. Piped output is so wide that nothing is cut off."""
     rows = list(rows)
     table = Table(title=escape(title) or None, title_justify="left", title_style="bold", show_header=any(columns))
     for position, column in enumerate(columns):

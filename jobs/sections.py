@@ -1,4 +1,8 @@
-"""What a configuration file may hold: one section for each configuration."""
+"""What a configuration file may hold: the sections by name, and the configurations of commands without a job.
+
+Commands import this module, and it imports no command: a configuration that a command and a file share is here, or in
+pipeline/ beside the code that it configures.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +15,41 @@ from pipeline.formats import images
 from pipeline.inputs.packaged import PICTURES
 
 
+class DemoConfig(Config):
+    """What `air demo` shows."""
+
+    pictures: int = Field(len(PICTURES), ge=1, le=len(PICTURES), description="number of photographs")
+
+
+class FitConfig(Config):
+    """How `air fit` fits an image."""
+
+    gaussians: int | None = Field(
+        None, ge=1, le=100_000_000, description="most Gaussians; default: one for every 16 pixels"
+    )
+    patch_size: int | None = Field(
+        None,
+        ge=1,
+        le=256,
+        description="side of a patch in pixels: fit a plain grid, one Gaussian per patch, not growing",
+    )
+    steps: int = Field(100, ge=0, le=1_000_000, description="optimisation steps")
+    learning_rate_factor: float = Field(
+        1.0, gt=0, le=100, description="factor on the optimiser's learning rates (docs/optimizer.md)"
+    )
+    threads: int | None = Field(None, ge=1, le=1024, description="CPU threads; default: one for each core")
+    max_pixels: int = Field(images.MAX_PIXELS, ge=1, description="an image with more pixels is refused")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="where to compute; auto takes a GPU if there is one"
+    )
+    backend: Literal["auto", "cpu", "cuda", "reference"] = Field(
+        "auto", description="kernels; reference is plain torch, for comparison"
+    )
+
+
 def sections() -> dict[str, type[Config]]:
-    """The sections of a configuration file: one per configurable command, and `runner` for all."""
-    from jobs.sections import DemoConfig, FitConfig
+    """The configuration class of every section: one per command, `trainer` for training and `runner` for other jobs."""
+    # Imported here, so that a command starts without the other commands' modules.
     from pipeline.bulk.decode import DecodeConfig
     from pipeline.bulk.distill import DistillConfig
     from pipeline.bulk.encode import EncodeConfig
@@ -33,30 +69,3 @@ def sections() -> dict[str, type[Config]]:
         "decode": DecodeConfig,
         "runner": RunnerConfig,
     }
-
-
-class DemoConfig(Config):
-    """What `air demo` shows."""
-
-    pictures: int = Field(len(PICTURES), ge=1, le=len(PICTURES), description="how many of the pictures")
-
-
-class FitConfig(Config):
-    """How one image is fitted."""
-
-    gaussians: int | None = Field(None, ge=1, le=100_000_000, description="most Gaussians; default: one per 16 pixels")
-    patch_size: int | None = Field(
-        None, ge=1, le=256, description="fit a plain grid, one Gaussian per patch of so many pixels, instead of growing"
-    )
-    steps: int = Field(100, ge=0, le=1_000_000, description="optimisation steps")
-    learning_rate_factor: float = Field(
-        1.0, gt=0, le=100, description="factor on the optimiser's learning rates (docs/optimizer.md)"
-    )
-    threads: int | None = Field(None, ge=1, le=1024, description="CPU threads; default: all cores")
-    max_pixels: int = Field(images.MAX_PIXELS, ge=1, description="an image with more pixels is refused")
-    device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="where to compute; auto takes a GPU that is there"
-    )
-    backend: Literal["auto", "cpu", "cuda", "reference"] = Field(
-        "auto", description="kernels; reference is plain torch, for comparison"
-    )

@@ -1,7 +1,8 @@
 """Packs images into WebDataset shards.
 
 Folders (searched recursively), globs, image files, tars and Parquet files with image bytes go in. Images stay as they
-are, byte for byte; those that cannot be read go to OUT/quarantine with a reason. Run again to go on after a stop.
+are, byte for byte; images that cannot be read go to OUT/quarantine with a reason. After a stop, the same command goes
+on.
 
   air shard photos/ 'more/**/*.jpg' archive.tar table.parquet shards/
 """
@@ -21,9 +22,14 @@ from pipeline.work.runner import Tally, run
 
 
 def shard(inputs: Sequence[str], output_uri: str, config: ShardConfig, runner: RunnerConfig) -> Tally:
-    """Plans and runs; returns the totals."""
+    """Plans and runs the job; returns the totals.
+
+    Raises:
+        ConfigError: There are no images, or two have the same key; or the output lies within an input.
+        StorageError: An input cannot be read.
+    """
     output = open_storage(output_uri)
-    # Workers may run elsewhere in the file system: only whole paths mean the same there.
+    # Workers may run in another folder, where relative paths mean other files.
     inputs = [normalise(given) for given in inputs]
     check_outside(output, inputs)
     plan, listings = plan_shards(config, inputs)
@@ -45,6 +51,6 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def describe(tally: Tally) -> str:
-    """What a shard job made, in one phrase."""
+    """What a shard job made, as one phrase."""
     kept, size = int(tally.summary["images"]), tally.summary["image_bytes"] / 1e6
     return f"{counted(kept, 'image')} ({size:.1f} MB) in {counted(tally.units_total, 'shard')}"

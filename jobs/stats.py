@@ -1,11 +1,11 @@
 """Summarises distillation targets or encoded images through DuckDB, or runs your own query over them.
 
-For --sql these views are there:
-  views       of targets: one row per view of an image: the table's columns, and psnr (dB after the last stage)
+--sql has these views:
+  views       of targets: one row per view of an image, with the columns of the table and psnr (dB after the last stage)
   gaussians   of targets: one row per Gaussian: key, view, stage, anchor, predicted_x, target_x, ... target_blue
-  images      of encoded images: one row each: the table's columns
+  images      of encoded images: one row per image, with the columns of the table
   shards      one row per commit: unit, samples, seconds, rejected, and the map summary, as in summary['pixels']
-  quarantine  one row per image that was refused
+  quarantine  one row per image that could not be used
 
   air stats targets/
   air stats targets/ --sql "select stage, count(*), avg(target_scale_1) from gaussians group by stage order by stage"
@@ -82,7 +82,7 @@ def main(arguments: Sequence[str]) -> int:
     parser = make_parser("stats", __doc__)
     parser.add_argument("targets", metavar="TARGETS", help="output of `air distill` or `air encode`; local or a URI")
     parser.add_argument("--sql", metavar="QUERY", help="run this query instead of the summary")
-    parser.add_argument("--format", choices=("table", "csv"), default="table", help="of --sql (default: table)")
+    parser.add_argument("--format", choices=("table", "csv"), default="table", help="output of --sql (default: table)")
     given = parser.parse_args(arguments)
     output = open_storage(given.targets)
     with connect(output) as connection:
@@ -148,7 +148,7 @@ def print_encoded(connection: duckdb.DuckDBPyConnection, title: str) -> None:
         ("megapixels", megapixels),
         ("Gaussians", gaussians),
         ("MB of .air files", megabytes),
-        ("bits per pixel, of all together", bits_of_all),
+        ("bits per pixel, over all images together", bits_of_all),
         ("bits per pixel, mean over images", bits),
         ("PSNR, dB", psnr),
         ("MS-SSIM", None if similarity is None else f"{similarity:.4f}"),
@@ -173,7 +173,7 @@ def _print_spread(connection: duckdb.DuckDBPyConnection) -> None:
 
 
 def _times(connection: duckdb.DuckDBPyConnection) -> list[tuple[str, object]]:
-    """Lines about commits and the time they took."""
+    """Rows about the commits and the time that they took."""
     commits, samples, seconds, per_image, megapixels = _one(connection, _TIMES)
     return [
         ("shards", commits),

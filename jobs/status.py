@@ -1,6 +1,6 @@
-"""Shows how far a job is: its plan minus its commits; of a training run, its steps and validations.
+"""Shows how far a job is: which shards of its plan are committed; of a training run, its steps and validations.
 
-Needs no running service and no log.
+It needs no running service and no log.
 
 air status targets/
 """
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def print_training(title: str, output: Storage, plan: Plan) -> None:
-    """How far a training run is, by its checkpoints and metrics."""
+    """Prints how far a training run is, by its checkpoints and metrics."""
     from pipeline.training.audit import standing
 
     run = standing(output)
@@ -72,7 +72,7 @@ def print_training(title: str, output: Storage, plan: Plan) -> None:
         ("steps, by the newest checkpoint", f"{run.step} of {run.steps}"),
         ("steps, by metrics.jsonl", run.told),
         ("samples", run.samples),
-        ("of them not usable", run.skipped),
+        ("samples that could not be used", run.skipped),
         ("training seconds", run.seconds),
     ]
     if run.validations:
@@ -82,4 +82,8 @@ def print_training(title: str, output: Storage, plan: Plan) -> None:
             for name, (step, psnr) in (("last", run.validations[-1]), ("best", best))
         ]
     print_table(title, ("", ""), rows)
-    print("finished" if run.finished else "not finished. Run the same `air train` again to go on, if none is at work.")
+    print(
+        "finished"
+        if run.finished
+        else "not finished. If no `air train` is running, run the same command again to go on."
+    )

@@ -1,7 +1,8 @@
-"""Recounts and rechecksums everything that a job committed, and says what is missing. Exit status 1 if anything is.
+"""Checks counts and checksums of everything that a job committed, and names what is damaged or missing.
 
-With --repair it takes back the commits that do not verify; the job's own command then does those shards again. Of a
-training run it checks checkpoints, cards and metrics; --repair removes what is damaged of OUT/checkpoints.
+The exit status is 1 if anything is. With --repair it takes back the commits that do not verify; the job's own command
+then does those shards again. Of a training run it checks checkpoints, cards and metrics; --repair removes damaged files
+from OUT/checkpoints.
 
 air verify targets/ && next-step
 """
@@ -38,8 +39,8 @@ def main(arguments: Sequence[str]) -> int:
         print(problem, file=sys.stderr)
     if problems:
         print(
-            f"{given.out}: {counted(problems, 'problem')}. What is not done, the job's own command does when it is "
-            "run again; what is damaged, after `air verify --repair`.",
+            f"{given.out}: {counted(problems, 'problem')}. The job's own command, run again, does shards that are not "
+            "done; after `air verify --repair` it does damaged ones, too.",
             file=sys.stderr,
         )
         return 1

@@ -102,28 +102,48 @@ class RunnerConfig(Config):
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 
+RENAMED_KEYS: Mapping[str, Mapping[str, str]] = {
+    "distill": {"rate": "learning_rate_factor"},
+    "evaluate": {"rate": "learning_rate_factor"},
+    "fit": {"rate": "learning_rate_factor"},
+    "train": {
+        "average": "ema_decay",
+        "clip": "max_grad_norm",
+        "final_share": "final_fraction",
+        "horizon_rate": "horizon_learning_rate_factor",
+        "rate": "learning_rate",
+    },
+}
+"""Former names of keys and options, by section. They are not read: the error about one gives the new name."""
 
-def build(model: type[ConfigT], values: Mapping[str, Any], where: str) -> ConfigT:
-    """A validated `model` with these values.
+
+def build(
+    model: type[ConfigT], values: Mapping[str, Any], where: str, renamed: Mapping[str, str] | None = None
+) -> ConfigT:
+    """Validates `values` and returns them as a `model`.
 
     Args:
         model: The class of the configuration.
-        values: Its keys, as a file or a command line gives them.
-        where: The file and section, or the command; error messages begin with it.
+        values: By key.
+        where: The section or file that holds the values; messages begin with it.
+        renamed: The new name of each key that has a former name.
 
     Raises:
-        ConfigError: A key is unknown, and the message names the nearest known key; or a value is out of bounds.
+        ConfigError: A key is unknown, or a value is out of bounds. For an unknown key the message gives its new name
+            if the key was renamed, or else the nearest known key.
     """
     try:
         return model.model_validate({str(key): value for key, value in values.items()})
     except ValidationError as error:
-        problems = [_describe(problem, model.model_fields) for problem in error.errors()]
+        problems = [_describe(problem, model.model_fields, renamed or {}) for problem in error.errors()]
         raise ConfigError(f"{where}: " + "; ".join(problems)) from None
 
 
-def _describe(problem: Any, known: Iterable[str]) -> str:
+def _describe(problem: Any, known: Iterable[str], renamed: Mapping[str, str]) -> str:
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
+        if key in renamed:
+            return f"unknown key '{key}': it is now called '{renamed[key]}'"
         return f"unknown key '{key}'{suggestion(key, known)}"
     if problem["type"] == "missing":
         return f"key '{key}' is missing"
@@ -164,5 +184,5 @@ def read_sections(file: str | Path, sections: Mapping[str, type[Config]]) -> dic
             raise ConfigError(f"{file}: unknown section '{name}'{suggestion(str(name), sections)}")
         if not isinstance(values, dict | None):
             raise ConfigError(f"{file}: section '{name}' must be a mapping of keys")
-        build(sections[name], values or {}, f"{file}, section '{name}'")
+        build(sections[name], values or {}, f"{file}, section '{name}'", RENAMED_KEYS.get(name))
     return {name: values or {} for name, values in document.items()}

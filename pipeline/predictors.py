@@ -1,7 +1,7 @@
-"""Predictors as they travel: by name or URI and checksum, fetched and loaded where they are used.
+"""References to predictors, by name or URI and checksum, which a driver makes and workers load.
 
-A driver reads a checkpoint's card and checksum (`find_predictor`); a worker loads the weights once (`load`), and
-refuses others than the driver saw. With the grid, a driver does without torch.
+A driver reads a checkpoint's card and checksum (`find_predictor`). A worker loads the weights once (`load`), and
+refuses weights with another checksum. With the grid, a driver needs no torch.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from air.defaults import COMPACT, GRID, GRID_PATCH_SIZE, GRID_STAGES, has_compact
+from air.errors import CheckpointError
 from pipeline.errors import ConfigError
 from pipeline.storage.base import MissingFileError
 from pipeline.storage.open import open_parent
@@ -29,14 +30,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PredictorReference:
-    """Which predictor, exactly.
+    """Identifies a predictor and its weights.
 
     Attributes:
         name: "grid", "compact" or the normalised URI of a checkpoint.
-        model: What tables call it: "grid", or the architecture and the first 12 digits of the weights' checksum.
-        sha256: Of the weights, hexadecimal; empty for the grid.
+        model: Its name in tables: "grid", or the architecture and the first 12 digits of the weights' checksum.
+        sha256: Checksum of the weights, hexadecimal; empty for the grid.
         patch_size: Pixels between anchors.
-        num_stages: How many stages it can predict; the grid has no limit.
+        num_stages: Number of stages that it can predict; None for the grid, which has no limit.
     """
 
     name: str
@@ -46,23 +47,25 @@ class PredictorReference:
     num_stages: int | None
 
     def stages(self, wanted: int | None) -> int:
-        """How many stages to run: as many as are wanted, or else all of a network's.
+        """The number of stages to run: `wanted`, or else all stages of a network, or the default of the grid.
 
         Raises:
-            ConfigError: More are wanted than it has.
+            ConfigError: The predictor has fewer stages than are wanted.
         """
         if wanted is None:
             return self.num_stages or GRID_STAGES
         if self.num_stages is not None and wanted > self.num_stages:
-            raise ConfigError(f"stages = {wanted}: {self.name} has {self.num_stages}; set stages to that at most")
+            raise ConfigError(
+                f"stages = {wanted}: {self.name} has {self.num_stages} stages; set stages to {self.num_stages} or less"
+            )
         return wanted
 
     def hold(self, plan: Plan, key: str = "predictor") -> Plan:
-        """The plan with what the predictor is in place of where it lies: what counts is what a checkpoint holds.
+        """The plan with the predictor's checksum in place of its path, so that a checkpoint may move but not change.
 
         Args:
-            plan: What is to be done.
-            key: Of the configuration, where the predictor's name is.
+            plan: The plan of a job.
+            key: The key of the configuration that holds the predictor's name.
         """
         if not self.sha256:
             return plan
@@ -71,23 +74,23 @@ class PredictorReference:
 
 
 def find_predictor(name: str, patch_size: int | None = None, others: Sequence[str] = (GRID,)) -> PredictorReference:
-    """Looks a predictor up; reads its card, and its weights for their checksum.
+    """Finds a predictor; reads its card, and the checksum of its weights.
 
     Args:
         name: "grid", "compact" (the checkpoint that this package ships), or a path or URI of a checkpoint.
-        patch_size: What it must have; any if not given.
-        others: Names beside "compact" that the caller takes, for the message about one that it does not.
+        patch_size: The patch size that it must have; any if not given.
+        others: Names beside "compact" that the caller takes, for the message about an unknown name.
 
     Raises:
         CheckpointError: There is no such predictor, or it has no card that fits.
-        ConfigError: It has another patch size.
+        ConfigError: The predictor has another patch size.
     """
     if name == GRID:
         return PredictorReference(GRID, GRID, "", patch_size or GRID_PATCH_SIZE, None)
     from air.predictor.checkpoint import check_weights, read_card
     from air.predictor.load import checkpoint_path
 
-    checkpoint_path(name, others)  # speaks of the name as it was typed
+    checkpoint_path(name, others)  # its message has the name as it was typed
     uri = name if name == COMPACT else normalise(name)
     with local_checkpoint(uri) as path:
         card = read_card(path)
@@ -99,11 +102,11 @@ def find_predictor(name: str, patch_size: int | None = None, others: Sequence[st
 
 
 def default_predictor(patch_size: int | None, stages: int | None) -> PredictorReference:
-    """The network that this package ships, where it has that patch size and as many stages; else the grid.
+    """The network that this package ships, if it has that patch size and as many stages; else the grid.
 
     Args:
-        patch_size: Pixels between anchors; None: any.
-        stages: How many are wanted; None: as many as there are.
+        patch_size: Pixels between anchors; None for any.
+        stages: Number of stages that are wanted; None for any.
     """
     if has_compact():
         shipped = find_predictor(COMPACT)
@@ -113,10 +116,10 @@ def default_predictor(patch_size: int | None, stages: int | None) -> PredictorRe
 
 
 def load(reference: PredictorReference, device: torch.device) -> Predictor:
-    """The predictor on a device; a network is kept in this process, so that the next call costs nothing.
+    """Loads a predictor onto a device. A network is kept in this process, so that the next call costs nothing.
 
     Raises:
-        CheckpointError: It cannot be loaded, or is no longer the one that the reference names.
+        CheckpointError: The predictor cannot be loaded, or its weights have another checksum than the reference.
     """
     from air.predictor.base import GridPredictor
 
@@ -125,7 +128,6 @@ def load(reference: PredictorReference, device: torch.device) -> Predictor:
 
 @lru_cache(maxsize=2)
 def _load(reference: PredictorReference, device: str) -> Predictor:
-    from air.errors import CheckpointError
     from air.predictor.checkpoint import load_checkpoint
 
     with local_checkpoint(reference.name) as path:
@@ -133,14 +135,13 @@ def _load(reference: PredictorReference, device: str) -> Predictor:
     if card.sha256 != reference.sha256:
         raise CheckpointError(
             f"{reference.name} has changed since it was looked up (sha256 {reference.sha256[:12]} -> "
-            f"{card.sha256[:12]}): snapshots of rounds need names of their own"
+            f"{card.sha256[:12]}): give every snapshot of a round a name of its own"
         )
     return network.to(device)
 
 
 def is_whole(uri: str) -> bool:
-    """Whether a checkpoint is there, with a card that speaks of its weights."""
-    from air.errors import CheckpointError
+    """Whether a checkpoint exists, with a card that fits its weights."""
     from air.predictor.checkpoint import check_weights, read_card
 
     try:
@@ -153,14 +154,14 @@ def is_whole(uri: str) -> bool:
 
 @contextmanager
 def local_checkpoint(name: str) -> Iterator[Path]:
-    """A predictor's checkpoint on this machine's disk, its card beside it.
+    """A predictor's checkpoint as a local file, its card beside it. A remote checkpoint is copied for the time being.
 
     Args:
         name: "compact", or the URI of a file NAME.safetensors.
 
     Raises:
-        CheckpointError: It is neither.
-        StorageError: It cannot be fetched.
+        CheckpointError: The name is neither of these.
+        StorageError: The checkpoint cannot be fetched.
     """
     from air.predictor.load import checkpoint_path
 

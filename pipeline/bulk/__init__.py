@@ -1,1 +1,3 @@
-"""What the bulk jobs do with a unit of work: shard, distill, encode, decode."""
+"""The bulk jobs shard, distill, encode and decode: how each is configured and planned, and what it does with a unit of
+work. Nothing here knows Ray, training or the command line.
+"""

@@ -1,4 +1,4 @@
-"""Bulk decoding: the pictures of .air files, in tars with one image and one JSON member per sample, as shards have.
+"""Bulk decoding: pictures of .air files, in tars with one image and one JSON member per sample, as in shards.
 
 This module knows nothing of Ray; torch and the kernels load with the first file.
 """
@@ -29,32 +29,35 @@ AIR_ENDING = ".air"
 
 
 class DecodeConfig(Config):
-    """What `air decode` makes of a file."""
+    """How `air decode` draws a file."""
 
-    format: Literal["png", "webp", "jpeg"] = Field("png", description="of the pictures")
-    quality: int = Field(90, ge=1, le=100, description="of WebP and JPEG")
-    scale: float = Field(1.0, gt=0, le=1000, description="draw the pictures so many times as large")
-    stages: int | None = Field(None, ge=0, le=255, description="draw so many stages of a file; default: all it has")
-    max_pixels: int = Field(images.MAX_PIXELS, ge=1, description="larger pictures are refused before anything is drawn")
+    format: Literal["png", "webp", "jpeg"] = Field("png", description="format of the pictures")
+    quality: int = Field(90, ge=1, le=100, description="quality of WebP and JPEG")
+    scale: float = Field(1.0, gt=0, le=1000, description="factor on the height and width of the pictures")
+    stages: int | None = Field(None, ge=0, le=255, description="number of stages to draw; default: all of the file")
+    max_pixels: int = Field(images.MAX_PIXELS, ge=1, description="pictures with more pixels are refused before drawing")
 
 
 def draw_file(blob: bytes, config: DecodeConfig, threads: int = 1) -> tuple[bytes, images.ImageInfo]:
-    """The picture of an .air file, as the bytes of an image file, and what its header says.
+    """Draws an .air file.
 
     Args:
-        blob: The file; only the stages asked for need be there.
-        config: What to make of it.
-        threads: CPU threads at most.
+        blob: The .air file; it may end after the last stage that is drawn.
+        config: How to draw it.
+        threads: Number of CPU threads, at most.
+
+    Returns:
+        The bytes of the image file, and its format and size.
 
     Raises:
-        Rejected: `damaged`: it cannot be read; `too_many_pixels`: the picture would be larger than allowed.
+        Rejected: `damaged`: the file cannot be read; `too_many_pixels`: the picture would be larger than allowed.
     """
     from air.codec.bitstream import MAX_SIDE
     from air.codec.file import decode, read_header
     from air.errors import CodecError
     from air.pillow import draw, scaled_size
 
-    largest = MAX_SIDE**2  # config.max_pixels is about what is drawn
+    largest = MAX_SIDE**2  # config.max_pixels limits the drawn picture, not the size in the header
     try:
         header = read_header(blob, max_pixels=largest)
         height, width = scaled_size(header.height, header.width, config.scale)
@@ -75,17 +78,17 @@ def draw_file(blob: bytes, config: DecodeConfig, threads: int = 1) -> tuple[byte
 
 
 def prepare_decoder(say: Callable[[str], None]) -> None:
-    """Compiles what `draw_file` needs, and says so if that takes long."""
+    """Compiles the kernels of `draw_file`, and says so if that takes long."""
     from air.warmup import warm_up
 
     warm_up("decode", say)
 
 
 def plan_decode(config: DecodeConfig, given: str) -> tuple[Plan, Callable[[Unit], Iterator[Sample]]]:
-    """What is to be done, and how the files of a unit are read.
+    """The plan, and a function that reads the files of a unit.
 
     Args:
-        config: What to make.
+        config: How to draw.
         given: The output of `air encode`, a tar with .air files, or a folder of such tars; a local path or a URI.
 
     Raises:
@@ -108,7 +111,7 @@ def _read_tar(source: Storage, unit: Unit) -> Iterator[Sample]:
 
 
 def _read_rows(source: Storage, unit: Unit) -> Iterator[Sample]:
-    """The files that are in rows."""
+    """The files in the column `air` of a Parquet file."""
     with source.local_file(unit.input) as local:
         if checksum_of(local) != unit.sha256:
             raise DamagedDataError(f"input {source.uri(unit.input)} has changed since the plan was made")
@@ -121,8 +124,8 @@ class DecodeJob:
     """Turns .air files into pictures.
 
     Args:
-        config: What to make.
-        read: The files of a unit.
+        config: How to draw.
+        read: Reads the files of a unit.
     """
 
     name: ClassVar[str] = "decode"
@@ -140,10 +143,10 @@ class DecodeJob:
         return self._read(unit)
 
     def process(self, image: EncodedImage) -> dict[str, Any]:
-        """The sample of the picture. Raises Rejected as `draw_file`."""
+        """The WebDataset sample of the picture. Raises Rejected as `draw_file` does."""
         picture, info = draw_file(image.data, self._config)
         return make_sample(image.key, image.source, info, picture)
 
     def writer(self, unit: Unit, scratch: Path, metadata: Mapping[str, str]) -> TarWriter:
-        """A writer of tars as large as shards."""
+        """A writer of tars with the default size limit of shards."""
         return TarWriter(unit.name, scratch, MAX_SHARD_BYTES)

@@ -1,8 +1,8 @@
-"""Distillation: for every view of an image and every stage, predict Gaussians, optimise them shortly, record both.
+"""Distillation: for every view of an image and every stage, predict Gaussians, optimise them briefly, record both.
 
-`process` is pure: what it returns depends on the image's bytes and key and on the configuration alone (on a GPU, up to
-the last bits). On a GPU many views are optimised together. This module knows nothing of Ray; torch and the kernels load
-with the first image, so that a driver can plan without them (with the grid: a network's card is read with torch).
+`process` is pure: its result depends on the image's bytes and key and on the configuration alone (on a GPU, up to the
+last bits). On a GPU many views are optimised together. This module knows nothing of Ray. Torch and the kernels load
+with the first image, so that a driver plans without them; only the card of a network is read with torch.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import numpy as np
 from pydantic import Field
 
 from air.defaults import GRID
+from air.errors import InvalidGaussiansError, NonFiniteLossError
 from pipeline.bulk.views import ViewConfig, make_view
 from pipeline.config import Background, PerStage, StageControlConfig
 from pipeline.errors import Reason, Rejected
 from pipeline.formats import images, tables
-from pipeline.formats.targets import columns_of
 from pipeline.identity import seed_of
 from pipeline.inputs.shards import read_samples
 from pipeline.predictors import PredictorReference, default_predictor, find_predictor, load
@@ -41,23 +41,23 @@ logger = logging.getLogger(__name__)
 _Rows = list[dict[str, Any]]
 
 _VIEWS_ON_GPU = 16
-"""Views that a GPU takes at once unless the configuration says otherwise."""
+"""Views that a GPU optimises together by default."""
 
 
 class DistillConfig(StageControlConfig, ViewConfig):
-    """What `air distill` makes of an image: its views, and how Gaussians are fitted to them."""
+    """How `air distill` makes the targets of an image: the views, and how Gaussians are fitted to them."""
 
     seed: int = Field(0, ge=0, lt=2**63, description="seed of the views")
     predictor: str | None = Field(
         None,
-        description="grid, the closed form; compact, the shipped network; or NAME.safetensors; default: compact where "
-        "it is shipped and has this patch_size and as many stages, else grid",
+        description="grid, the closed form; compact, the shipped network; or NAME.safetensors; default: compact if it "
+        "is shipped and has this patch_size and as many stages, else grid",
     )
     stages: int | None = Field(
         None,
         ge=1,
         le=16,
-        description="stages, each adding where the picture is bad; default: the network's, the grid's 4",
+        description="stages, each adding Gaussians where the picture is bad; default: all of a network, 4 of the grid",
     )
     steps: PerStage[Annotated[int, Field(ge=0, le=100_000)]] = Field(
         PerStage((50,)), description="optimisation steps of each stage; the last number holds for all further stages"
@@ -72,7 +72,7 @@ class DistillConfig(StageControlConfig, ViewConfig):
     )
     max_pixels: int = Field(images.MAX_PIXELS, ge=1, description="images with more pixels are refused before decoding")
     background: Background = images.WHITE
-    # How the work is done, not what comes out: excluded from dumps, and so from the plan.
+    # These two change how the work is done, not its result: they are excluded from dumps, and so from the plan.
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", exclude=True, description="where to compute; auto takes a GPU that the worker has"
     )
@@ -81,18 +81,18 @@ class DistillConfig(StageControlConfig, ViewConfig):
     )
 
     def find_predictor(self) -> PredictorReference:
-        """The predictor that is asked for, or else the best that this installation has for it.
+        """The predictor that the configuration names, or else the default one.
 
         Raises:
             CheckpointError: There is no such predictor.
-            ConfigError: It has another patch size.
+            ConfigError: The predictor has another patch size.
         """
         if self.predictor is None:
             return default_predictor(self.patch_size, self.stages)
         return find_predictor(self.predictor, self.patch_size)
 
     def settled(self, reference: PredictorReference) -> DistillConfig:
-        """With what depends on the predictor filled in.
+        """The configuration with the values that depend on the predictor filled in.
 
         Raises:
             ConfigError: More stages are asked for than the predictor has.
@@ -104,7 +104,7 @@ class DistillConfig(StageControlConfig, ViewConfig):
         )
 
     def optimization(self) -> list[OptimizeConfig]:
-        """The optimiser's configuration for every stage of a settled configuration."""
+        """The optimiser's configuration of every stage; the configuration must be settled."""
         from air.optimization.optimize import OptimizeConfig
 
         assert self.stages is not None
@@ -116,13 +116,13 @@ class DistillJob:
     """Turns shards into targets.
 
     Args:
-        config: What to make.
-        source: Where the shards are.
+        config: How to make the targets.
+        source: The storage that holds the shards.
         predictor: From `config.find_predictor`; looked up if not given.
 
     Raises:
         CheckpointError: There is no such predictor.
-        ConfigError: It does not fit the configuration.
+        ConfigError: The predictor does not fit the configuration.
     """
 
     name: ClassVar[str] = "distill"
@@ -133,11 +133,13 @@ class DistillJob:
         self._source = source
 
     def prepare(self, say: Callable[[str], None]) -> None:
-        """Compiles the kernels, once per machine and version. (Those of a GPU are compiled when they are first used.)
+        """Loads the predictor, and compiles the CPU's kernels once per machine and version.
+
+        Kernels of a GPU are compiled when they are first used.
 
         Raises:
             BackendUnavailableError: The configuration asks for a GPU that this worker does not have.
-            CheckpointError: The predictor cannot be loaded, or is not the one that was planned with.
+            CheckpointError: The predictor cannot be loaded, or is not the one in the plan.
         """
         from air.warmup import warm_up
 
@@ -146,7 +148,7 @@ class DistillJob:
             warm_up("predict", say)
 
     def _device(self) -> torch.device:
-        """Where this worker computes."""
+        """The device of this worker."""
         from air.compute.backends import choose_device
 
         return choose_device(self._config.device)
@@ -155,7 +157,7 @@ class DistillJob:
         return self._config.batch or (_VIEWS_ON_GPU if self._device().type == "cuda" else 1)
 
     def batch_size(self) -> int:
-        """As many images as have the views that are optimised together, at least one."""
+        """Number of images whose views are optimised together, at least one."""
         return max(1, self._views_at_once() // self._config.views)
 
     def samples(self, unit: Unit, scratch: Path) -> Iterator[Sample]:
@@ -170,7 +172,7 @@ class DistillJob:
         return result
 
     def process_many(self, encoded: Sequence[EncodedImage]) -> list[_Rows | Rejected]:
-        """The target rows of all views of each image, or why there are none."""
+        """The target rows of all views of each image, or the reason why the image has none."""
         results: list[_Rows | Rejected] = [[] for _ in encoded]
         for views in batched(self._views(encoded, results), self._views_at_once()):
             predictor = load(self._predictor, self._device())
@@ -196,7 +198,7 @@ class DistillJob:
         return results
 
     def _views(self, encoded: Sequence[EncodedImage], results: list[_Rows | Rejected]) -> Iterator[_View]:
-        """The views of all images, one decoded image in memory at a time; notes in `results` which are rejected."""
+        """The views of all images, one decoded image in memory at a time; writes rejections into `results`."""
         config = self._config
         for number, image in enumerate(encoded):
             try:
@@ -219,9 +221,9 @@ class _View:
     """A view to be fitted.
 
     Attributes:
-        image: Place of its image among those processed together.
-        number: Of the view, from 0.
-        seed: 64 bits, which it was drawn from.
+        image: Index of its image among the images that are processed together.
+        number: Index of the view among the views of its image, from 0.
+        seed: The seed of 64 bits that the view was drawn from.
         rgb: Its pixels, shape (H, W, 3), uint8, whole patches.
     """
 
@@ -238,8 +240,8 @@ def distill_views(
 
     Args:
         views: Each of shape (H, W, 3), uint8, whole patches.
-        predictor: What predicts, on that device.
-        config: How to fit; settled.
+        predictor: The predictor, on `device`.
+        config: How to fit; must be settled.
         device: Where to compute.
 
     Returns:
@@ -247,7 +249,7 @@ def distill_views(
     """
     import torch
 
-    torch.set_num_threads(1)  # sums of another order would make other values on another machine
+    torch.set_num_threads(1)  # another number of threads sums in another order, with other values
     pictures = [torch.from_numpy(rgb.astype(np.float32) / 255).permute(2, 0, 1).contiguous() for rgb in views]
     return [
         stages if isinstance(stages, Rejected) else _view_columns(rgb, stages, config)
@@ -260,10 +262,12 @@ def distill_views(
 def _fit(
     pictures: Sequence[torch.Tensor], predictor: Predictor, config: DistillConfig
 ) -> list[list[StageResult] | Rejected]:
-    """The stages of each picture, on the CPU. One that diverges, or too little memory for all, costs no other."""
+    """The stages of each picture, on the CPU.
+
+    If a picture diverges, or memory does not hold all pictures, each half is fitted by itself.
+    """
     import torch
 
-    from air.errors import InvalidGaussiansError, NonFiniteLossError
     from air.stages.loop import run_stages_batch
 
     assert config.canvas is not None
@@ -289,6 +293,7 @@ def _fit(
 
 def _view_columns(rgb: np.ndarray, stages: Sequence[StageResult], config: DistillConfig) -> dict[str, Any]:
     from air.stages.loop import all_gaussians
+    from pipeline.formats.targets import columns_of
 
     return {
         "height": rgb.shape[0],
@@ -322,9 +327,9 @@ class TargetWriter:
         self._rows = tables.RowWriter(path, tables.TARGETS, metadata)
 
     def add(self, result: _Rows) -> Mapping[str, float]:
-        """Takes the views of one image; counts views, Gaussians and decibels."""
+        """Writes the views of one image; returns counts of views, Gaussians and pixels, and sums of decibels."""
         self._rows.add(result)
-        # A view without any bad patch from the start (all black) has no stage and no PSNR to count.
+        # A view that has no bad patch at the start, such as an all black one, has no stage and no PSNR.
         fitted = [row for row in result if row["psnr_target"]]
         return {
             "images": 1,

@@ -1,8 +1,8 @@
-"""Bulk encoding: an .air file for every image, in a tar for each unit of work, and a Parquet row about each.
+"""Bulk encoding: an .air file and a Parquet row for every image; a tar and a Parquet file for every unit of work.
 
-What comes out depends on the images' bytes and keys and on the configuration alone, so a run that was killed and
-started again leaves the same files, byte for byte. Times are in the manifests, for they are never the same twice. This
-module knows nothing of Ray; torch and the kernels load with the first image.
+The files depend on the images' bytes and keys and on the configuration alone, so a run that was killed and started
+again leaves the same files, byte for byte. Times differ from run to run and are therefore in the manifests. This module
+knows nothing of Ray; torch and the kernels load with the first image.
 """
 
 from __future__ import annotations
@@ -36,31 +36,32 @@ _TARGETS = ("gaussians", "pixels_per_gaussian", "bpp", "psnr")
 
 
 class EncodeConfig(Config):
-    """What `air encode` makes of an image.
+    """How `air encode` encodes an image.
 
-    One target at most. Without any, growing takes a Gaussian for every 48 pixels, a predictor as many as it asks for.
+    At most one target is given. Without a target, growing takes one Gaussian for every 48 pixels, and a predictor as
+    many Gaussians as it predicts.
     """
 
     gaussians: int | None = Field(None, ge=1, le=100_000_000, description="target: most Gaussians of an image")
     pixels_per_gaussian: float | None = Field(
-        None, ge=3, le=1e8, description="target: one Gaussian, at most, for so many pixels"
+        None, ge=3, le=1e8, description="target: pixels of the image for each Gaussian, at least"
     )
-    bpp: float | None = Field(None, gt=0, le=1000, description="target: most bits per pixel, the whole file counted")
+    bpp: float | None = Field(None, gt=0, le=1000, description="target: most bits per pixel of the whole file")
     psnr: float | None = Field(None, gt=0, le=100, description="target: least dB of the decoded picture")
     predictor: str | None = Field(
         None,
-        description="grow: fit from scratch; or start from what compact, grid or NAME.safetensors predicts; "
+        description="grow: fit from scratch; or start from a prediction of compact, grid or NAME.safetensors; "
         "default: grow with a target, compact without one",
     )
-    stages: int | None = Field(None, ge=1, le=16, description="most stages of a predictor; default: all it has")
+    stages: int | None = Field(None, ge=1, le=16, description="most stages of a predictor; default: all")
     steps: int | None = Field(
-        None, ge=0, le=1_000_000, description="steps on all Gaussians together; default: 150, after a prediction 10"
+        None, ge=0, le=1_000_000, description="steps on all Gaussians together; default: 150, or 10 after a prediction"
     )
     stored_steps: int = Field(
-        STORED_STEPS, ge=0, le=1_000_000, description="further steps on the Gaussians as they are stored"
+        STORED_STEPS, ge=0, le=1_000_000, description="further steps, on the Gaussians as they are stored"
     )
     embed: bool = Field(False, description="put the files in the Parquet column air instead of a tar")
-    max_count: int = Field(64, ge=1, le=1_000_000, description="images in a unit of work, where they are no shards")
+    max_count: int = Field(64, ge=1, le=1_000_000, description="images in a unit of work; of shards, each is a unit")
     image_column: str | None = Field(None, description="Parquet column with image bytes; default: a known name")
     max_pixels: int = Field(images.MAX_PIXELS, ge=1, description="images with more pixels are refused before decoding")
     background: Background = images.WHITE
@@ -69,19 +70,22 @@ class EncodeConfig(Config):
     def _bounded(self) -> EncodeConfig:
         given = [name for name in _TARGETS if getattr(self, name) is not None]
         if len(given) > 1:
-            raise ValueError(f"{' and '.join(given)} are targets: give one")
+            raise ValueError(f"{' and '.join(given)} are targets: give only one of them")
         if self.stages is not None and (self.predictor == GROW or (self.predictor is None and given)):
-            raise ValueError(f"stages = {self.stages} is about a predictor: name one, such as predictor = compact")
+            raise ValueError(f"stages = {self.stages} needs a predictor: name one, such as predictor = compact")
         return self
 
     def settled(self, reference: PredictorReference | None) -> EncodeConfig:
-        """With what depends on the predictor filled in.
+        """The configuration with the values that depend on the predictor filled in.
+
+        Args:
+            reference: The predictor; None if Gaussians are grown.
 
         Raises:
-            ConfigError: More stages are asked for than the predictor has, or stages of none.
+            ConfigError: More stages are asked for than the predictor has, or stages without a predictor.
         """
         if reference is None and self.stages is not None:
-            raise ConfigError(f"stages = {self.stages} is about a predictor: name one, such as predictor = grid")
+            raise ConfigError(f"stages = {self.stages} needs a predictor: name one, such as predictor = grid")
         usual = GROWING_STEPS if reference is None else STEPS_AFTER_PREDICTION
         steps = usual if self.steps is None else self.steps
         stages = None if reference is None else reference.stages(self.stages)
@@ -90,7 +94,7 @@ class EncodeConfig(Config):
 
     @property
     def has_target(self) -> bool:
-        """Whether bits, decibels or Gaussians were asked for."""
+        """Whether the configuration gives a target."""
         return any(getattr(self, name) is not None for name in _TARGETS)
 
     def target(self, height: int, width: int) -> dict[str, Any]:
@@ -101,11 +105,10 @@ class EncodeConfig(Config):
 
 
 def find_start(config: EncodeConfig) -> PredictorReference | None:
-    """The predictor of a configuration, by the same rule as `air.encode`; None where Gaussians are grown.
+    """The predictor of a configuration, by the same rule as `air.encode`; None if Gaussians are grown.
 
     Raises:
         CheckpointError: There is no such predictor.
-        ConfigError: It has fewer stages than are asked for.
     """
     name = start_of_encoding(config.has_target) if config.predictor is None else config.predictor
     return None if name == GROW else find_predictor(name, others=(GROW, GRID))
@@ -114,16 +117,16 @@ def find_start(config: EncodeConfig) -> PredictorReference | None:
 def plan_encode(
     config: EncodeConfig, predictor: PredictorReference | None, inputs: Sequence[str], output: Storage
 ) -> tuple[Plan, dict[str, bytes], Callable[[Unit], Iterator[Sample]]]:
-    """What is to be done, the listings that the plan names, and how the samples of a unit are read.
+    """The plan, the listings that the plan names, and a function that reads the samples of a unit.
 
     Args:
-        config: What to make.
+        config: How to encode.
         predictor: From `find_start`.
         inputs: The output of `air shard`, alone; or what `air shard` takes.
-        output: Where it goes.
+        output: The storage for the files.
 
     Raises:
-        ConfigError: No images, two with one key, or shards beside other inputs.
+        ConfigError: There are no images, or two have the same key; or shards are given beside other inputs.
         StorageError: An input cannot be read.
         JobFailedError: The shards are not finished.
     """
@@ -148,7 +151,7 @@ def _plan(
 
 @dataclass(frozen=True)
 class EncodedFile:
-    """An .air file, its row of the table, and the seconds that its parts took."""
+    """An .air file, its row of the table, and the seconds spent on decoding, encoding and measuring, by name."""
 
     row: dict[str, Any]
     blob: bytes
@@ -159,9 +162,9 @@ class EncodeJob:
     """Turns images into .air files.
 
     Args:
-        config: What to make.
+        config: How to encode.
         predictor: From `find_start`.
-        read: The samples of a unit.
+        read: Reads the samples of a unit.
     """
 
     name: ClassVar[str] = "encode"
@@ -174,10 +177,10 @@ class EncodeJob:
         self._read = read
 
     def prepare(self, say: Callable[[str], None]) -> None:
-        """Loads the predictor, and compiles the kernels, once per machine and version.
+        """Loads the predictor, and compiles the kernels once per machine and version.
 
         Raises:
-            CheckpointError: The predictor cannot be loaded, or is not the one that was planned with.
+            CheckpointError: The predictor cannot be loaded, or is not the one in the plan.
         """
         prepare_encoder(self._predictor, say)
 
@@ -186,7 +189,7 @@ class EncodeJob:
         return self._read(unit)
 
     def process(self, image: EncodedImage) -> EncodedFile:
-        """The image's file and row. Raises Rejected as `images.decode` and `encode_image`."""
+        """The image's file and row. Raises Rejected as `images.decode` and `encode_image` do."""
         begin = time.perf_counter()
         rgb = images.decode(image.data, background=self._config.background, max_pixels=self._config.max_pixels)
         decoded = time.perf_counter()
@@ -207,7 +210,7 @@ class EncodeJob:
 
 
 def prepare_encoder(predictor: PredictorReference | None, say: Callable[[str], None]) -> None:
-    """Loads the predictor and compiles what `encode_image` needs, and says so if that takes long.
+    """Loads the predictor and compiles the kernels of `encode_image`, and says so if that takes long.
 
     Raises:
         CheckpointError: The predictor cannot be loaded, or is not the one that the reference names.
@@ -228,9 +231,9 @@ def encode_image(
 
     Args:
         rgb: The image, shape (H, W, 3), uint8.
-        config: What to make, settled.
+        config: How to encode; must be settled.
         predictor: From `find_start`.
-        threads: CPU threads at most.
+        threads: Number of CPU threads, at most.
 
     Raises:
         Rejected: `target_missed`: no file meets the target; `unsupported`: the .air format cannot hold the image;
@@ -240,7 +243,7 @@ def encode_image(
 
     from air.encoding.encode import encode
 
-    torch.set_num_threads(1)  # sums of another order would make another file on another machine
+    torch.set_num_threads(1)  # another number of threads sums in another order, and gives another file
     start = GROW if predictor is None else load(predictor, torch.device("cpu"))
     options = {"steps": config.steps, "stored_steps": config.stored_steps, **config.target(*rgb.shape[:2])}
     with encoding_rejects():
@@ -249,7 +252,7 @@ def encode_image(
 
 @contextmanager
 def encoding_rejects() -> Iterator[None]:
-    """Within, what `air.encode` raises about an image is Rejected, with the reasons of `encode_image`."""
+    """Within the block, errors of `air.encode` about an image become Rejected, with the reasons of `encode_image`."""
     try:
         yield
     except TargetMissedError as error:
@@ -261,7 +264,7 @@ def encoding_rejects() -> Iterator[None]:
 
 
 def measure(blob: bytes, rgb: np.ndarray) -> dict[str, Any]:
-    """The columns of a row that tell how large a file is and how near its picture comes to the image.
+    """Measures a file: the columns of its row about size, Gaussians, bits and quality.
 
     Args:
         blob: The .air file.
@@ -302,7 +305,7 @@ class EncodeWriter:
         self._tar = open_tar(self._stream) if self._stream else None
 
     def add(self, result: EncodedFile) -> Mapping[str, float]:
-        """Takes a file; counts images, pixels, Gaussians, bytes and decibels, and seconds by part."""
+        """Writes a file; returns counts of images, pixels, Gaussians and bytes, and sums of quality and of seconds."""
         row = result.row
         if self._tar is None:
             self._rows.add([{**row, "air": result.blob}])
@@ -320,7 +323,7 @@ class EncodeWriter:
         }
 
     def finish(self) -> list[tuple[Path, int]]:
-        """Closes the files, which are there even without images."""
+        """Closes the files, which exist even without images."""
         path, count = self._rows.finish()
         if self._tar is None or self._stream is None:
             return [(path, count)]

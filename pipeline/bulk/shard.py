@@ -1,4 +1,4 @@
-"""Sharding: images of any source into WebDataset tars of bounded size."""
+"""Sharding: packs images of any source into WebDataset tars of bounded size."""
 
 from __future__ import annotations
 
@@ -20,19 +20,21 @@ from pipeline.work.process import EncodedImage, Sample
 
 
 class ShardConfig(Config):
-    """What `air shard` makes of a collection of images."""
+    """How `air shard` packs images."""
 
     max_count: int = Field(256, ge=1, le=1_000_000, description="most images in a shard")
     max_bytes: int = Field(
-        MAX_SHARD_BYTES, ge=tarfile.RECORDSIZE, description="most bytes of a shard; one larger image stands alone"
+        MAX_SHARD_BYTES,
+        ge=tarfile.RECORDSIZE,
+        description="most bytes of a shard; a larger image gets a shard of its own",
     )
-    check: Literal["decode", "header"] = Field("decode", description="decode every image, or read its header only")
+    check: Literal["decode", "header"] = Field("decode", description="decode every image, or read only its header")
     max_pixels: int = Field(images.MAX_PIXELS, ge=1, description="images with more pixels are refused before decoding")
     image_column: str | None = Field(None, description="Parquet column with image bytes; default: a known name")
 
 
 class ShardJob:
-    """Packs images into shards; their bytes stay as they are."""
+    """Packs images into shards without changing their bytes."""
 
     name: ClassVar[str] = "shard"
 
@@ -42,14 +44,14 @@ class ShardJob:
         self._reader = ItemReader(inputs, config.image_column)
 
     def prepare(self, say: Callable[[str], None]) -> None:
-        """Nothing takes long."""
+        """Does nothing: the job needs no preparation."""
 
     def samples(self, unit: Unit, scratch: Path) -> Iterator[Sample]:
         """The images of the unit's listing."""
         return read_listing(self._output, self._reader, unit)
 
     def process(self, image: EncodedImage) -> dict[str, Any]:
-        """The WebDataset sample: the untouched bytes under their true ending, and a JSON member about them."""
+        """The WebDataset sample: the unchanged bytes under the ending of their format, and a JSON member about them."""
         info = images.probe(image.data, max_pixels=self._config.max_pixels)
         if self._config.check == "decode":
             images.decode(image.data, max_pixels=self._config.max_pixels)
@@ -61,10 +63,10 @@ class ShardJob:
 
 
 def plan_shards(config: ShardConfig, inputs: Sequence[str]) -> tuple[Plan, dict[str, bytes]]:
-    """The plan of `air shard`, and the listing of every shard's images by path.
+    """The plan of `air shard`, and the listings of the images of every shard, by path.
 
     Raises:
-        ConfigError: No images, or two with one key.
+        ConfigError: There are no images, or two have the same key.
         StorageError: An input cannot be read.
     """
     units, listings = list_images(inputs, config.max_count, config.max_bytes, config.image_column)

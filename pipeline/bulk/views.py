@@ -1,4 +1,4 @@
-"""Views: resized and cropped renditions of an image, sized in whole patches, drawn from a seeded policy."""
+"""Views: resized and cropped renditions of an image, sized in whole patches, drawn at random from a seed."""
 
 from __future__ import annotations
 
@@ -16,19 +16,17 @@ from pipeline.errors import Reason, Rejected
 class ViewConfig(Config):
     """How views of an image are drawn.
 
-    A view is a crop of `min_crop` to `max_crop` of the image's area, at a place and of an aspect drawn at random, then
-    reduced to `min_view_pixels` to `max_view_pixels`. An image is never enlarged, but for the last partial patch.
+    A view is a crop of `min_crop` to `max_crop` of the image's area, with a random place and a random aspect, which is
+    then reduced to `min_view_pixels` to `max_view_pixels`. A crop is never enlarged, except to fill its last patch.
     """
 
     patch_size: int = Field(7, ge=2, le=64, description="pixels between anchors; views are sized in whole patches")
     views: int = Field(1, ge=1, le=1000, description="views of each image")
-    min_view_pixels: int = Field(160_000, ge=1, description="lower end of a view's random size, in pixels")
-    max_view_pixels: int = Field(640_000, ge=1, description="upper end of a view's random size, in pixels")
-    min_crop: float = Field(1.0, gt=0, le=1, description="lower end of a view's random share of the image's area")
-    max_crop: float = Field(1.0, gt=0, le=1, description="upper end of a view's random share of the image's area")
-    aspect_jitter: float = Field(
-        1.0, ge=1, le=8, description="a crop's aspect is the image's times up to this, or divided by it"
-    )
+    min_view_pixels: int = Field(160_000, ge=1, description="smallest random size of a view, in pixels")
+    max_view_pixels: int = Field(640_000, ge=1, description="largest random size of a view, in pixels")
+    min_crop: float = Field(1.0, gt=0, le=1, description="smallest random fraction of the image's area in a view")
+    max_crop: float = Field(1.0, gt=0, le=1, description="largest random fraction of the image's area in a view")
+    aspect_jitter: float = Field(1.0, ge=1, le=8, description="largest factor between a crop's aspect and the image's")
 
     @model_validator(mode="after")
     def _ordered(self) -> ViewConfig:
@@ -40,11 +38,11 @@ class ViewConfig(Config):
 
 @dataclass(frozen=True)
 class ViewBox:
-    """Which part of an image a view shows, and how large.
+    """The part of an image that a view shows, and the size of the view.
 
     Attributes:
-        left, top, right, bottom: The part, in pixels of the image.
-        height, width: The view's size in pixels, whole patches.
+        left, top, right, bottom: Edges of the part, in pixels of the image.
+        height, width: Size of the view in pixels, whole patches.
     """
 
     left: float
@@ -56,23 +54,23 @@ class ViewBox:
 
 
 def draw_view(height: int, width: int, config: ViewConfig, seed: int) -> ViewBox:
-    """The view of an image that a seed stands for.
+    """Draws a view of an image from a seed.
 
     Args:
-        height: Of the image, in pixels, at least one patch.
-        width: Likewise.
-        config: The policy.
+        height: Height of the image in pixels, at least one patch.
+        width: Width of the image in pixels, at least one patch.
+        config: How views are drawn.
         seed: 64 bits; equal seeds give equal views.
     """
     random = np.random.Generator(np.random.PCG64(seed))
-    share = random.uniform(config.min_crop, config.max_crop)
+    fraction = random.uniform(config.min_crop, config.max_crop)
     aspect = math.exp(random.uniform(-1, 1) * math.log(config.aspect_jitter))
     place_x, place_y = random.uniform(size=2)
     pixels = random.uniform(config.min_view_pixels, config.max_view_pixels)
 
     patch = config.patch_size
-    crop_width = min(width, max(patch, width * math.sqrt(share * aspect)))
-    crop_height = min(height, max(patch, height * math.sqrt(share / aspect)))
+    crop_width = min(width, max(patch, width * math.sqrt(fraction * aspect)))
+    crop_height = min(height, max(patch, height * math.sqrt(fraction / aspect)))
     left, top = place_x * (width - crop_width), place_y * (height - crop_height)
     scale = min(1.0, math.sqrt(pixels / (crop_width * crop_height)))
     return ViewBox(
@@ -97,18 +95,18 @@ def check_holds_patch(height: int, width: int, patch_size: int) -> None:
 
 
 def make_view(rgb: np.ndarray, config: ViewConfig, seed: int) -> np.ndarray:
-    """One view of an image.
+    """Makes one view of an image.
 
     Args:
         rgb: The image, shape (H, W, 3), uint8.
-        config: The policy.
-        seed: 64 bits.
+        config: How views are drawn.
+        seed: 64 bits; equal seeds give equal views.
 
     Returns:
         Shape (h, w, 3), uint8; h and w are multiples of the patch size.
 
     Raises:
-        Rejected: `too_small`: the image has less than one patch in a direction.
+        Rejected: `too_small`: the image is lower or narrower than one patch.
     """
     height, width = rgb.shape[:2]
     check_holds_patch(height, width, config.patch_size)

@@ -1,7 +1,7 @@
-"""The image codecs that Pillow has, beside which ours is measured: files of them that are no larger than a given one.
+"""Baselines of the codec: the image codecs of Pillow, each at its best setting for a given number of bytes.
 
-Options are those that give the best pictures for the bits (docs/codec.md), on one thread. Pictures are plain RGB,
-without profiles or other data. This module knows nothing of our own codec.
+The options are the ones that give the best pictures for the bits (docs/codec.md), on one thread. Pictures are plain
+RGB, without profiles or other data. This module knows nothing of the .air format.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ _Options = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Baseline:
-    """A codec of Pillow's.
+    """An image codec of Pillow.
 
     Attributes:
-        name: For people.
-        format: Pillow's name for it.
-        feature: What Pillow must be built with.
-        settings: All that are tried, from the smallest files to the largest.
-        variants: Pillow's options for a setting: of several, the smaller file counts. They decode alike.
-        version: Of the library behind it.
+        name: The codec's usual name.
+        format: Pillow's name of the format.
+        feature: The feature that Pillow must be built with.
+        settings: The settings to try, from the smallest files to the largest.
+        variants: Pillow's options for a setting. If there are several, they decode to the same pixels, and the smallest
+            file counts.
+        version: The version of the library behind the codec.
     """
 
     name: str
@@ -43,7 +44,7 @@ class Baseline:
 
 
 class BaselineFile(NamedTuple):
-    """A file, the setting that made it, and the seconds that it took: without those spent on other settings."""
+    """A file, its setting, and the seconds of encoding with that setting alone, without the search."""
 
     data: bytes
     setting: float
@@ -51,7 +52,7 @@ class BaselineFile(NamedTuple):
 
 
 def _jpeg(quality: float) -> list[_Options]:
-    # Small files are smaller in one pass, larger ones in several.
+    # Small files are smaller as sequential JPEG, larger files as progressive JPEG.
     common = {"quality": int(quality), "optimize": True, "subsampling": "4:2:0"}
     return [common, {**common, "progressive": True}]
 
@@ -61,13 +62,13 @@ def _webp(quality: float) -> list[_Options]:
 
 
 def _jpeg_2000(ratio: float) -> list[_Options]:
-    # mct decorrelates the colours, worth 3 dB; Pillow leaves it out unless asked. A bare codestream is smallest.
+    # mct decorrelates the colours, which gains 3 dB; it is off by default in Pillow. no_jp2 leaves out the container.
     options = {"quality_mode": "rates", "quality_layers": [ratio], "irreversible": True, "mct": 1, "no_jp2": True}
     return [options]
 
 
 def _avif(quality: float) -> list[_Options]:
-    # Colours at full resolution: more PSNR and more MS-SSIM for the bits than Pillow's default of half.
+    # Colours at full resolution give more PSNR and MS-SSIM for the bits than at half, the default of Pillow.
     return [{"quality": int(quality), "subsampling": "4:4:4", "max_threads": 1}]
 
 
@@ -85,7 +86,7 @@ BASELINES = (
     ),
     Baseline("AVIF", "AVIF", "avif", range(101), _avif, lambda: features.version("avif")),
 )
-"""What ours is measured beside, where this Pillow has it."""
+"""All baselines; `available` leaves out those that this Pillow cannot write."""
 
 
 def available() -> list[Baseline]:
@@ -95,18 +96,20 @@ def available() -> list[Baseline]:
 
 
 def describe(baselines: Sequence[Baseline]) -> str:
-    """Names and versions, in one phrase."""
+    """The names and versions of Pillow and of the baselines, as one phrase."""
     named = [f"{baseline.name} {baseline.version() or ''}".strip() for baseline in baselines]
     return ", ".join([f"Pillow {PIL.__version__}", *named])
 
 
 def encode_within(baseline: Baseline, rgb: np.ndarray, num_bytes: int) -> BaselineFile:
-    """The file of the highest setting that takes at most so many bytes; of the lowest, where even that takes more.
+    """Encodes an image with the highest setting whose file has at most `num_bytes` bytes.
+
+    If even the file of the lowest setting is larger, that file is returned.
 
     Args:
         baseline: The codec.
         rgb: The image, shape (H, W, 3), uint8.
-        num_bytes: The limit.
+        num_bytes: The limit on the size of the file.
 
     Raises:
         Rejected: `unsupported`: the codec cannot hold an image of that size.
@@ -126,7 +129,7 @@ def encode_within(baseline: Baseline, rgb: np.ndarray, num_bytes: int) -> Baseli
 
 def decode(baseline: Baseline, data: bytes) -> np.ndarray:
     """The pixels of a baseline's file, shape (H, W, 3), uint8."""
-    reader, _ = Image.OPEN[baseline.format]  # itself: `Image.open` would look for the format and warn of large images
+    reader, _ = Image.OPEN[baseline.format]  # `Image.open` would guess the format and warn of large images
     with reader(io.BytesIO(data), "") as picture:
         return np.asarray(picture.convert("RGB"))
 

@@ -1,8 +1,8 @@
-"""Evaluation of the codec: how near pictures come to their originals for how many bits, beside other codecs.
+"""Evaluation of the codec: the quality of decoded pictures over bits per pixel, beside other codecs.
 
-For every image and target, `air.encode` makes a file of at most so many bits per pixel; every other codec then makes
-the best file that is no larger than that one (`pipeline.evaluation.baselines`). Bits are those of whole files. All
-codecs are judged by what a viewer gets: pixels of 8 bits a channel.
+For every image and target, `air.encode` makes a file of at most the target's bits per pixel; every baseline then makes
+its best file that is no larger (`pipeline.evaluation.baselines`). Bits are those of whole files. All codecs are judged
+by the pixels that a viewer gets, at 8 bits per channel.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from pipeline.evaluation.predictor import Evaluation, Rows, measure_pictures
 from pipeline.inputs.pictures import Picture
 
 AIR = "AIR"
-"""What tables call our codec."""
+"""The name of this project's codec in tables."""
 
 _DECODINGS = 3
 _WARM_UP_SIDE = 64
@@ -42,20 +42,20 @@ def evaluate_codec(
     config: EvaluateConfig,
     report: Callable[[int, Rows], None] = lambda number, rows: None,
 ) -> Evaluation:
-    """Measures the codec, and others, on pictures.
+    """Measures the codec and its baselines on pictures.
 
     Args:
-        pictures: On which; one that cannot be used, or not at every target, is logged with its reason and counted.
-        others: Beside which codecs.
+        pictures: The pictures. One that cannot be used, or that misses a target, is logged with the reason and counted.
+        others: The baselines.
         config: What is measured.
-        report: Called after every picture with the number of pictures done and its rows.
+        report: Called after every picture with the number of pictures done and the picture's rows.
 
     Returns:
-        Rows as `pipeline.formats.tables.CODEC_EVALUATION`.
+        The rows of `pipeline.formats.tables.CODEC_EVALUATION`, and the number of rejected pictures by reason.
     """
     torch.set_num_threads(config.threads)
     warm_up("encode")
-    # What the first call costs, such as loading kernels, is no picture's time.
+    # The first call has costs of its own, such as loading kernels, which belong to no picture.
     noise = np.random.default_rng(0).integers(0, 256, (_WARM_UP_SIDE, _WARM_UP_SIDE, 3), np.uint8)
     _draw_file(encode(noise, bpp=8.0, steps=2, stored_steps=2, threads=config.threads), config.threads)
 
@@ -68,7 +68,7 @@ def evaluate_codec(
 def _measure(
     key: str, rgb: np.ndarray, target: float, others: Sequence[baselines.Baseline], config: EvaluateConfig
 ) -> Iterator[dict[str, Any]]:
-    """A row for every codec, ours first."""
+    """A row for every codec, this project's first."""
     height, width, _ = rgb.shape
     original = image_tensor(rgb)
 
@@ -115,7 +115,7 @@ def _draw_file(blob: bytes, threads: int) -> np.ndarray:
 
 
 def _time_decoding(decode_file: Callable[[bytes], np.ndarray], data: bytes) -> tuple[np.ndarray, float]:
-    """The pixels, and the wall seconds of the fastest of a few decodings."""
+    """The pixels, and the wall seconds of the fastest of `_DECODINGS` decodings."""
     seconds = []
     for _ in range(_DECODINGS):
         begin = time.perf_counter()
@@ -125,7 +125,7 @@ def _time_decoding(decode_file: Callable[[bytes], np.ndarray], data: bytes) -> t
 
 
 def means(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[float, str], dict[str, float]]:
-    """Means over images of every quantity, by target and codec, in the order of the rows; targets rise."""
+    """Means over images of every quantity, by target and codec; targets rise, codecs keep the order of the rows."""
     groups: dict[tuple[float, str], list[Mapping[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["target_bpp"], row["codec"]), []).append(row)

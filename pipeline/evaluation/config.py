@@ -28,40 +28,45 @@ class EvaluateConfig(StageControlConfig):
 
     predictor: str | None = Field(
         None,
-        description="grid, compact or a checkpoint NAME.safetensors; default: compact where it is shipped and has the "
+        description="grid, compact or a checkpoint NAME.safetensors; default: compact if it is shipped and has the "
         "patch size and stages asked for, else grid",
     )
-    refine: tuple[int, ...] = Field((0, 10, 50), description="numbers of refinement steps, each from the prediction")
+    refine: tuple[int, ...] = Field(
+        (0, 10, 50), description="numbers of refinement steps; each starts from the prediction"
+    )
     learning_rate_factor: float = Field(
         1.0,
         gt=0,
         le=100,
-        description="factor on the refinement's learning rates, which suit the start (docs/optimizer.md)",
+        description="factor on the learning rates of the refinement (docs/optimizer.md)",
     )
-    stages: int | None = Field(None, ge=1, le=16, description="stages; default: the network's, 4 of the grid")
+    stages: int | None = Field(None, ge=1, le=16, description="stages; default: all of a network, 4 of the grid")
     patch_size: int | None = Field(
-        None, ge=2, le=64, description="pixels between anchors; default: the network's, which has no other, or 7"
+        None, ge=2, le=64, description="pixels between anchors; default: the network's, or 7 for the grid"
     )
     gaussians: int | None = Field(
         None,
         ge=1,
         le=100_000_000,
-        description="most Gaussians of an image, for its worst patches; default: no limit",
+        description="most Gaussians of an image, placed in its worst patches; default: no limit",
     )
-    baseline: bool = Field(True, description="measure grids in the same run, at the same patch size and at equal count")
-    limit: int | None = Field(None, ge=1, description="take only the first so many images")
+    baseline: bool = Field(
+        True, description="also measure grids, one with the same patch size and one with about as many Gaussians"
+    )
+    limit: int | None = Field(None, ge=1, description="number of images to measure, the first ones; default: all")
     threads: int = Field(1, ge=1, le=1024, description="CPU threads")
     max_pixels: int = Field(images.MAX_PIXELS, ge=1, description="images with more pixels are refused before decoding")
     codec: bool = Field(
         False,
-        description="measure .air files beside JPEG, WebP, JPEG 2000 and AVIF that are no larger, not a predictor",
+        description="measure the codec instead of a predictor: .air files beside JPEG, WebP, JPEG 2000 and AVIF files "
+        "that are no larger",
     )
     bpp: tuple[float, ...] = Field(
-        (0.15, 0.25, 0.5, 1.0), description="of the codec: targets, the most bits per pixel of the .air files"
+        (0.15, 0.25, 0.5, 1.0), description="with codec: targets, the most bits per pixel of the .air files"
     )
-    steps: int = Field(GROWING_STEPS, ge=0, le=1_000_000, description="of the codec: steps of each fit")
+    steps: int = Field(GROWING_STEPS, ge=0, le=1_000_000, description="with codec: steps of each fit")
     stored_steps: int = Field(
-        STORED_STEPS, ge=0, le=1_000_000, description="of the codec: further steps on the Gaussians as they are stored"
+        STORED_STEPS, ge=0, le=1_000_000, description="with codec: further steps, on the Gaussians as they are stored"
     )
 
     @model_validator(mode="after")
@@ -71,13 +76,13 @@ class EvaluateConfig(StageControlConfig):
         if list(self.refine) != sorted(set(self.refine)):
             raise ValueError("refine must rise, without repetition")
         if not self.bpp or not all(0 < bpp <= _MAX_BPP for bpp in self.bpp):
-            raise ValueError(f"bpp must be one or more numbers above 0, {_MAX_BPP:g} at most")
+            raise ValueError(f"bpp must be one or more numbers above 0, at most {_MAX_BPP:g}")
         if list(self.bpp) != sorted(set(self.bpp)):
             raise ValueError("bpp must rise, without repetition")
         foreign = _ABOUT_PREDICTORS if self.codec else _ABOUT_THE_CODEC
         wrong = [name for name in foreign if name in self.model_fields_set]
         if wrong and self.codec:
-            raise ValueError(f"{', '.join(wrong)}: not with codec, which measures no predictor")
+            raise ValueError(f"{', '.join(wrong)}: not with codec, which measures no predictor; leave this out")
         if wrong:
-            raise ValueError(f"{', '.join(wrong)}: only with codec, which is not asked for")
+            raise ValueError(f"{', '.join(wrong)}: only with codec; set codec, or leave this out")
         return self

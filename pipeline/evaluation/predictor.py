@@ -1,9 +1,10 @@
-"""Evaluation: what a predictor makes of pictures, by itself and after steps of refinement, beside plain grids.
+"""Evaluation of a predictor: quality and time of its predictions, before and after refinement, beside grids.
 
-Every refinement starts from the prediction and moves the Gaussians of all stages together. Baselines, in the same run:
+Every refinement starts from the prediction and moves the Gaussians of all stages together. The baselines, measured in
+the same run, are:
 
 - `grid`: the closed form with the same patch size, stages and budget as the network.
-- `plain grid`: one stage of it, with the patch size that comes nearest to as many Gaussians as were predicted.
+- `plain grid`: one stage of the closed form, with the patch size that gives nearly as many Gaussians as were predicted.
 """
 
 from __future__ import annotations
@@ -40,10 +41,10 @@ logger = logging.getLogger(__name__)
 Rows = list[dict[str, Any]]
 
 PLAIN_GRID = "plain grid"
-"""What tables call one stage of the grid with as many Gaussians as were predicted."""
+"""The name in tables of one stage of the grid with about as many Gaussians as were predicted."""
 
 _EVERYWHERE = StageControl(max_mse=-1.0, max_dssim=-1.0)
-"""Every patch counts as bad: a plain grid has a Gaussian in each, whatever the picture."""
+"""Every patch counts as bad, as a plain grid has a Gaussian in each."""
 
 _WARM_UP_SIDE = 64
 
@@ -53,8 +54,8 @@ class Evaluation:
     """What was measured.
 
     Attributes:
-        rows: Of one of the tables for evaluations in `pipeline.formats.tables`, in order of images.
-        rejected: How many images could not be used, by reason.
+        rows: Rows of `EVALUATION` or of `CODEC_EVALUATION` in `pipeline.formats.tables`, in the order of images.
+        rejected: Number of images that could not be used, by reason.
     """
 
     rows: Rows = field(default_factory=list)
@@ -63,14 +64,18 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class _Contestant:
-    """A predictor as it takes part. `rates` are the optimiser's, for a number of steps: a grid is far from its goal."""
+    """A predictor that is measured, with its stages, budget and control.
+
+    `optimization` gives the optimiser's configuration for a number of steps. A grid is farther from the image than a
+    network's prediction, so its learning rates are higher.
+    """
 
     name: str
     predictor: Predictor
     stages: int
     budget: int | None
     control: StageControl
-    rates: Callable[[int], OptimizeConfig]
+    optimization: Callable[[int], OptimizeConfig]
 
 
 def evaluate(
@@ -79,24 +84,24 @@ def evaluate(
     config: EvaluateConfig,
     report: Callable[[int, Rows], None] = lambda number, rows: None,
 ) -> Evaluation:
-    """Measures a predictor, and the baselines, on pictures.
+    """Measures a predictor and its baselines on pictures.
 
     Args:
-        pictures: On which; one that cannot be used is logged with its reason and counted.
+        pictures: The pictures. One that cannot be used is logged with the reason and counted.
         reference: The predictor.
         config: What is measured.
-        report: Called after every picture with the number of pictures done and its rows.
+        report: Called after every picture with the number of pictures done and the picture's rows.
 
     Raises:
         CheckpointError: The predictor cannot be loaded.
-        ConfigError: It has fewer stages than are asked for.
+        ConfigError: The predictor has fewer stages than are asked for.
     """
     torch.set_num_threads(config.threads)
     warm_up("predict")
     control = config.control()
     same = (reference.stages(config.stages), config.gaussians, control)
-    rates = OptimizeConfig if reference.name == GRID else OptimizeConfig.refinement
-    contestants = [_Contestant(reference.model, load(reference, torch.device("cpu")), *same, rates)]
+    optimization = OptimizeConfig if reference.name == GRID else OptimizeConfig.refinement
+    contestants = [_Contestant(reference.model, load(reference, torch.device("cpu")), *same, optimization)]
     if config.baseline and reference.name != GRID:
         grid = GridPredictor(reference.patch_size)
         contestants.append(_Contestant(GRID, grid, *same, OptimizeConfig))
@@ -105,7 +110,7 @@ def evaluate(
     def measure(key: str, rgb: np.ndarray) -> Rows:
         nonlocal warm
         image = torch.from_numpy(rgb.astype(np.float32) / 255).permute(2, 0, 1).contiguous()
-        if not warm:  # what the first call costs, such as loading kernels, is no picture's time
+        if not warm:  # the first call has costs of its own, such as loading kernels
             _measure_all("", image[:, :_WARM_UP_SIDE, :_WARM_UP_SIDE], contestants, config)
             warm = True
         return _measure_all(key, image, contestants, config)
@@ -118,12 +123,12 @@ def measure_pictures(
     measure: Callable[[str, np.ndarray], Rows],
     report: Callable[[int, Rows], None],
 ) -> Evaluation:
-    """Measures picture after picture; one that cannot be used is logged with its reason and counted.
+    """Measures one picture after the other. One that cannot be used is logged with the reason and counted.
 
     Args:
-        pictures: On which.
-        measure: The rows of a picture, from its key and its pixels, shape (H, W, 3), uint8.
-        report: Called after every picture with the number of pictures done and its rows.
+        pictures: The pictures.
+        measure: Returns the rows of a picture, given its key and its pixels, shape (H, W, 3), uint8.
+        report: Called after every picture with the number of pictures done and the picture's rows.
     """
     evaluation = Evaluation()
     for number, picture in enumerate(pictures):
@@ -146,7 +151,7 @@ def _reject(evaluation: Evaluation, picture: Picture, rejection: Rejected) -> Ro
 
 
 def _measure_all(key: str, image: Tensor, contestants: Sequence[_Contestant], config: EvaluateConfig) -> Rows:
-    """The rows of one image: of every contestant, and of the plain grid."""
+    """The rows of one image, from every contestant and from the plain grid."""
     rows = [row for contestant in contestants for row in _measure(key, image, contestant, config)]
     if config.baseline:
         _, height, width = image.shape
@@ -158,7 +163,7 @@ def _measure_all(key: str, image: Tensor, contestants: Sequence[_Contestant], co
 
 
 def nearest_patch_size(height: int, width: int, num_gaussians: int) -> int:
-    """The patch size of a plain grid whose number of Gaussians has the ratio nearest to 1 with that wanted."""
+    """The patch size of the plain grid whose number of Gaussians is nearest to `num_gaussians`, by their ratio."""
 
     def distance(patch_size: int) -> float:
         rows, columns = grid_shape(height, width, patch_size)
@@ -190,7 +195,7 @@ def _measure(key: str, image: Tensor, contestant: _Contestant, config: EvaluateC
     for steps in config.refine:
         raw, refine_seconds = predicted, 0.0
         if steps and len(raw):
-            optimization = contestant.rates(steps).scaled(config.learning_rate_factor)
+            optimization = contestant.optimization(steps).scaled(config.learning_rate_factor)
             begin = time.perf_counter()
             raw = optimize(raw, anchor, image, predictor.patch_size, optimization, threads=config.threads).raw
             refine_seconds = time.perf_counter() - begin

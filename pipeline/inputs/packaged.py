@@ -1,7 +1,4 @@
-"""The photographs in the packages scikit-image and scikit-learn, for the demo.
-
-This module copies files; it must not know what the demo does with them.
-"""
+"""The photographs that scikit-image and scikit-learn ship, as input of the demo."""
 
 from __future__ import annotations
 
@@ -26,19 +23,25 @@ PICTURES = (
     ("skimage.data", "moon.png"),
     ("skimage.data", "gravel.png"),
 )
+"""Package and file of every photograph, in the order in which the demo takes them."""
 
 
 def collect_pictures(folder: Path, count: int) -> int:
     """Copies the first `count` packaged photographs into a folder.
 
+    Args:
+        folder: Where the copies go; it is made if it does not exist.
+        count: Number of photographs, at most all of `PICTURES`.
+
     Returns:
-        The number of photographs copied.
+        The number of copies.
 
     Raises:
-        ConfigError: The packages that contain the photographs are not installed.
+        ConfigError: A package that ships a photograph is not installed.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for package, name in PICTURES[:count]:
+    chosen = PICTURES[:count]
+    for package, name in chosen:
         try:
             with as_file(files(package).joinpath(name)) as source:
                 shutil.copyfile(source, folder / name)
@@ -47,4 +50,4 @@ def collect_pictures(folder: Path, count: int) -> int:
                 f"the demo's picture {name} is missing: install scikit-image and scikit-learn "
                 "(pip install 'air-gaussians[demo]')"
             ) from None
-    return len(PICTURES[:count])
+    return len(chosen)

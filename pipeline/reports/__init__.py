@@ -1,1 +1,1 @@
-"""Looking at results: SQL over targets and encoded files, contact sheets and charts."""
+"""Reports on the output of jobs and evaluations: SQL views, contact sheets, charts. Nothing here knows how jobs run."""

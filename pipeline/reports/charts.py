@@ -1,4 +1,4 @@
-"""Line charts as SVG, for figures that commands and benchmarks write. Plain text: no plotting library is needed."""
+"""Line charts as SVG, for the figures of commands and benchmarks. They need no plotting library."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from xml.sax.saxutils import escape
 
 COLOURS = ("#264653", "#d1495b", "#e9a23b", "#2a9d8f", "#6a4c93", "#7f7f7f")
 
-_LEFT, _RIGHT, _TOP, _BOTTOM = 56, 104, 44, 36  # pixels around the axes; names of curves are to the right
+_LEFT, _RIGHT, _TOP, _BOTTOM = 56, 104, 44, 36  # pixels around the axes; the names of curves are on the right
 _LINE_HEIGHT = 15
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Points (x, y) under a name; `joined` by lines, or by themselves."""
+    """Points (x, y) with a name; `joined` connects the points by lines."""
 
     name: str
     points: Sequence[tuple[float, float]]
@@ -27,9 +27,9 @@ class Chart:
     """Curves over one pair of axes.
 
     Attributes:
-        title: What is shown, with units.
-        curves: Of one point each, at least. One with the same place in another chart has the same colour.
-        log_x: x on a logarithmic axis; all x are positive.
+        title: The quantities, with units.
+        curves: Each has at least one point. Curves with the same index have the same colour in all charts.
+        log_x: Whether the axis of x is logarithmic; all x must then be positive.
     """
 
     title: str
@@ -87,14 +87,14 @@ def _draw(chart: Chart, width: int, height: int) -> Iterator[str]:
 
 
 def _widened(values: Sequence[float]) -> tuple[float, float]:
-    """The range of values, and a little around it: 4 %, or a half where they are all one."""
+    """The range of values, widened on both sides by 4 % of it, or by 0.5 if all values are equal."""
     low, high = min(values), max(values)
     around = 0.04 * (high - low) or 0.5
     return low - around, high + around
 
 
 def round_numbers(low: float, high: float) -> list[float]:
-    """About seven multiples of 1, 2 or 5 times a power of ten, within the range."""
+    """Ticks within the range: about seven multiples of 1, 2 or 5 times a power of ten."""
     step = (high - low) / 8
     power = 10.0 ** math.floor(math.log10(step))
     step = power * min((factor for factor in (1, 2, 5, 10) if factor * power >= step), default=10)
@@ -102,13 +102,16 @@ def round_numbers(low: float, high: float) -> list[float]:
 
 
 def _round_powers(low: float, high: float) -> list[float]:
-    """The 1, 2 and 5 of all powers of ten whose logarithms are within the range."""
+    """Ticks of a logarithmic axis: 1, 2 and 5 times powers of ten, whose logarithms lie within the range."""
     candidates = [factor * 10.0**power for power in range(math.floor(low), math.ceil(high) + 1) for factor in (1, 2, 5)]
     return [tick for tick in candidates if low <= math.log10(tick) <= high]
 
 
 def _apart(values: Sequence[float], distance: float) -> list[float]:
-    """Values in the same order, moved so that no two are nearer than `distance`: clusters spread about their mean."""
+    """Moves values apart until no two are nearer than `distance`; they keep their order.
+
+    Values that are too near form a cluster, which is spread about its mean.
+    """
     clusters: list[list[int]] = []
     centre: list[float] = []
     for index in sorted(range(len(values)), key=values.__getitem__):

@@ -10,7 +10,12 @@ from pipeline.reports.charts import Chart, Curve
 
 
 def charts(rows: Sequence[Mapping[str, Any]], more: Sequence[Curve] = ()) -> list[Chart]:
-    """Mean PSNR and mean MS-SSIM over mean bits per pixel; `more` curves join the first."""
+    """Charts of mean PSNR and of mean MS-SSIM over mean bits per pixel, with a curve for every codec.
+
+    Args:
+        rows: Rows of `pipeline.formats.tables.CODEC_EVALUATION`.
+        more: Further curves for the chart of PSNR.
+    """
     mean = means(rows)
     names = list(dict.fromkeys(codec for _, codec in mean))
 

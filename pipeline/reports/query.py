@@ -1,4 +1,4 @@
-"""SQL over the output of a job: DuckDB views of exactly the files that manifests name."""
+"""SQL over the output of a job: DuckDB views of the files that manifests name, and of no others."""
 
 from __future__ import annotations
 
@@ -21,21 +21,23 @@ _COMMITS = pa.schema(
         ("samples", pa.int64()),
         ("seconds", pa.float64()),
         ("rejected", pa.int64()),
-        ("summary", pa.map_(pa.string(), pa.float64())),  # of a shard without usable images it is empty
+        ("summary", pa.map_(pa.string(), pa.float64())),  # empty for a shard without usable images
     ]
 )
 
 
 @contextmanager
 def connect(output: Storage) -> Iterator[duckdb.DuckDBPyConnection]:
-    """A DuckDB connection with views over the output of a job: of all, `shards` and `quarantine`; of `air distill`,
-    `views` and `gaussians`; of `air encode`, `images`.
+    """A DuckDB connection with views over the output of `air distill` or `air encode`.
 
-    Local files are read in place; remote ones are copied to this machine first, as DuckDB's own readers for object
-    stores are extensions that would have to be fetched.
+    Both have the views `shards` and `quarantine`. Output of `air distill` also has `views` and `gaussians`; output of
+    `air encode` also has `images`.
+
+    Local files are read in place. Remote files are copied to this machine first, because DuckDB's own readers for
+    object stores are extensions that would have to be downloaded.
 
     Raises:
-        StorageError: The folder is not the output of one of these, or nothing is committed yet.
+        StorageError: The folder is not the output of one of these jobs, or nothing is committed yet.
     """
     plan = read_plan(output)
     if plan.job not in ("distill", "encode"):

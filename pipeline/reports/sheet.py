@@ -1,4 +1,4 @@
-"""A contact sheet of distilled targets: original, predicted, optimised, and where the stages added Gaussians."""
+"""Contact sheets of distilled targets: original, prediction, optimised Gaussians, and where the stages added them."""
 
 from __future__ import annotations
 
@@ -21,13 +21,16 @@ _CELL_WIDTH, _CELL_HEIGHT = 300, 230
 _MARGIN, _CAPTION, _HEADER = 10, 20, 64
 _PAPER, _INK, _FAINT = (250, 250, 248), (30, 30, 30), (110, 110, 110)
 
-# From the first stage to the last: cold where one Gaussian was enough, hot where the picture asked for more.
+# Colours by the number of stages that added a Gaussian: cold for one, hot for many.
 _STAGE_COLOURS = ((43, 61, 114), (46, 134, 171), (246, 174, 45), (214, 64, 69), (140, 30, 120), (60, 0, 60))
 _NO_STAGE_COLOUR = (15, 15, 15)
 
 
 def final_gaussians(row: Mapping[str, Any], canvas: str) -> Gaussians:
-    """What the row's last PSNR was measured on: with canvas `predicted`, only the last stage is optimised."""
+    """The Gaussians that the last PSNR of a row belongs to.
+
+    With canvas `target` all stages are optimised; with canvas `predicted` only the last one is.
+    """
     stages = list(range(len(row["gaussians"])))
     if canvas == "target" or not stages:
         return gaussians_of(row, "target", stages)
@@ -52,11 +55,11 @@ def save_sheet(targets: Storage, canvas: str, picture: Path) -> None:
 
 
 def contact_sheet(rows: Sequence[Mapping[str, Any]], canvas: str) -> Image.Image:
-    """One line of four pictures per target row.
+    """Draws a line of four pictures for every target row.
 
     Args:
         rows: Rows of the targets table.
-        canvas: The configuration's `canvas`.
+        canvas: The value of `canvas` in the configuration.
     """
     titles = ("original", "predicted by stage 0", "optimised, all stages", "Gaussians per patch")
     width = _MARGIN + len(titles) * (_CELL_WIDTH + _MARGIN)

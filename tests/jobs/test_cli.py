@@ -1,4 +1,4 @@
-"""The command line: what a person types, what is said back, and the exit status 0 (done), 1 (failed) or 2 (usage)."""
+"""The command line: arguments, printed text and messages, and the exit status 0 (done), 1 (failed) or 2 (usage)."""
 
 import json
 import os
@@ -16,6 +16,7 @@ import pytest
 import air
 from jobs.cli import COMMANDS, main
 from jobs.sections import sections
+from pipeline.config import read_sections
 from pipeline.inputs.shards import list_shards
 from pipeline.storage.open import open_storage
 from tests.support import toys
@@ -84,7 +85,7 @@ def test_shard_again_goes_on_and_with_another_plan_is_refused(run_air, shards: P
 
 
 def test_shard_refuses_to_write_into_what_it_reads(run_air, pictures: Path, monkeypatch):
-    """Going on would find the shards of the first run among the pictures."""
+    """Otherwise the second run would take the shards of the first run for input."""
     monkeypatch.chdir(pictures)
     said = run_air("shard", ".", "shards", *INLINE)
     assert said.status == USAGE
@@ -161,7 +162,7 @@ def test_one_of_a_thing_is_no_plural(run_air, pictures: Path, tmp_path: Path):
     assert said.out.startswith("1 image (0.0 MB) in 1 shard; none quarantined")
     assert "verified 1 shard, 1 file, 1 row, " in run_air("verify", tmp_path / "one").out
     next((tmp_path / "one" / "manifest").iterdir()).unlink()
-    assert "1 problem. What" in run_air("verify", tmp_path / "one").err
+    assert "1 problem. The job's own command" in run_air("verify", tmp_path / "one").err
 
 
 def test_gc_removes_what_killed_attempts_left(run_air, shards: Path):
@@ -254,6 +255,23 @@ def test_the_overview_lists_every_command(run_air):
     assert run_air("--version") == (DONE, f"air {air.__version__}\n", "")
 
 
+@pytest.mark.parametrize(
+    ("command", "typed", "now"),
+    [
+        ("distill", "--rate 2", "--rate is now called --learning-rate-factor"),
+        ("evaluate", "--rate=2", "--rate is now called --learning-rate-factor"),
+        ("fit", "--rate 2", "--rate is now called --learning-rate-factor"),
+        ("train", "--rate 0.1", "--rate is now called --learning-rate"),
+        ("train", "--final-share 0.1", "--final-share is now called --final-fraction"),
+        ("train", "--clip 1", "--clip is now called --max-grad-norm"),
+    ],
+)
+def test_a_former_option_is_refused_with_its_new_name(run_air, command: str, typed: str, now: str):
+    said = run_air(command, "in", "out", *typed.split())
+    assert said.status == USAGE
+    assert f"({now})\n" in said.err
+
+
 def write_config(folder: Path, text: str) -> Path:
     file = folder / "air.yaml"
     file.write_text(text)
@@ -274,6 +292,12 @@ def test_a_file_configures_and_options_win_over_it(run_air, pictures: Path, tmp_
         ("shard:\n  max_cuont: 2\n", ["section 'shard'", "unknown key 'max_cuont'", "did you mean 'max_count'?"]),
         ("distill:\n  patch_sise: 7\n", ["section 'distill'", "'patch_sise'", "did you mean 'patch_size'?"]),
         ("runner:\n  num_gpu: 1\n", ["section 'runner'", "'num_gpu'", "did you mean 'num_gpus'?"]),
+        ("fit:\n  rate: 2\n", ["section 'fit'", "unknown key 'rate': it is now called 'learning_rate_factor'"]),
+        ("evaluate:\n  rate: 2\n", ["unknown key 'rate': it is now called 'learning_rate_factor'"]),
+        ("distill:\n  rate: 2\n", ["unknown key 'rate': it is now called 'learning_rate_factor'"]),
+        ("train:\n  rate: 1\n", ["section 'train'", "unknown key 'rate': it is now called 'learning_rate'"]),
+        ("train:\n  clip: 1\n", ["unknown key 'clip': it is now called 'max_grad_norm'"]),
+        ("train:\n  final_share: 1\n", ["unknown key 'final_share': it is now called 'final_fraction'"]),
         ("shards:\n  max_count: 2\n", ["unknown section 'shards'", "did you mean 'shard'?"]),
         ("shard:\n  max_count: .inf\n", ["max_count = inf"]),
         ("shard: {\n", ["not valid YAML"]),
@@ -295,14 +319,19 @@ def test_a_missing_file_is_wrong_usage(run_air, pictures: Path, tmp_path: Path):
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda file: file.name)
 def test_every_configuration_of_the_project_can_be_read(file: Path):
-    from pipeline.config import read_sections
-
     assert read_sections(file, sections())
 
 
 def air_process(*arguments: object, **options) -> subprocess.Popen:
+    """`air` in a process of its own. ^C reaches it even where these tests ignore ^C, as under `nohup make test &`:
+    a child inherits the signals that its parent ignores, but not the signals that its parent handles.
+    """
     command = [sys.executable, "-m", "jobs.cli", *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_exit_statuses_reach_the_shell(shards: Path, tmp_path: Path):
@@ -319,7 +348,7 @@ def test_exit_statuses_reach_the_shell(shards: Path, tmp_path: Path):
 def test_a_stopped_run_says_so_and_goes_on(
     pictures: Path, tmp_path: Path, stop: signal.Signals, status: int, said: str
 ):
-    """By ^C, or by a scheduler, between units: no traceback, and the same command ends well."""
+    """^C, or SIGTERM from a scheduler, stops a run without a traceback, and the same command finishes the job."""
     for number in range(10, 160):
         shutil.copyfile(pictures / "0.png", pictures / f"{number}.png")
     command = ("shard", pictures, tmp_path / "out", "--max-count", 1, *INLINE)
@@ -342,7 +371,7 @@ def test_a_log_level_that_is_none_is_no_crash(run_air, shards: Path, monkeypatch
     monkeypatch.setenv("AIR_LOG_LEVEL", "loud")
     said = run_air("status", shards)
     assert said.status == USAGE
-    assert "AIR_LOG_LEVEL=LOUD is no level" in said.err
+    assert "AIR_LOG_LEVEL=LOUD is not a log level" in said.err
 
 
 @pytest.mark.slow
@@ -357,7 +386,7 @@ def test_shard_on_a_ray_of_its_own(pictures: Path, tmp_path: Path):
 
 @pytest.mark.slow
 def test_a_ray_of_its_own_ends_with_the_job_that_a_scheduler_ends(pictures: Path, tmp_path: Path):
-    """Ray would exit in its own way, with a report of a crash."""
+    """Left to itself, Ray would exit with a report of a crash."""
     for number in range(10, 160):
         shutil.copyfile(pictures / "0.png", pictures / f"{number}.png")
     process = air_process("shard", pictures, tmp_path / "out", "--max-count", 1, "--executor", "ray")
@@ -373,7 +402,7 @@ def test_a_ray_of_its_own_ends_with_the_job_that_a_scheduler_ends(pictures: Path
 @pytest.mark.slow
 @pytest.mark.usefixtures("local_ray")
 def test_a_job_does_not_join_the_ray_of_another(pictures: Path, tmp_path: Path):
-    """That one would end with its owner. It has one slot more than this machine has cores, which gives a guest away."""
+    """That Ray would end with its owner. It has more slots than there are cores, so a job that joined it would fit."""
     process = air_process("shard", pictures, tmp_path / "out", "--num-cpus", (os.cpu_count() or 1) + 1)
     _, err = process.communicate(timeout=300)
     assert process.returncode == USAGE, err

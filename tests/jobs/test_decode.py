@@ -1,4 +1,4 @@
-"""`air decode` and `air render`: the right pixels, in tars or files, whatever .air files come in; damage is named."""
+"""`air decode` and `air render`: correct pixels from tars, folders and single files; damaged files are named."""
 
 import io
 import json
@@ -39,7 +39,7 @@ def make_file(seed: int) -> bytes:
 
 
 def expected(blob: bytes, stages: int | None = None, scale: float = 1.0) -> np.ndarray:
-    """The picture by the reference renderer, before rounding, in levels."""
+    """The levels of the picture by the reference renderer, before rounding."""
     height, width = round(HEIGHT * scale), round(WIDTH * scale)
     gaussians = decode(blob, stages).to(torch.float64)
     gaussians = gaussians.rescaled(scale) if scale != 1 else gaussians
@@ -99,7 +99,7 @@ def test_the_output_of_encode_gives_its_pictures(tmp_path: Path, embed: bool) ->
 
 
 class Given(EncodeJob):
-    """Takes files that are encoded already."""
+    """A job whose samples are encoded already."""
 
     def prepare(self, say: object) -> None:
         """Needs no kernels."""
@@ -136,7 +136,7 @@ def test_a_file_gives_a_picture_at_any_size_and_of_any_stages(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("out", "options", "said"),
     [
-        ("x.gif", [], "x.gif: a picture's name ends in .png, .webp, .jpg, .jpeg, not in .gif"),
+        ("x.gif", [], "x.gif: the name of a picture ends in .png, .webp, .jpg, .jpeg, not in .gif"),
         ("x.air", [], "not in .air"),
         ("x.jpg", ["--format", "png"], "--format png contradicts x.jpg"),
     ],
@@ -183,7 +183,10 @@ def test_names_that_agree_with_the_format_and_folders_with_dots_are_taken(
 def test_several_pictures_do_not_go_into_a_folder_called_as_one(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     write_tar(tmp_path / "in.tar", {f"{key}.air": blob for key, blob in BLOBS.items()})
     assert main(["decode", str(tmp_path / "in.tar"), str(tmp_path / "x.png"), *INLINE]) == 2
-    assert "x.png is the name of a picture, but the pictures need a folder" in capsys.readouterr().err
+    assert (
+        "x.png is the name of one picture, but several are drawn: name a folder, without .png"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_folder_of_files_gives_a_folder_of_pictures_and_names_what_is_damaged(

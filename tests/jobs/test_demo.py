@@ -1,4 +1,4 @@
-"""`air demo`, small: a newcomer's first command ends with a picture to open."""
+"""`air demo` on little data: the last line is the path of a picture."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What a job says while it runs: whole lines, in a log too."""
+"""The progress of a running job: whole lines in a log."""
 
 import io
 

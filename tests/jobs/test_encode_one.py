@@ -1,4 +1,4 @@
-"""`air encode IMAGE OUT.air`: one image as one file, the same as in bulk, and what is refused."""
+"""`air encode IMAGE OUT.air`: one image becomes one file, the same file as in bulk; other inputs are refused."""
 
 import re
 import tarfile
@@ -68,12 +68,16 @@ def test_the_file_may_go_to_an_object_store(photographs: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "status", "said"),
     [
-        (["."], 2, "out.air is one .air file, made of one image file"),
-        (["fine.png", "fine.png"], 2, "made of one image file"),
+        (["."], 2, "out.air is one .air file, which is made from one image file"),
+        (["fine.png", "fine.png"], 2, "made from one image file"),
         (["missing.png"], 2, "missing.png does not exist"),
         (["text.jpg"], 1, "text.jpg: not_an_image"),
-        (["fine.png", "--embed", "--executor", "inline"], 2, "--embed, --executor: not for a single .air file"),
-        (["fine.png", "--max-count", "3"], 2, "--max-count: not for a single .air file"),
+        (
+            ["fine.png", "--embed", "--executor", "inline"],
+            2,
+            "--embed, --executor: only for bulk work, not for a single .air file",
+        ),
+        (["fine.png", "--max-count", "3"], 2, "--max-count: only for bulk work, not for a single .air file"),
         (["fine.png", "--psnr", "99", "--steps", "0"], 1, "fine.png: target_missed: 99.00 dB were not reached"),
         (["fine.png", "--predictor", "gorw"], 1, "unknown predictor 'gorw': give grow, grid, compact or a file"),
     ],

@@ -1,4 +1,4 @@
-"""`air evaluate --codec`: sizes of files, other codecs at their best below them, figures of the decoded pictures."""
+"""`air evaluate --codec`: sizes of files, the best files of other codecs within them, quality of decoded pictures."""
 
 import io
 import json
@@ -15,12 +15,11 @@ from PIL import Image, features
 import air
 from jobs.cli import main
 from jobs.evaluate import evaluate_codec
-from pipeline.errors import ConfigError, JobFailedError, Rejected
+from pipeline.errors import ConfigError, JobFailedError
 from pipeline.evaluation import baselines
 from pipeline.evaluation.codec import means
 from pipeline.evaluation.config import EvaluateConfig
 from pipeline.formats import tables
-from pipeline.reports.codec_curves import charts
 
 TARGETS = (0.8, 2.0)
 STEPS, STORED_STEPS = 8, 4
@@ -160,9 +159,6 @@ def test_means_are_over_images(rows: list[dict]) -> None:
         chosen = [row["psnr"] for row in rows if (row["target_bpp"], row["codec"]) == (target, codec)]
         assert len(chosen) == 2
         assert figures["psnr"] == pytest.approx(np.mean(chosen))
-    psnr_chart, ms_ssim_chart = charts(rows)
-    assert psnr_chart.curves[0].points[0] == (mean[TARGETS[0], "AIR"]["bpp"], mean[TARGETS[0], "AIR"]["psnr"])
-    assert ms_ssim_chart.curves[0].points[1][1] == mean[TARGETS[1], "AIR"]["ms_ssim"]
 
 
 def test_a_codec_that_pillow_lacks_is_named_and_left_out(
@@ -171,22 +167,7 @@ def test_a_codec_that_pillow_lacks_is_named_and_left_out(
     monkeypatch.setattr(features, "get_supported", lambda: ["pil", "jpg", "webp"])
     rows = evaluate_codec([str(folder / "face.png")], QUICK).rows
     assert [row["codec"] for row in rows] == ["AIR", "JPEG", "WebP"]
-    assert "not measured: JPEG 2000, AVIF; this Pillow is built without" in capsys.readouterr().out
-
-
-def test_a_codec_that_cannot_hold_an_image_says_so() -> None:
-    (webp,) = (baseline for baseline in baselines.BASELINES if baseline.name == "WebP")
-    if webp not in baselines.available():
-        pytest.skip("this Pillow is built without WebP")
-    with pytest.raises(Rejected, match=r"unsupported: WebP cannot hold it: .*16383"):
-        baselines.encode_within(webp, np.zeros((1, 16384, 3), np.uint8), 1000)
-
-
-def test_a_limit_below_the_smallest_file_gives_the_smallest(originals: dict[str, np.ndarray]) -> None:
-    for baseline in baselines.available():
-        file = baselines.encode_within(baseline, originals["face"], 10)
-        assert file.setting == baseline.settings[0]
-        assert baselines.decode(baseline, file.data).shape == originals["face"].shape
+    assert "not measured: JPEG 2000, AVIF; this Pillow is built without them" in capsys.readouterr().out
 
 
 def test_images_that_cannot_be_used_or_miss_a_target_are_named_and_passed_over(
@@ -211,8 +192,8 @@ def test_images_that_cannot_be_used_or_miss_a_target_are_named_and_passed_over(
     [
         (["--codec", "--refine", "0,10"], "refine: not with codec, which measures no predictor"),
         (["--codec", "--predictor", "grid", "--stages", "2"], "predictor, stages: not with codec"),
-        (["--bpp", "0.5"], "bpp: only with codec, which is not asked for"),
-        (["--codec", "--bpp", "0"], "bpp must be one or more numbers above 0, 24 at most"),
+        (["--bpp", "0.5"], "bpp: only with codec; set codec, or leave this out"),
+        (["--codec", "--bpp", "0"], "bpp must be one or more numbers above 0, at most 24"),
         (["--codec", "--bpp", "1,0.5"], "bpp must rise, without repetition"),
         (["--plot", "curves.svg"], "--plot: only with --codec"),
         (["--codec", "--plot", "curves.png"], "curves.png: the plot is an SVG file; give it a name that ends in .svg"),

@@ -1,4 +1,4 @@
-"""`air fit`: one image in, a picture and a figure out."""
+"""`air fit`: one image gives a picture and the PSNR of that picture."""
 
 import re
 from pathlib import Path

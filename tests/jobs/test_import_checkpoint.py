@@ -51,7 +51,7 @@ def test_a_wrong_file_is_explained_and_nothing_is_written(released: Path, tmp_pa
         assert main(["import-checkpoint", str(tmp_path / name), str(tmp_path / "out.safetensors")]) == 1
         said = capsys.readouterr().err
         assert f"{name}: is not a torch file" in said
-        assert "weights_only" not in said  # torch's advice, to run what the file holds
+        assert "weights_only" not in said  # torch advises to run the code in the file
     assert main(["import-checkpoint", str(released), str(tmp_path / "out.pt")]) == 2
     assert "ends in .safetensors" in capsys.readouterr().err
     assert not list(tmp_path.glob("out*"))

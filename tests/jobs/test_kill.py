@@ -1,4 +1,4 @@
-"""What is committed survives anything; what is not is done again: kill -9 in the middle, then the same command."""
+"""Commits survive `kill -9`: the same command keeps them and does only the rest again."""
 
 import os
 import signal
@@ -48,7 +48,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(shards: Path) -> pa.Table:
-    """The rows of a run that nobody disturbed."""
+    """The rows of a run without a kill."""
     distill(str(shards), str(shards.parent / "undisturbed"), CONFIG, INLINE)
     return rows_of(shards.parent / "undisturbed")
 
@@ -74,7 +74,7 @@ def start(job: str, shards: Path, output: Path, executor: str, options: list[str
 
 
 def wait_for(condition: Callable[[], object], process: subprocess.Popen, seconds: float = 120) -> None:
-    """Until the condition holds, the process being alive."""
+    """Waits until the condition holds; fails if the process ends before."""
     end = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, process.communicate()[0].decode()
@@ -95,7 +95,7 @@ def ray_workers(process: subprocess.Popen) -> list[psutil.Process]:
 
 
 def check_resumed(shards: Path, output: Path, undisturbed: pa.Table, executor: str) -> None:
-    """The same command ends well, and its rows are those of the undisturbed run, value by value."""
+    """The same command ends well, and its rows equal the rows of the undisturbed run, value by value."""
     process = start_job(shards, output, executor)
     text = process.communicate(timeout=240)[0].decode()
     assert process.returncode == 0, text
@@ -113,7 +113,7 @@ def test_kill_of_an_inline_driver(shards: Path, undisturbed: pa.Table, tmp_path:
     assert 0 < len(before) < NUM_SHARDS
     check_resumed(shards, output, undisturbed, "inline")
     after = {manifest.unit: manifest for manifest in read_manifests(open_storage(output))}
-    assert {unit: after[unit] for unit in before} == before  # what was committed was not done again
+    assert {unit: after[unit] for unit in before} == before  # committed units were not done again
 
 
 @pytest.mark.slow
@@ -127,7 +127,7 @@ def test_kill_of_a_ray_driver(shards: Path, undisturbed: pa.Table, tmp_path: Pat
 
 
 def survive_the_loss_of_a_worker(process: subprocess.Popen, output: Path) -> None:
-    """Kills a worker that is at work when something is committed; the job must end well all the same."""
+    """Kills a busy worker after the first commit; the job must still end well."""
     wait_for(lambda: ray_workers(process) and committed_units(open_storage(output)), process)
     victims = ray_workers(process)
     assert victims, "no worker was at work"
@@ -147,7 +147,7 @@ def test_kill_of_a_ray_worker(shards: Path, undisturbed: pa.Table, tmp_path: Pat
 
 @pytest.fixture(scope="module")
 def encoded(shards: Path) -> Path:
-    """Encoded images of a run that nobody disturbed."""
+    """Encoded images of a run without a kill."""
     encode([str(shards)], str(shards.parent / "encoded"), ENCODE, INLINE)
     return shards.parent / "encoded"
 
@@ -162,7 +162,7 @@ def start_encoding(shards: Path, output: Path, executor: str) -> subprocess.Pope
 @pytest.mark.slow
 @pytest.mark.parametrize("executor", ["inline", "ray"])
 def test_kill_of_an_encoding_driver(shards: Path, encoded: Path, tmp_path: Path, executor: str) -> None:
-    """The same files, byte for byte, and what was committed was not done again."""
+    """The files are the same, byte for byte, and committed units are not done again."""
     output = tmp_path / "encoded"
     process = start_encoding(shards, output, executor)
     wait_for(lambda: committed_units(open_storage(output)), process)

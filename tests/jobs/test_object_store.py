@@ -1,4 +1,4 @@
-"""Every command on an object store, over the S3 protocol: the same values, the same resume, errors that come soon."""
+"""Every command on an object store, over the S3 protocol: the same values, the same resume, quick errors."""
 
 import io
 import os
@@ -65,7 +65,7 @@ def run(*arguments: str, status: int = 0) -> None:
 
 
 def run_for_error(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """Runs `air`, which must fail in good time; returns its one line of complaint."""
+    """Runs `air`, which must fail quickly; returns its one line of error."""
     begin = time.monotonic()
     capsys.readouterr()
     assert main(arguments) == 1
@@ -78,7 +78,7 @@ def run_for_error(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 @pytest.fixture(scope="module")
 def place(s3_bucket: str) -> str:
-    """A fresh folder in the bucket, for what the tests of this module share."""
+    """A fresh folder in the bucket, shared by the tests of this module."""
     return f"{s3_bucket}/{uuid.uuid4().hex}"
 
 
@@ -159,7 +159,7 @@ def test_gc_removes_what_no_manifest_names(targets: str, capsys: pytest.CaptureF
 
 
 def test_images_are_found_in_the_store(uploaded: str, pictures: Path, tmp_path: Path) -> None:
-    """A folder, a glob, one image, a tar and a Parquet file; each gives the bytes that went up."""
+    """A folder, a glob, one image, a tar and a Parquet file; each gives the bytes that were uploaded."""
     whole = {f"pictures/{file.relative_to(pictures)}": file.read_bytes() for file in pictures.rglob("*.png")}
     ordered = [content for _, content in sorted((Path(name).name, content) for name, content in whole.items())]
     above = Path(uploaded).name
@@ -258,7 +258,7 @@ def test_wrong_credentials_are_reported(
     shards: str, photographs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = pytest.importorskip("moto.settings", reason="the S3 tests need moto[server] (pip install '.[dev]')")
-    monkeypatch.setattr(settings, "INITIAL_NO_AUTH_ACTION_COUNT", 0)  # from now on the server knows nobody
+    monkeypatch.setattr(settings, "INITIAL_NO_AUTH_ACTION_COUNT", 0)  # from now on the server refuses all credentials
     for arguments in (
         ("shard", str(photographs), f"{shards}-new", "--executor", "inline"),
         ("distill", shards, f"{shards}-new", "--executor", "inline"),
@@ -286,7 +286,7 @@ def test_a_dead_endpoint_is_given_up_soon(
 
 @pytest.mark.slow
 def test_ray_workers_reach_the_store(shards: str, s3_bucket: str, local_rows: pa.Table) -> None:
-    """A process of its own: the workers of a Ray that runs already have the environment that it was started with."""
+    """The job runs in a process of its own, because workers of a running Ray keep the environment of its start."""
     output = f"{s3_bucket}/{uuid.uuid4().hex}"
     command = [sys.executable, "-m", "jobs.cli", "distill", shards, output, "--executor", "ray", *QUICK_OPTIONS]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=ROOT, env=dict(os.environ))

@@ -1,4 +1,4 @@
-"""`air stats`: the numbers of the summary are those of the table, and SQL sees the promised views."""
+"""`air stats`: the summary has the numbers of the table, and SQL has the documented views."""
 
 from pathlib import Path
 
@@ -76,7 +76,7 @@ def test_the_summary_states_what_the_table_holds(targets: Path, capsys: pytest.C
 
 @pytest.mark.parametrize("job", ["distill", "encode"])
 def test_without_a_usable_image_there_are_zeros(targets: Path, tmp_path: Path, capsys, job: str) -> None:
-    """The summaries of such shards are empty."""
+    """Shards without a usable image have empty summaries."""
     command = [job, str(targets.parent / "more"), str(tmp_path / "out"), "--executor", "inline"]
     if job == "distill":
         shard([str(targets.parent / "more")], str(tmp_path / "shards"), ShardConfig(), INLINE)

@@ -1,4 +1,4 @@
-"""Configuration: what is misspelt, out of bounds or no YAML is refused, and the message names the key and the file."""
+"""Configuration: misspelt keys, values out of bounds and invalid YAML are refused; the message names key and file."""
 
 import pickle
 import re
@@ -71,6 +71,13 @@ def test_a_word_unlike_any_key_gets_no_suggestion():
     with pytest.raises(ConfigError) as caught:
         build(BakeConfig, {"zzz": 30}, "bake")
     assert "did you mean" not in str(caught.value)
+
+
+def test_a_former_key_is_refused_with_its_new_name():
+    with pytest.raises(ConfigError) as caught:
+        build(BakeConfig, {"duration": 30, "minuts": 30}, "bake", {"duration": "minutes"})
+    assert "unknown key 'duration': it is now called 'minutes'" in str(caught.value)
+    assert "unknown key 'minuts' (did you mean 'minutes'?)" in str(caught.value)
 
 
 def test_configurations_do_not_change():

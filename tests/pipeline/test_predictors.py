@@ -1,4 +1,4 @@
-"""Predictors by name, by path and by URI: found, checked, loaded once, and refused with a message that helps."""
+"""Predictors by name, path and URI are found, checked and loaded once, or refused with a message that helps."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Distilling with a trained predictor: its predictions, its name in the files, and no mixing of snapshots."""
+"""Distilling with a trained predictor: rows hold its predictions, files name it, and snapshots do not mix."""
 
 from pathlib import Path
 
@@ -29,7 +29,7 @@ INLINE = RunnerConfig(executor="inline")
 
 
 def save_network(path: Path, seed: int) -> Path:
-    """A network whose corrections are large enough to be seen."""
+    """Saves a network whose corrections are large enough to matter."""
     torch.manual_seed(seed)
     network = build("compact", {"patch_size": 6, "num_stages": 2, "channels": 4, "depth": 1, "passes": 1})
     for head in network.heads:  # type: ignore[union-attr]
@@ -60,7 +60,7 @@ def test_targets_hold_what_the_checkpoint_predicts(shards: Path, tmp_path: Path)
     (row,) = pq.read_table(only_file(tmp_path / "targets")).to_pylist()
     image = torch.from_numpy(images.decode_png(row["image"]).astype(np.float32) / 255).permute(2, 0, 1).contiguous()
     network, _ = load_checkpoint(checkpoint)
-    # A network meets the canvas of its own predictions, so its targets are made on that one.
+    # In use a network sees the canvas of its own predictions, so its targets are made on that canvas.
     stages = list(run_stages(image, network, [OptimizeConfig(steps=5)] * 2, canvas="predicted"))
     assert row["gaussians"] == [len(stage) for stage in stages]
     for which in ("predicted", "target"):

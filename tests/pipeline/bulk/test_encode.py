@@ -1,4 +1,4 @@
-"""Bulk encoding end to end: files that decode, rows that are true of them, the same bytes whatever ran them."""
+"""Bulk encoding end to end: files decode, rows describe them, and the bytes are the same with every executor."""
 
 import hashlib
 import io
@@ -146,7 +146,7 @@ def test_an_image_that_the_format_cannot_hold_misses_no_target(
 
 
 def test_a_predictor_gives_the_stages(photographs: Path, tmp_path: Path) -> None:
-    """More steps, better pictures; a budget is kept; the same plan in another folder gives the same bytes."""
+    """More steps give better pictures, a budget is kept, and the same plan in another folder gives the same bytes."""
     config = EncodeConfig(predictor="grid", stages=2, pixels_per_gaussian=40, steps=0, stored_steps=0)
     (tmp_path / "in").mkdir()
     for name in ("chelsea.jpg", "china.jpg"):
@@ -208,19 +208,19 @@ def test_the_shipped_predictor_starts_where_no_target_is_given(photographs: Path
         assert read_plan(open_storage(tmp_path / name)).config["predictor"].startswith(predictor)
     assert read_files(tmp_path / "default") == read_files(tmp_path / "named")
     assert sum(read_rows(tmp_path / "both")[0]["gaussians"]) <= 50
-    # Nothing was optimised: it is the network that knows the picture.
+    # Nothing was optimised: the quality is the network's.
     assert read_rows(tmp_path / "default")[0]["psnr"] > read_rows(tmp_path / "grown")[0]["psnr"] + 3
 
 
 def test_stages_of_no_predictor_are_refused() -> None:
     for given in ({"predictor": "grow"}, {"bpp": 1.0}):
-        with pytest.raises(ValidationError, match="stages = 2 is about a predictor"):
+        with pytest.raises(ValidationError, match="stages = 2 needs a predictor"):
             EncodeConfig.model_validate({"stages": 2, **given})
 
 
 def test_two_targets_are_refused(photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["encode", str(photographs), str(tmp_path / "out"), "--bpp", "1", "--psnr", "30"]) == 2
-    assert "bpp and psnr are targets: give one" in capsys.readouterr().err
+    assert "bpp and psnr are targets: give only one of them" in capsys.readouterr().err
 
 
 def test_another_plan_is_refused_by_name(encoded: Path, photographs: Path) -> None:

@@ -1,4 +1,4 @@
-"""Shards: images untouched in plain WebDataset tars, bounded, the same from every run, and never read when changed."""
+"""Shards: unchanged images in plain WebDataset tars of bounded size, equal in every run; a changed shard is refused."""
 
 import hashlib
 import json
@@ -47,7 +47,7 @@ def manifests(output: Storage) -> list[Manifest]:
 
 
 def noise(seed: int, size: int) -> bytes:
-    """A picture of about `size` bytes that no format can pack."""
+    """A picture of about `size` bytes, of noise that does not compress."""
     side = int((size / 3) ** 0.5)
     pixels = np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
     return encode_png(pixels)
@@ -102,7 +102,7 @@ def test_shards_are_bounded_by_count(pictures: Path, tmp_path: Path):
 
 
 def long_named(folder: Path) -> list[Path]:
-    """Small pictures under names so long that names weigh more than pictures."""
+    """Small pictures whose names take more bytes than the pictures."""
     for number in range(40):
         file = folder / ("d" * 200) / ("e" * 200) / f"{'f' * 200}{number}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -137,7 +137,7 @@ def test_shards_are_bounded_by_bytes(tmp_path: Path, make, max_bytes: int):
 
 
 def test_where_sizes_are_known_a_unit_is_one_tar(tmp_path: Path):
-    """A plan that misjudged what stands beside an image would leave a small second tar behind every shard."""
+    """A plan that misjudged the bytes beside an image would leave a small second tar beside every shard."""
     output, _ = shard(small(tmp_path / "in"), tmp_path / "out", max_bytes=50_000)
     assert len(manifests(output)) > 2
     assert {len(manifest.files) for manifest in manifests(output)} == {1}
@@ -293,7 +293,7 @@ def test_every_awkward_image_gets_what_it_deserves(tmp_path: Path):
 
 
 def test_a_plan_that_loses_leaves_the_winners_listings_alone(pictures: Path, tmp_path: Path):
-    """Two drivers, two configurations, one folder: the loser may write its listings after the winner has its plan."""
+    """Of two drivers with two configurations in one folder, the loser may write listings after the winner's plan."""
     output, given = open_storage(tmp_path / "out"), [str(pictures)]
     plan, listings = plan_shards(ShardConfig(max_count=4), given)
     _, others = plan_shards(ShardConfig(max_count=3), given)

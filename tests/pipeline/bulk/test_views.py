@@ -1,4 +1,4 @@
-"""Views: whole patches, inside the image, within the bounds of the policy, the same for the same seed."""
+"""Views have whole patches, lie inside the image, keep the configured bounds, and are the same for the same seed."""
 
 import math
 
@@ -38,10 +38,10 @@ def test_every_view_keeps_the_policy(policy: ViewConfig, height: int, width: int
         assert box.right <= width + 1e-9
         assert box.bottom <= height + 1e-9
         assert min(crop_height, crop_width) >= patch - 1e-9
-        # Never enlarged, but for the last partial patch.
+        # Never enlarged, except to fill the last patch.
         assert box.height < crop_height + patch
         assert box.width < crop_width + patch
-        # Of the wanted size where the image has the pixels, but for half a patch on each side.
+        # Of the wanted size, up to half a patch on each side, if the image has the pixels.
         grown = (box.height + patch / 2) * (box.width + patch / 2)
         assert grown >= min(policy.min_view_pixels, crop_height * crop_width) * (1 - 1e-9)
         if box.height > patch and box.width > patch:

@@ -225,7 +225,9 @@ def test_status_and_verify_and_gc_know_training(
     assert "took back checkpoints/step-00000006" in said
     assert "best.json" in said
     assert "its newest checkpoint is of step 4 of 6" in said
-    assert air("status")[1].endswith("not finished. Run the same `air train` again to go on, if none is at work.\n")
+    assert air("status")[1].endswith(
+        "not finished. If no `air train` is running, run the same command again to go on.\n"
+    )
     run(shards, out)
     assert air("verify")[0] == 0
 
@@ -345,7 +347,7 @@ def test_packaged_pictures_to_validate_on_are_copied_whole(shards: Path, tmp_pat
         (["--settings", '{"chanels": 8}'], "has no setting chanels; it has channels, colour_iterations, depth"),
         (["--settings", '{"depth": 0}'], "depth must be a whole number, at least 1, got 0"),
         (["--settings", '{"num_stages": 3}'], "settings holds num_stages, which is not set there: use stages"),
-        (["--settings", "x"], "'x' is no JSON object, such as '{\"name\": 1}'"),
+        (["--settings", "x"], "'x' is not a JSON object, such as '{\"name\": 1}'"),
     ],
 )
 def test_a_wrong_option_is_refused_before_anything_is_written(
