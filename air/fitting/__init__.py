@@ -1,1 +1,1 @@
-"""One image to Gaussians without a network: closed-form starts, and fits from them. It knows no files."""
+"""Fits one image with Gaussians, without a network: closed-form starts, and optimisation from them. It knows no files."""
