@@ -18,7 +18,7 @@ RAW_SCALE = -0.5
 """Raw number of both scales; docs/optimizer.md compares others."""
 
 LARGEST = 0.99
-"""The largest absolute colour and offset (in patches): there, tanh is still steep enough for an optimiser to move them."""
+"""The largest absolute colour and offset (in patches). There, tanh is still steep enough for the optimiser."""
 
 _RIDGE = 1e-3
 """Times the largest diagonal element, this is added to the diagonal of the normal equations. They stay solvable when
@@ -31,8 +31,8 @@ _BLOCK, _MARGIN = 192, 32
 def axis_solvers(size: int, patch_size: int, scale: float) -> Iterator[tuple[slice, Tensor]]:
     """Slices of pixels along an axis, and for each the matrix from their values to the weights of the next patches.
 
-    A short axis has one slice. In a long one, pixels further away than the margin change a weight by less than float32's
-    rounding, so the matrices leave them out: memory does not grow with the square of the length.
+    A short axis has one slice. In a long one, pixels further away than the margin change a weight by less than
+    float32's rounding, so the matrices leave them out: memory does not grow with the square of the length.
     """
     patches = math.ceil(size / patch_size)
     if patches <= _BLOCK + 2 * _MARGIN:

@@ -122,7 +122,7 @@ def _add(raw: Tensor, anchor: Tensor, residual: Tensor, patch_size: int, count: 
 
 
 def _joined(parts: list[Trajectory]) -> Trajectory:
-    """The phases as one trajectory. The first entry of a phase, with the new Gaussians, replaces the last of the phase before."""
+    """One trajectory. The first entry of a phase has the new Gaussians and replaces the last of the phase before."""
     loss = np.concatenate([*(part.loss[:-1] for part in parts[:-1]), parts[-1].loss])
     psnr = np.concatenate([*(part.psnr[:-1] for part in parts[:-1]), parts[-1].psnr])
     return Trajectory(loss, psnr)

@@ -106,7 +106,7 @@ def symmetric_filter(image: Tensor, taps: Sequence[float], dim: int) -> Tensor:
 
 
 def _raw_at(x: Tensor, y: Tensor, colours: Tensor, patch_size: int) -> tuple[Tensor, Tensor]:
-    """Narrow raw Gaussians (n, 8) at the pixels (x, y), with `GAIN` of their colours; the anchors (n, 2) of their patches."""
+    """Narrow raw Gaussians (n, 8) at pixels (x, y), with `GAIN` times their colours, and anchors (n, 2)."""
     _, height, width = colours.shape
     _, columns = grid_shape(height, width, patch_size)
     patch = y // patch_size * columns + x // patch_size

@@ -18,8 +18,8 @@ from air.predictor.base import Prediction
 from air.predictor.quantizer import ImageAdaptiveQuantizer
 
 _QUANTIZER_RATE = 10.0
-"""Learning rate of the quantiser, as a multiple of the others'. Its steps and lows must move by tenths, the weights of a
-trained network by thousandths."""
+"""Learning rate of the quantiser, as a multiple of the others'. Its steps and lows must move by tenths, the weights of
+a trained network by thousandths."""
 
 _DECAYING = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
 
@@ -109,8 +109,8 @@ class PredictorNetwork(nn.Module, ABC):
             weight_decay: Weight decay of those that decay.
 
         Returns:
-            Groups of {"params", "lr", "weight_decay"}. Each parameter that takes a gradient is in one of them; the order
-            is fixed.
+            Groups of {"params", "lr", "weight_decay"}. Each parameter that takes a gradient is in one of them, in a
+            fixed order.
         """
         groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
         for prefix, module in self.named_modules():

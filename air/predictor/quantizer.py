@@ -22,15 +22,14 @@ from air.codec.uniform import (
 )
 from air.gaussians import COLUMN_GROUPS, MIN_RAW_SCALE, OFFSET, SCALE
 
-# The authors' estimates at p = 7, with DEFAULT_BITS: steps before softplus, and lows. Columns are CHANNELS, which lie as
-# the columns of raw Gaussians do.
+# The authors' estimates at p = 7, with DEFAULT_BITS: steps before softplus, and lows. The order of CHANNELS is
+# that of the columns of raw Gaussians.
 _STEP_LOGITS = (-3.0427, -3.0022, -2.9553, -3.2385, -3.3192, -5.3675, -4.0653, -4.4090)
 _LOWS = (-6.7962, -6.0476, 0.4933, 0.5032, 1.0155, -0.2550, -0.0688, -0.1273)
 _ESTIMATED_AT = 7
 
 _MIN_SCALE_LOW = MIN_RAW_SCALE / 2
-"""The least low of a scale, pixels. Predicted scales are at least twice as large, and scales in a file must be positive.
-"""
+"""The least low of a scale, pixels. Predicted scales are at least twice as large; scales in a file are positive."""
 
 _DISTORTION_WEIGHT = 0.01
 

@@ -29,11 +29,11 @@ if TYPE_CHECKING:
     from air.predictor.compact.feedback_cpu import CompiledFeedback
 
 _RIDGE = 0.02
-"""Times the area, this is added to every curvature. Without it faint Gaussians, whose curvature is near zero, would take
-long steps."""
+"""Times the area, this is added to every curvature. Without it, faint Gaussians, whose curvature is near zero, would
+take long steps."""
 
 _GAIN = 3.0
-"""The network gets asinh(3 · step), which limits large steps and keeps them distinct; the factor sets where it bends."""
+"""The network gets asinh(3 · step), which limits large steps but keeps them distinct. The 3 sets where it bends."""
 
 
 class Feedback:

@@ -42,7 +42,7 @@ than the image."""
 
 
 class _Block(nn.Module):
-    """A residual block: depthwise 5 x 5, norm, two pointwise layers. A new block is the identity. Channels come last."""
+    """A residual block: depthwise 5 x 5, norm, two pointwise layers. A new block is the identity. Channels are last."""
 
     def __init__(self, channels: int, expansion: int) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class _Block(nn.Module):
 
 
 def split_patches(pixels: Tensor, size: int) -> Tensor:
-    """The pixels (B, 3, H, W) of every patch, (B, rows · columns, 3 · size²), continued by the border to whole patches."""
+    """The pixels of every patch, (B, rows · columns, 3 · size²), of images (B, 3, H, W) continued by their border."""
     if has_cpu_kernels(pixels) and not pixels.requires_grad:
         from air.predictor.compact import patches_cpu
 
@@ -191,7 +191,7 @@ class CompactPredictor(PredictorNetwork):
         return self.proposals(image, canvas, active, stage, threads)[-1]
 
     def global_feature(self, image: Tensor, canvas: Tensor, stage: int) -> Tensor:
-        """As `PredictorNetwork`: mean and mean absolute deviation, over the patches, of the stem's output for the image."""
+        """As `PredictorNetwork`: mean and mean absolute deviation, over patches, of the stem's output for the image."""
         seen = self._see(image - 0.5, slice(0, 3), 1.0)
         mean = seen.mean(dim=1)
         return torch.cat([mean, (seen - mean[:, None]).abs().mean(dim=1)], dim=1)

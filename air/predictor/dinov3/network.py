@@ -347,7 +347,7 @@ def _upsampler(channels: int, out: int, learned: bool) -> nn.Sequential:
 
 
 def _view_plane(rows: int, columns: int, like: Tensor) -> Tensor:
-    """Coordinates (u, v) of every pixel's middle, shape (1, 2, rows, columns): 0 in the centre, half the diagonal is 1."""
+    """Coordinates (u, v) of all pixels, shape (1, 2, rows, columns): 0 in the centre, half the diagonal is 1."""
     diagonal = (rows**2 + columns**2) ** 0.5
     u = torch.linspace(1 - columns, columns - 1, columns, device=like.device, dtype=like.dtype) / diagonal
     v = torch.linspace(1 - rows, rows - 1, rows, device=like.device, dtype=like.dtype) / diagonal
