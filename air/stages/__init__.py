@@ -1,1 +1,1 @@
-"""Which patches of an image are still bad, and the loop that predicts and optimises stage after stage."""
+"""Stage control, which finds the patches that are still bad, and the loop that predicts and optimises in stages. It knows nothing of files or training."""

@@ -242,7 +242,6 @@ def encode_image(
 
     from air.encoding.encode import encode
 
-    torch.set_num_threads(1)  # sums of another order would make another file on another machine
     start = GROW if predictor is None else load(predictor, torch.device("cpu"))
     options = {"steps": config.steps, "stored_steps": config.stored_steps, **config.target(*rgb.shape[:2])}
     with encoding_rejects():

@@ -62,11 +62,17 @@ class BatchLosses:
 
 
 def propose(
-    network: PredictorNetwork, images: Tensor, canvas: Tensor, active: Tensor, stage: int, precision: str
+    network: PredictorNetwork,
+    images: Tensor,
+    canvas: Tensor,
+    active: Tensor,
+    stage: int,
+    precision: str,
+    threads: int,
 ) -> list[Tensor]:
     """Raw Gaussians (B, patches, 8) in float32, the last ones the stage's; only the network may be less precise."""
     with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-        proposals = network.proposals(images, canvas.detach(), active, stage)
+        proposals = network.proposals(images, canvas.detach(), active, stage, threads)
     return [raw.float() for raw in proposals]
 
 
@@ -131,7 +137,7 @@ def _draw_stages(
         active = active_batch(canvas, images, network.patch_size, control)
         drawn = [canvas]
         if bool(active.any()):
-            proposals = propose(network, images, canvas, active, stage, precision)
+            proposals = propose(network, images, canvas, active, stage, precision, workers.count)
             per_image = active.sum(dim=1).tolist()
             tables = [activate_batch(network, raw, active, height, width) for raw in proposals]
             drawn = [canvas + render_batch(table, per_image, height, width, workers) for table in tables]
@@ -230,6 +236,7 @@ def offline_pod_losses(
     targets: Sequence[StageTargets],
     config: LossConfig,
     precision: str = "float32",
+    threads: int = 1,
 ) -> BatchLosses:
     """Predictions on the stored canvases held against the stored targets, all stages.
 
@@ -239,11 +246,12 @@ def offline_pod_losses(
         targets: Of the stages that take part, batched.
         config: Weights.
         precision: "float32" or "bfloat16".
+        threads: CPU threads of the network.
     """
     total = torch.zeros(len(images), device=images.device)
     for stage, (canvas, active, target) in enumerate(targets):
         if bool(active.any()):
-            proposals = propose(network, images, canvas, active, stage, precision)
+            proposals = propose(network, images, canvas, active, stage, precision, threads)
             total = total + config.stage_weight(stage) * _teach(proposals, target, active, config)
     return BatchLosses(total, None)
 
@@ -276,7 +284,7 @@ def online_pod_losses(
         active = active_batch(canvas, images, network.patch_size, control)
         if not bool(active.any()):
             break
-        proposals = propose(network, images, canvas, active, stage, precision)
+        proposals = propose(network, images, canvas, active, stage, precision, workers.count)
         predicted = proposals[-1].detach()
         goal = _optimized(network, predicted, active, images, canvas, horizon, workers)
         total = total + config.stage_weight(stage) * _teach(proposals, goal, active, config)

@@ -194,7 +194,9 @@ class GrayPredictor:
 
     patch_size = 7
 
-    def predict(self, image: torch.Tensor, canvas: torch.Tensor, active: torch.Tensor, stage: int) -> Prediction:
+    def predict(
+        self, image: torch.Tensor, canvas: torch.Tensor, active: torch.Tensor, stage: int, threads: int = 1
+    ) -> Prediction:
         return Prediction(torch.full((len(active), 8), 0.1), anchors(*image.shape[1:], 7))
 
 
@@ -213,7 +215,7 @@ def test_stage_control_and_predictions_stay_on_the_images_device() -> None:
     active = active_patches(canvas, image, 7, StageControl())
     assert active.device.type == "meta"
     for stage in range(2):
-        raw, anchor = GridPredictor(7).predict(image, canvas, active, stage)
+        raw, anchor = GridPredictor(7).predict(image, canvas, active, stage, threads)
         assert activate(raw, anchor, 7).xy.device.type == "meta"
 
 
