@@ -215,7 +215,7 @@ def test_stage_control_and_predictions_stay_on_the_images_device() -> None:
     active = active_patches(canvas, image, 7, StageControl())
     assert active.device.type == "meta"
     for stage in range(2):
-        raw, anchor = GridPredictor(7).predict(image, canvas, active, stage, threads)
+        raw, anchor = GridPredictor(7).predict(image, canvas, active, stage)
         assert activate(raw, anchor, 7).xy.device.type == "meta"
 
 
