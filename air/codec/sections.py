@@ -7,7 +7,8 @@ from stage to stage. This module chooses the contexts of every symbol and rememb
 What the parts of the kernel pass along, besides the coder and the models of `air.codec.entropy`:
 
     symbols, row           pointer to the table of symbols; where the Gaussian's eight begin
-    features, own, near    pointer to the features of all patches; where those of the patch and of its `Neighbours` begin
+    features, own, near    pointer to what is remembered of all patches; where the patch's features and those of its
+                           `Neighbours` begin
 
 Both are pointers because an array that is handed to an inlined part costs a reference count at each Gaussian.
 """
