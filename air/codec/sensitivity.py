@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from air.codec.colour import BLUE_BY_CB, GREEN_BY_CB, GREEN_BY_CR, RED_BY_CR
 from air.compute.bits import bit_length
 from air.compute.compile import inline, kernel
 
@@ -37,6 +38,9 @@ SUBDIVISIONS = 64
 
 LOG_LEVELS = 12 * SUBDIVISIONS
 """Scales are 2^(k/64 - 3) pixels, k from 0 to LOG_LEVELS - 1: 1/8 to 507 pixels."""
+
+MIN_SCALE, MAX_SCALE = 1 / 8, 500.0
+"""Pixels; scales are moved into this range before they are quantised."""
 
 MAX_SCALE_BITS = 6  # of an octave
 OCTAVE_BITS = 4
@@ -222,6 +226,6 @@ def dequantize(symbols, corner, step, weights, parameters):
         luma = symbols[i, LUMA] * step / 65536.0 * amplitude
         cr = symbols[i, CR] * step / 65536.0 * amplitude
         cb = symbols[i, CB] * step / 65536.0 * amplitude
-        parameters[5, i] = luma + 1.402 * cr
-        parameters[6, i] = luma - 0.714136286201022 * cr - 0.344136286201022 * cb
-        parameters[7, i] = luma + 1.772 * cb
+        parameters[5, i] = luma + RED_BY_CR * cr
+        parameters[6, i] = luma + GREEN_BY_CR * cr + GREEN_BY_CB * cb
+        parameters[7, i] = luma + BLUE_BY_CB * cb

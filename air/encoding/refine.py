@@ -12,7 +12,8 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from air.codec.sensitivity import SYMBOLS, SensitivityQuantizer, dequantize, quantize
+from air.codec.colour import TO_RGB
+from air.codec.sensitivity import MAX_SCALE, MIN_SCALE, SYMBOLS, SensitivityQuantizer, dequantize, quantize
 from air.compute.planes import FloatArray, image_planes, pixels
 from air.compute.threads import Workers
 from air.rendering.cpu import Raster
@@ -23,11 +24,6 @@ RATE = 0.1
 
 _FINAL_SHARE = 0.05
 _MAX_SHARE = 0.05  # of a scale, for positions; of e, for scales; of a half turn, for angles
-
-# BT.601 from (Y, Cr, Cb) to (R, G, B), as `air.codec.sensitivity.dequantize` has it.
-_TO_RGB = np.array(
-    [[1, 1.402, 0], [1, -0.714136286201022, -0.344136286201022], [1, 0, 1.772]],
-)
 
 
 class Refiner:
@@ -100,19 +96,19 @@ class Refiner:
         through_colour = 0.5 * (slope[5:8] * colour).sum(axis=0)
         slope[2:4] = slope[2:4] * scale - through_colour
         slope[4] *= math.pi
-        slope[5:8] = _TO_RGB.T @ slope[5:8] / np.sqrt(scale[0] * scale[1])
+        slope[5:8] = TO_RGB.T @ slope[5:8] / np.sqrt(scale[0] * scale[1])
         return slope
 
     def _move(self, direction: NDArray[np.float64], rate: float) -> None:
         """Moves each number by the rate over its sensitivity, and puts the wider scale first again."""
         own = self.parameters
-        strength = np.sqrt(np.square(_TO_RGB @ own[5:8]).sum(axis=0)) + 1e-6
+        strength = np.sqrt(np.square(TO_RGB @ own[5:8]).sum(axis=0)) + 1e-6
         relative = rate * math.sqrt(3) / strength
         ratio = own[2] / own[3]
         size = np.sqrt(own[2] * own[3])
         own[0:2] -= np.minimum(math.sqrt(2) * relative, _MAX_SHARE) * size * direction[0:2]
         own[2:4] *= np.exp(-np.minimum(math.sqrt(4 / 3) * relative, _MAX_SHARE) * direction[2:4])
-        own[2:4] = own[2:4].clip(1 / 8, 500)
+        own[2:4] = own[2:4].clip(MIN_SCALE, MAX_SCALE)
         own[4] -= np.minimum(2 / math.pi * relative / (ratio - 1 / ratio + 0.1), _MAX_SHARE) * direction[4]
         own[5:8] -= rate * direction[5:8]
         swapped = own[2] < own[3]

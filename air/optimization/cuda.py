@@ -30,12 +30,10 @@ from air.optimization.config import OptimizeConfig
 from air.optimization.problem import Problem, Recorder, naming_image
 from air.rendering.cuda import BLOCKS, launch_draw
 from air.rendering.cuda_kernels import COLOUR, HALF_TURNS, PARAMETERS, SCALE_1, gather_gradient
+from air.rendering.parameters import OFF_IMAGE
 
 GRAPH_STEPS = 20
 """Steps in one CUDA graph: enough that starting a graph costs little beside its steps."""
-
-OFF_IMAGE = -1e6
-"""Anchor of a Gaussian that ends every batch: the clock advances in a kernel over Gaussians, which needs one."""
 
 RATE_COLUMNS = 16
 """Columns of the rate table: 8 rates, divided by Adam's first correction; one over the root of the second; padding."""
@@ -149,6 +147,7 @@ class BatchOptimizer:
         self.device = problems[0].target.device
         self.patch_size = float(patch_size)
         self.layout = RaggedImages([(p.target.shape[1], p.target.shape[2]) for p in problems], self.device)
+        # The clock advances in a kernel over Gaussians, which needs at least one: this one ends every batch.
         stand_in = torch.full((1, 2), OFF_IMAGE, device=self.device)
         numbers = [len(problem.raw) for problem in problems]
         self._raw = torch.cat([*(p.raw for p in problems), torch.zeros(1, RAW_CHANNELS, device=self.device)])

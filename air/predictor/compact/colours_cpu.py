@@ -10,7 +10,7 @@ from air.compute.planes import image_planes, pixels
 from air.compute.threads import Workers
 from air.gaussians import Gaussians
 from air.rendering.cpu import Raster
-from air.rendering.cpu_kernels import BLUE, RED
+from air.rendering.parameters import BLUE, RED
 
 
 class ColourMap:
