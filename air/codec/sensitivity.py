@@ -36,6 +36,9 @@ SYMBOLS = 8
 SUBDIVISIONS = 64
 """The finest log-scales in an octave, and the finest positions in a pixel."""
 
+STEP_UNITS = 1 << 16
+"""Units of a quantiser's step in a strength of 1."""
+
 LOG_LEVELS = 12 * SUBDIVISIONS
 """Scales are 2^(k/64 - 3) pixels, k from 0 to LOG_LEVELS - 1: 1/8 to 507 pixels."""
 
@@ -67,7 +70,7 @@ class SensitivityQuantizer:
     """The parameters that a file carries.
 
     Attributes:
-        step: Of the strength, in units of 2^-16.
+        step: Of the strength, in units of 1 / STEP_UNITS.
         scale_weight, angle_weight, position_weight: Squared fineness of the other numbers, in units of 2^-8. The
             defaults make every number's error count as much as the strength's.
     """

@@ -118,8 +118,8 @@ def run_stages(
         >>> from air.predictor.load import load_predictor
         >>> image = torch.linspace(0, 1, 28).expand(3, 14, 28)
         >>> stages = list(run_stages(image, load_predictor("grid"), [OptimizeConfig(steps=5)] * 2))
-        >>> [(stage.stage, len(stage)) for stage in stages]
-        [(0, 8), (1, 8)]
+        >>> [stage.stage for stage in stages], len(stages[0])
+        ([0, 1], 8)
     """
     control = control or StageControl()
     for added in _each_stage([image], predictor, optimization, control, canvas, budget, judge, backend, threads):
