@@ -1,4 +1,7 @@
-"""What can go wrong with data in motion, beyond `air.errors`: each class is one thing the operator can act on."""
+"""Errors of pipeline beyond `air.errors`, and the reasons why a sample goes to quarantine.
+
+Each class stands for one thing that the operator can act on. This module knows no storage, no job and no image.
+"""
 
 from enum import StrEnum
 
@@ -6,11 +9,11 @@ from air.errors import AirError
 
 
 class StorageError(AirError):
-    """A path that cannot be read, listed or written."""
+    """A path cannot be read, listed or written."""
 
 
 class ConfigError(AirError):
-    """A configuration that names an unknown key or a value out of bounds."""
+    """A configuration has an unknown key or a value out of bounds, or a command is given what it cannot use."""
 
 
 class PlanMismatchError(AirError):
@@ -22,45 +25,61 @@ class DamagedDataError(AirError):
 
 
 class JobFailedError(AirError):
-    """A job that ended with work undone. What was committed stays; the same command goes on from there."""
+    """A job ended with work undone. What was committed stays; the same command goes on from there."""
 
 
 class TrainingError(AirError):
-    """A training run that cannot begin, go on or be taken up again. Its last checkpoint stays."""
+    """A training run cannot begin, go on or be resumed. Its last checkpoint stays."""
+
+
+class Reason(StrEnum):
+    """Why a sample is in quarantine: the codes in the column `reason`. docs/tables.md has the table."""
+
+    EMPTY = "empty"
+    """The file has zero bytes."""
+    NOT_AN_IMAGE = "not_an_image"
+    """The file does not start with the signature of a known image format."""
+    UNSUPPORTED = "unsupported"
+    """The file's format or pixel type is not read here, or the output's format cannot hold the image."""
+    TRUNCATED = "truncated"
+    """The file ends before its own structure does: fetch it again."""
+    CORRUPT = "corrupt"
+    """The file is as long as it says, but its content contradicts itself or its checksums."""
+    TOO_MANY_PIXELS = "too_many_pixels"
+    """The header states more pixels than `max_pixels` allows; nothing was decoded or drawn."""
+    TOO_SMALL = "too_small"
+    """The image is smaller than one patch in height or width."""
+    MISSING = "missing"
+    """The file was deleted after the plan was made, or the field of a Parquet file is empty."""
+    FORBIDDEN = "forbidden"
+    """The file's permissions do not allow reading it."""
+    NO_IMAGE = "no_image"
+    """The sample of a shard has no image member."""
+    NON_FINITE = "non_finite"
+    """An optimisation or a prediction gave numbers that are not finite."""
+    TARGET_MISSED = "target_missed"
+    """No file meets the target of bits or decibels that `air encode` was given."""
+    DAMAGED = "damaged"
+    """The .air file cannot be decoded."""
+    KILLED_WORKER = "killed_worker"
+    """The image killed its worker process twice: a crash, or too little memory."""
+    FAILED = "failed"
+    """Processing the image raised an unexpected error; the message names it."""
 
 
 class Rejected(AirError):
-    """One sample that cannot be used. It goes to quarantine, and the job goes on.
+    """A sample that cannot be used. It goes to quarantine, and the job goes on.
 
     Attributes:
-        reason: A short code out of a fixed set, such as `truncated`.
-        message: What exactly was found.
+        reason: The code.
+        message: What was found in this sample.
     """
 
-    def __init__(self, reason: str, message: str) -> None:
+    def __init__(self, reason: Reason, message: str) -> None:
         super().__init__(f"{reason}: {message}")
         self.reason = reason
         self.message = message
 
-    def __reduce__(self) -> tuple[type["Rejected"], tuple[str, str]]:
-        """Both parts survive pickling between processes."""
+    def __reduce__(self) -> tuple[type["Rejected"], tuple[Reason, str]]:
+        """Pickling keeps both arguments, so that a rejection travels between processes."""
         return Rejected, (self.reason, self.message)
-
-
-class Reason(StrEnum):
-    """Why an image cannot be used: the reason codes of quarantine."""
-
-    EMPTY = "empty"
-    """Zero bytes."""
-    NOT_AN_IMAGE = "not_an_image"
-    """No known image signature at its start."""
-    UNSUPPORTED = "unsupported"
-    """An image or document, but of a format or pixel type that is not read here, or that cannot be written."""
-    TRUNCATED = "truncated"
-    """The file ends before its own structure does: fetch it again."""
-    CORRUPT = "corrupt"
-    """As long as it says, but its content contradicts itself or its checksums."""
-    TOO_MANY_PIXELS = "too_many_pixels"
-    """The header claims more pixels than allowed. Nothing was decoded."""
-    TOO_SMALL = "too_small"
-    """Smaller than one patch in height or width."""

@@ -1,4 +1,7 @@
-"""Seeds, checksums and names that are safe in files and on terminals."""
+"""Checksums, seeds, and names that are safe in files and on terminals.
+
+All are pure functions of their arguments, equal on every machine. This module knows nothing of jobs or images.
+"""
 
 from __future__ import annotations
 
@@ -8,22 +11,22 @@ from pathlib import Path
 
 
 def checksum_of(local: Path) -> str:
-    """SHA-256 of a local file, hexadecimal; reads it in pieces."""
+    """SHA-256 of a local file, hexadecimal. The file is read in pieces, so memory is bounded."""
     with local.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def file_safe(name: str) -> str:
-    """The name with everything but letters, digits, `_`, `-` and `=` replaced, for use in output file names."""
+    """`name` for use in output file names: everything but letters, digits, `_`, `-` and `=` becomes `_`."""
     return re.sub(r"[^\w=-]", "_", name, flags=re.ASCII)
 
 
 def printable(name: str) -> str:
-    """The name as Unicode that every format can hold: a byte that is no UTF-8 becomes an escape."""
+    """`name` as Unicode that every format can hold: a byte that is not UTF-8 becomes an escape."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 
 def seed_of(*parts: str | int) -> int:
-    """A 64-bit seed from the plan's seed and an image's key: the same on every machine, in any order."""
+    """A 64-bit seed from the plan's seed, an image's key and such. Equal parts give equal seeds on every machine."""
     digest = hashlib.sha256("\0".join(str(part) for part in parts).encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8], "little")

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from pydantic import Field
 
 from pipeline.config import Config
-from pipeline.errors import DamagedDataError, Rejected
+from pipeline.errors import DamagedDataError, Reason, Rejected
 from pipeline.formats import images
 from pipeline.formats.tars import MAX_SHARD_BYTES, TarWriter, make_sample
 from pipeline.identity import checksum_of
@@ -60,13 +60,13 @@ def draw_file(blob: bytes, config: DecodeConfig, threads: int = 1) -> tuple[byte
         height, width = scaled_size(header.height, header.width, config.scale)
         if height * width > config.max_pixels:
             raise Rejected(
-                images.Reason.TOO_MANY_PIXELS,
+                Reason.TOO_MANY_PIXELS,
                 f"the picture would have {width} x {height} pixels, above max_pixels = {config.max_pixels}",
             )
         stages = None if config.stages is None else min(config.stages, header.num_stages)
         gaussians = decode(blob, stages, max_pixels=largest)
     except CodecError as error:
-        raise Rejected("damaged", str(error)) from None
+        raise Rejected(Reason.DAMAGED, str(error)) from None
     picture = draw(gaussians, header.height, header.width, scale=config.scale, threads=threads)
     file = io.BytesIO()
     options = {} if config.format == "png" else {"quality": config.quality}

@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 
 from air.defaults import GRID
 from pipeline.bulk.views import ViewConfig, make_view
-from pipeline.errors import Rejected
+from pipeline.errors import Reason, Rejected
 from pipeline.formats import images, tables
 from pipeline.formats.targets import columns_of
 from pipeline.identity import seed_of
@@ -288,7 +288,7 @@ def _fit(
         return [[stage.to("cpu") for stage in stages] for stages in fitted]
     except (InvalidGaussiansError, NonFiniteLossError) as error:
         if len(pictures) == 1:
-            return [Rejected("non_finite", str(error))]
+            return [Rejected(Reason.NON_FINITE, str(error))]
     except torch.OutOfMemoryError:
         if len(pictures) == 1:
             raise

@@ -21,7 +21,7 @@ from pydantic import Field, model_validator
 from air.defaults import GRID, GROW, GROWING_STEPS, STEPS_AFTER_PREDICTION, STORED_STEPS, start_of_encoding
 from air.errors import CodecError, InvalidGaussiansError, NonFiniteLossError, TargetMissedError
 from pipeline.config import Config
-from pipeline.errors import ConfigError, Rejected
+from pipeline.errors import ConfigError, Reason, Rejected
 from pipeline.formats import images, tables
 from pipeline.formats.tars import MAX_SHARD_BYTES, open_tar
 from pipeline.inputs.shards import list_images, list_shards, read_listing, read_samples
@@ -254,11 +254,11 @@ def encoding_rejects() -> Iterator[None]:
     try:
         yield
     except TargetMissedError as error:
-        raise Rejected("target_missed", str(error)) from None
+        raise Rejected(Reason.TARGET_MISSED, str(error)) from None
     except CodecError as error:
-        raise Rejected(images.Reason.UNSUPPORTED, str(error)) from None
+        raise Rejected(Reason.UNSUPPORTED, str(error)) from None
     except (InvalidGaussiansError, NonFiniteLossError) as error:
-        raise Rejected("non_finite", str(error)) from None
+        raise Rejected(Reason.NON_FINITE, str(error)) from None
 
 
 def measure(blob: bytes, rgb: np.ndarray) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from PIL import Image
 from pydantic import Field, model_validator
 
 from pipeline.config import Config
-from pipeline.formats import images
+from pipeline.errors import Reason, Rejected
 
 
 class ViewConfig(Config):
@@ -85,6 +85,17 @@ def draw_view(height: int, width: int, config: ViewConfig, seed: int) -> ViewBox
     )
 
 
+def check_holds_patch(height: int, width: int, patch_size: int) -> None:
+    """Refuses an image of `height` x `width` pixels that is smaller than one square patch of `patch_size` pixels.
+
+    Raises:
+        Rejected: `too_small`.
+    """
+    if min(height, width) < patch_size:
+        message = f"{width} x {height} pixels; one patch needs {patch_size} x {patch_size}"
+        raise Rejected(Reason.TOO_SMALL, message)
+
+
 def make_view(rgb: np.ndarray, config: ViewConfig, seed: int) -> np.ndarray:
     """One view of an image.
 
@@ -100,7 +111,7 @@ def make_view(rgb: np.ndarray, config: ViewConfig, seed: int) -> np.ndarray:
         Rejected: `too_small`: the image has less than one patch in a direction.
     """
     height, width = rgb.shape[:2]
-    images.check_holds_patch(height, width, config.patch_size)
+    check_holds_patch(height, width, config.patch_size)
     box = draw_view(height, width, config, seed)
     corners = (box.left, box.top, box.right, box.bottom)
     if corners == (0, 0, width, height) and (box.height, box.width) == (height, width):

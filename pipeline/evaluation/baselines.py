@@ -16,8 +16,7 @@ import numpy as np
 import PIL
 from PIL import Image, features
 
-from pipeline.errors import Rejected
-from pipeline.formats import images
+from pipeline.errors import Reason, Rejected
 
 _Options = Mapping[str, Any]
 
@@ -140,6 +139,6 @@ def _encode(baseline: Baseline, picture: Image.Image, setting: float) -> Baselin
         try:
             picture.save(file, baseline.format, **options)
         except (OSError, ValueError) as error:  # such as a side longer than the format allows
-            raise Rejected(images.Reason.UNSUPPORTED, f"{baseline.name} cannot hold it: {error}") from None
+            raise Rejected(Reason.UNSUPPORTED, f"{baseline.name} cannot hold it: {error}") from None
         files.append(file.getvalue())
     return BaselineFile(min(files, key=len), setting, time.perf_counter() - begin)

@@ -32,7 +32,7 @@ from air.stages.control import StageControl
 from air.stages.loop import all_predicted
 from air.stages.predict import predict
 from air.warmup import warm_up
-from pipeline.errors import Rejected
+from pipeline.errors import Reason, Rejected
 from pipeline.evaluation.config import EvaluateConfig
 from pipeline.inputs.pictures import Picture
 from pipeline.predictors import PredictorReference, load
@@ -134,7 +134,7 @@ def measure_pictures(
         except Rejected as rejection:
             rows = _reject(evaluation, picture, rejection)
         except (InvalidGaussiansError, NonFiniteLossError) as error:
-            rows = _reject(evaluation, picture, Rejected("non_finite", str(error)))
+            rows = _reject(evaluation, picture, Rejected(Reason.NON_FINITE, str(error)))
         evaluation.rows += rows
         logger.info("%d of %d pictures done: %s", number + 1, len(pictures), picture.source)
         report(number + 1, rows)

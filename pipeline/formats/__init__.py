@@ -1,1 +1,1 @@
-"""Bytes of images, tars and Parquet tables to arrays and back. It knows no folders and no jobs."""
+"""Reads and writes image files, tars and Parquet tables. This folder must not know storages or jobs."""

@@ -1,13 +1,13 @@
-"""From the bytes of an image file to RGB pixels, or to a named reason why not.
+"""Decodes the bytes of an image file to RGB pixels, or refuses them with a reason.
 
     rgb = decode(data)              # H x W x 3 uint8 in sRGB, upright; raises Rejected
 
-A corpus holds every kind of file, and some of them are broken. Everything that a file can be wrong with is a `Reason`,
-so that a job can count it, put it in quarantine and go on. What a reader would show silently wrong (a JPEG padded with
-grey, a PNG with a bad checksum) is refused too: a target made from it would teach the wrong thing.
+A corpus holds every kind of file, and some files are broken. Each kind of fault has a `Reason`, so that a job can count
+it, put the file in quarantine and go on. Files that most readers show with wrong pixels and no error (a JPEG padded
+with grey, a PNG with a bad checksum) are refused too: a target made from them would teach wrong pixels.
 
-This module must not know where the bytes come from, nor what the pixels are for. It holds no state, and leaves
-Pillow's global settings alone, so that threads may share it.
+This module must not know where the bytes come from, nor what the pixels are for. It holds no state and leaves
+Pillow's global settings alone, so threads may share it.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ from pipeline.errors import DamagedDataError, Reason, Rejected
 logger = logging.getLogger(__name__)
 
 IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
-"""Lower-case file name endings taken for images when a folder is scanned. Decoding goes by content alone."""
+"""File name endings, in lower case, of images in a folder that is scanned. Decoding looks at the content alone."""
 
 MAX_PIXELS = 2**27
-"""The largest image decoded by default: 134 million pixels, 0.4 GB as RGB."""
+"""The largest image that is decoded by default: 134 million pixels, 0.4 GB as RGB."""
 
 WHITE = (255, 255, 255)
 
 
 class ImageInfo(NamedTuple):
-    """What the header says. Width and height are in pixels, of the upright image; mode is Pillow's; frames >= 1."""
+    """The header's content. Width and height are in pixels, of the upright image; mode is Pillow's; frames >= 1."""
 
     format: str
     mode: str
@@ -57,7 +57,7 @@ class ImageInfo(NamedTuple):
         return {"JPEG": "jpg", "TIFF": "tif"}.get(self.format, self.format.lower())
 
 
-# Classes and not Image.open(): that one hides the cause of a failure, and its limit on pixels is a global.
+# Reader classes instead of Image.open(), which hides the cause of a failure and takes its pixel limit from a global.
 _READERS: dict[str, type[ImageFile.ImageFile]] = {
     "JPEG": JpegImageFile,
     "PNG": PngImageFile,
@@ -79,7 +79,7 @@ _SIGNATURES = (
     ("TIFF", 0, b"MM\0*"),
     ("TIFF", 0, b"II+\0"),
     ("TIFF", 0, b"MM\0+"),
-    # Not read, but worth naming in the message.
+    # Formats that are not read, so that the message names them.
     ("AVIF", 4, b"ftypavi"),
     ("HEIF", 4, b"ftyphei"),
     ("HEIF", 4, b"ftypmif1"),
@@ -101,7 +101,7 @@ _SIGNATURES = (
 _GRAY_MODES = ("1", "L", "LA", "La")
 _READABLE_MODES = (*_GRAY_MODES, "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")
 
-# 16-bit samples to the nearest 8-bit ones: 65535 is 255, and the error is at most half a level.
+# The nearest 8-bit sample of each 16-bit sample: 65535 gives 255, and the error is at most half a level.
 _EIGHT_BITS = ((np.arange(65536) * 255 + 32767) // 65535).astype(np.uint8)
 
 _ORIENTATION_TAG = 0x0112
@@ -117,26 +117,26 @@ _TO_UPRIGHT = {
 
 
 def decode(data: bytes, *, background: tuple[int, int, int] = WHITE, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """The first frame of an image file as it is meant to be seen.
+    """The first frame of an image file, upright and in sRGB.
 
-    EXIF orientation is applied. An embedded ICC profile is converted to sRGB (perceptual intent); one that is broken
-    or made for another kind of pixel is ignored, as browsers do. CMYK without a profile is converted by the plain
-    formula. Transparent pixels are composited over `background` in sRGB. 16-bit gray, and 16-bit PNG of any kind, is
-    rounded to the nearest of 256 levels (16-bit colour TIFF is cut to its high byte by Pillow).
+    EXIF orientation is applied. Pixels are converted from an embedded ICC profile to sRGB (perceptual intent); a
+    profile that is broken or made for another kind of pixel is ignored, as browsers do. CMYK without a profile is
+    converted by the plain formula. Transparent pixels are composited over `background` in sRGB. 16-bit gray, and 16-bit
+    PNG of any kind, is rounded to the nearest of 256 levels (Pillow cuts 16-bit colour TIFF to its high byte).
 
-    One kind of damage cannot be told: bytes lost or changed inside a JPEG or WebP that is otherwise whole. The formats
-    have no checksums, and their decoders go on with wrong pixels.
+    One kind of damage goes unnoticed: bytes lost or changed inside a JPEG or WebP that is otherwise whole. These
+    formats have no checksums, and their decoders go on with wrong pixels.
 
     Args:
-        data: The whole file: JPEG, PNG, WebP, GIF, BMP or TIFF, whatever it is called.
-        background: sRGB colour behind transparency, 0 to 255.
-        max_pixels: Largest width x height decoded, checked from the header before any memory is taken for pixels.
+        data: The whole file: JPEG, PNG, WebP, GIF, BMP or TIFF. The file's name plays no part.
+        background: sRGB colour behind transparent pixels, 0 to 255.
+        max_pixels: Largest width x height that is decoded. The header is checked before memory is taken for pixels.
 
     Returns:
         uint8 array of shape (height, width, 3), contiguous and writable, in sRGB.
 
     Raises:
-        Rejected: the file cannot be used; `reason` is a `Reason`.
+        Rejected: The file cannot be used.
     """
     image = _open(data, max_pixels)
     _check_whole(data, image)
@@ -151,14 +151,14 @@ def decode(data: bytes, *, background: tuple[int, int, int] = WHITE, max_pixels:
 
 
 def probe(data: bytes, *, max_pixels: int | None = None) -> ImageInfo:
-    """What the header says, without decoding pixels: a damaged body goes unnoticed.
+    """Reads the header and decodes no pixels, so a damaged body goes unnoticed.
 
     Args:
         data: The whole file.
-        max_pixels: Largest width x height accepted; None accepts any.
+        max_pixels: Largest width x height that is accepted; None accepts any.
 
     Raises:
-        Rejected: empty, not_an_image, unsupported, too_many_pixels, or a header that cannot be read.
+        Rejected: The header cannot be read or is refused.
     """
     image = _open(data, max_pixels)
     with _refusing(data, image.format or ""):
@@ -168,19 +168,8 @@ def probe(data: bytes, *, max_pixels: int | None = None) -> ImageInfo:
         return ImageInfo(image.format or "", image.mode, width, height, getattr(image, "n_frames", 1))
 
 
-def check_holds_patch(height: int, width: int, patch_size: int) -> None:
-    """Refuse an image of `height` x `width` pixels in which not one square patch of `patch_size` pixels fits.
-
-    Raises:
-        Rejected: too_small.
-    """
-    if min(height, width) < patch_size:
-        message = f"{width} x {height} pixels; one patch needs {patch_size} x {patch_size}"
-        raise Rejected(Reason.TOO_SMALL, message)
-
-
 def encode_png(rgb: np.ndarray) -> bytes:
-    """`rgb` (height, width, 3) uint8 as a PNG file: lossless, compressed fast rather than small."""
+    """A PNG file of `rgb`, shape (height, width, 3), uint8: lossless, compressed fast rather than small."""
     if rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[2] != 3 or 0 in rgb.shape:
         raise ValueError(f"encode_png takes (height, width, 3) uint8, not {rgb.shape} {rgb.dtype}")
     file = io.BytesIO()
@@ -189,10 +178,10 @@ def encode_png(rgb: np.ndarray) -> bytes:
 
 
 def decode_png(data: bytes) -> np.ndarray:
-    """What `encode_png` was given: uint8, (height, width, 3), contiguous and writable.
+    """The pixels that `encode_png` was given: shape (height, width, 3), uint8, contiguous and writable.
 
     Raises:
-        DamagedDataError: not a sound PNG of 8-bit RGB.
+        DamagedDataError: `data` is not a sound PNG of 8-bit RGB.
     """
     try:
         image = _open(data, max_pixels=None)
@@ -208,22 +197,22 @@ def decode_png(data: bytes) -> np.ndarray:
 
 @contextmanager
 def _refusing(data: bytes, format_name: str) -> Iterator[None]:
-    """Turn whatever Pillow raises into `Rejected`, truncated or corrupt."""
+    """Turns any exception of Pillow into `Rejected`, `truncated` or `corrupt`."""
     try:
         yield
     except (Rejected, MemoryError):
         raise
     except Image.DecompressionBombError as error:
         raise Rejected(Reason.TOO_MANY_PIXELS, str(error)) from error
-    # Pillow names no set of exceptions: its readers raise SyntaxError, struct.error, zlib.error, KeyError, OSError,
-    # AssertionError ... as the bytes have it, and one odd file must not stop a job.
+    # Pillow documents no set of exceptions: depending on the bytes, its readers raise SyntaxError, struct.error,
+    # zlib.error, KeyError, OSError, AssertionError and more, and one odd file must not stop a job.
     except Exception as error:
         reason = Reason.TRUNCATED if _ends_early(data, format_name) else Reason.CORRUPT
         raise Rejected(reason, f"{format_name}: {type(error).__name__}: {error}") from error
 
 
 def _open(data: bytes, max_pixels: int | None) -> ImageFile.ImageFile:
-    """Read the header, by the reader that the first bytes ask for, and check the size it claims."""
+    """Reads the header with the reader of the format that the first bytes name, and checks the size in the header."""
     if not data:
         raise Rejected(Reason.EMPTY, "the file has 0 bytes")
     format_name = next((name for name, at, mark in _SIGNATURES if data[at : at + len(mark)] == mark), None)
@@ -243,7 +232,7 @@ def _open(data: bytes, max_pixels: int | None) -> ImageFile.ImageFile:
 
 
 def _load(image: ImageFile.ImageFile, data: bytes) -> tuple[Image.Image, Image.Image | None]:
-    """Decode into colour (mode L, RGB or CMYK, 8 bits) and alpha (mode L), None where nothing is transparent."""
+    """Decodes to colour (mode L, RGB or CMYK, 8 bits) and alpha (mode L; None if nothing is transparent)."""
     raw_mode = str(image.tile[0].args) if image.format == "PNG" and image.tile else ""
     if raw_mode.endswith(";16B") or image.mode.startswith("I;16"):
         return _from_deep(_load_deep(image, data, raw_mode), image.info.get("transparency"))
@@ -262,15 +251,15 @@ def _load(image: ImageFile.ImageFile, data: bytes) -> tuple[Image.Image, Image.I
 
 
 def _load_deep(image: ImageFile.ImageFile, data: bytes, raw_mode: str) -> np.ndarray:
-    """16-bit samples, shape (height, width, channels) uint16, channels in the file's order."""
+    """16-bit samples, shape (height, width, channels), uint16, channels in the file's order."""
     if raw_mode == "LA;16B":
-        # Pillow would keep the high bytes only. Four bytes a pixel is also the layout of RGBA, which keeps them all.
+        # Pillow would keep the high bytes only. RGBA also has four bytes per pixel, and reading as RGBA keeps them all.
         image.tile = [tile._replace(args="RGBA") for tile in image.tile]
         image.load()
         raw = np.asarray(image).astype(np.uint16)
         return raw[..., 0::2] << 8 | raw[..., 1::2]
     if raw_mode in ("RGB;16B", "RGBA;16B"):
-        # The same: the high bytes are read as intended, then the low bytes, by naming the other byte order.
+        # Pillow keeps one byte per sample: the high one in the file's byte order, the low one in the opposite order.
         low = PngImageFile(io.BytesIO(data))
         low.tile = [tile._replace(args=raw_mode.replace("16B", "16L")) for tile in low.tile]
         low.load()
@@ -281,7 +270,7 @@ def _load_deep(image: ImageFile.ImageFile, data: bytes, raw_mode: str) -> np.nda
 
 
 def _from_deep(deep: np.ndarray, transparent: object) -> tuple[Image.Image, Image.Image | None]:
-    """As `_load`, from 16-bit samples and PNG's transparent colour, which is given in 16 bits."""
+    """Colour and alpha as in `_load`, from 16-bit samples and PNG's transparent colour, also in 16 bits."""
     channels = deep.shape[2]
     eight = _EIGHT_BITS[deep]
     colour = Image.fromarray(eight[..., 0] if channels < 3 else np.ascontiguousarray(eight[..., :3]))
@@ -294,17 +283,17 @@ def _from_deep(deep: np.ndarray, transparent: object) -> tuple[Image.Image, Imag
 
 
 def _to_srgb(colour: Image.Image, profile_bytes: bytes | None) -> Image.Image:
-    """`colour` (mode L, RGB or CMYK) as RGB in sRGB."""
+    """Converts `colour` (mode L, RGB or CMYK) to RGB in sRGB."""
     if profile_bytes:
         try:
             profile = ImageCms.ImageCmsProfile(io.BytesIO(profile_bytes))
-            core_profile: Any = profile.profile  # its type in Pillow's annotations is wrong
+            core_profile: Any = profile.profile  # Pillow annotates it with the wrong type
             space = core_profile.xcolor_space.strip()
             name = ImageCms.getProfileDescription(profile).strip()
-            if space == "RGB" and colour.mode == "L":  # a gray picture saved by a program that works in RGB
+            if space == "RGB" and colour.mode == "L":  # a program that works in RGB saved a gray picture
                 colour = colour.convert("RGB")
             fits = space == {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK"}[colour.mode]
-            # Converting sRGB to sRGB costs time and moves some values by one.
+            # Converting sRGB to sRGB costs time and changes some values by one.
             if fits and name != "sRGB" and not name.startswith("sRGB IEC61966-2"):
                 converted = ImageCms.profileToProfile(colour, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
                 if converted is not None:
@@ -317,13 +306,13 @@ def _to_srgb(colour: Image.Image, profile_bytes: bytes | None) -> Image.Image:
 
 
 def _orientation(image: ImageFile.ImageFile, data: bytes) -> int:
-    """EXIF orientation, 1 to 8; 1 (upright) where there is none or the EXIF block is broken."""
+    """EXIF orientation, 1 to 8; 1 (upright) if the EXIF block is absent or broken."""
     if image.format == "TIFF":
-        return 1  # Pillow turns these itself
-    # Broken in as many ways as there are cameras: see `_refusing`. The pixels are good without it.
+        return 1  # Pillow turns TIFF images itself
+    # EXIF blocks are broken in many ways: see `_refusing`. The pixels are good without the block.
     with suppress(SyntaxError, ValueError, struct.error, LookupError, TypeError, OSError, EOFError, AttributeError):
         if image.format == "PNG":
-            # The block may stand behind the pixels, and Pillow would decode them to get at it.
+            # The block may follow the pixels, and Pillow would decode them to reach it.
             for kind, body in _png_chunks(data):
                 if kind == b"eXIf":
                     exif = Image.Exif()
@@ -339,7 +328,7 @@ def _as_orientation(exif: Image.Exif) -> int:
 
 
 def _check_whole(data: bytes, image: ImageFile.ImageFile) -> None:
-    """Refuse what Pillow would read without complaint: a file that ends early, or a PNG with a wrong checksum."""
+    """Refuses damage that Pillow passes over: a file that ends early, or a PNG with a wrong checksum."""
     if image.format == "PNG":
         for _ in _png_chunks(data):
             pass
@@ -348,9 +337,9 @@ def _check_whole(data: bytes, image: ImageFile.ImageFile) -> None:
 
 
 def _check_rows_present(image: ImageFile.ImageFile, data: bytes) -> None:
-    """Refuse a PNG whose pixel stream is well formed but too short. Pillow leaves the missing rows black.
+    """Refuses a PNG whose pixel stream is well formed but too short. Pillow leaves the missing rows black.
 
-    Only a picture that ends in black can be one, so that hardly any stream is unpacked twice.
+    Only the stream of a picture whose last rows are black is unpacked a second time.
     """
     if image.format != "PNG" or image.crop((0, max(0, image.height - 2), *image.size)).getbbox(alpha_only=False):
         return
@@ -368,17 +357,17 @@ def _check_rows_present(image: ImageFile.ImageFile, data: bytes) -> None:
     found = 0
     for kind, body in _png_chunks(data):
         while kind == b"IDAT" and body and found < expected:
-            found += len(stream.decompress(body, 2**20))  # a bounded piece: a few bytes may unpack to gigabytes
+            found += len(stream.decompress(body, 2**20))  # in bounded pieces: a few bytes may unpack to gigabytes
             body = stream.unconsumed_tail
     if found + len(stream.flush()) < expected:
-        raise Rejected(Reason.CORRUPT, f"PNG: the pixel stream holds {found} bytes of {expected}")
+        raise Rejected(Reason.CORRUPT, f"PNG: the pixel stream holds {found} of {expected} bytes")
 
 
 def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """(kind, body) of each chunk of a PNG file up to IEND. What follows that is ignored.
+    """(kind, body) of each chunk of a PNG file up to IEND. Bytes after IEND are ignored.
 
     Raises:
-        Rejected: truncated, if the file ends first; corrupt, at the first wrong checksum.
+        Rejected: `truncated` if the file ends before IEND; `corrupt` at the first wrong checksum.
     """
     position = 8
     while True:
@@ -386,11 +375,10 @@ def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
             raise Rejected(Reason.TRUNCATED, f"PNG: the file ends at byte {len(data)}, without an IEND chunk")
         length, kind = struct.unpack_from(">I4s", data, position)
         if not kind.isalpha() or length >= 2**31:
-            raise Rejected(Reason.CORRUPT, f"PNG: no chunk at byte {position}")
+            raise Rejected(Reason.CORRUPT, f"PNG: no valid chunk at byte {position}")
         end = position + 12 + length
         if end > len(data):
-            message = f"PNG: the file ends at byte {len(data)}, its {kind.decode()} chunk at byte {end}"
-            raise Rejected(Reason.TRUNCATED, message)
+            raise Rejected(Reason.TRUNCATED, f"PNG: {len(data)} bytes, but its {kind.decode()} chunk ends at {end}")
         body = data[position + 8 : end - 4]
         if zlib.crc32(body, zlib.crc32(kind)) != int.from_bytes(data[end - 4 : end], "big"):
             raise Rejected(Reason.CORRUPT, f"PNG: wrong checksum in the {kind.decode()} chunk at byte {position}")
@@ -401,7 +389,7 @@ def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
 
 
 def _ends_early(data: bytes, format_name: str) -> bool:
-    """Whether the file's own structure says that more bytes should follow."""
+    """Whether more bytes should follow according to the file's own structure."""
     if format_name == "PNG":
         try:
             for _ in _png_chunks(data):
@@ -421,7 +409,7 @@ def _ends_early(data: bytes, format_name: str) -> bool:
 
 
 def _jpeg_ends_early(data: bytes) -> bool:
-    """Whether the end marker is missing. Segments are stepped over: a thumbnail in one has an end marker of its own."""
+    """Whether the end marker is missing. Segments are skipped: a thumbnail in a segment has its own end marker."""
     position = 2
     while position + 4 <= len(data):
         if data[position] != 0xFF:
@@ -438,10 +426,10 @@ def _jpeg_ends_early(data: bytes) -> bool:
 
 
 def _tiff_ends_early(data: bytes) -> bool:
-    """Whether the first directory, or a strip or tile that it names, lies behind the end."""
+    """Whether the first directory, or a strip or tile that the directory names, reaches beyond the end of the file."""
     order = "<" if data[:2] == b"II" else ">"
     if data[2:4] not in (b"*\0", b"\0*"):
-        return False  # BigTIFF: not worth a second parser
+        return False  # BigTIFF is rare and needs another parser
     sizes = {1: "B", 3: "H", 4: "I"}
     tags: dict[int, tuple[int, ...]] = {}
     try:
@@ -449,12 +437,12 @@ def _tiff_ends_early(data: bytes) -> bool:
         (count,) = struct.unpack_from(order + "H", data, start)
         for entry in range(start + 2, start + 2 + 12 * count, 12):
             tag, kind, values = struct.unpack_from(order + "HHI", data, entry)
-            if tag in (273, 279, 324, 325) and kind in sizes:  # where strips and tiles start, and their lengths
+            if tag in (273, 279, 324, 325) and kind in sizes:  # offsets and lengths of strips and tiles
                 layout = f"{order}{min(values, len(data))}{sizes[kind]}"
                 inline = struct.calcsize(layout) <= 4
                 at = entry + 8 if inline else struct.unpack_from(order + "I", data, entry + 8)[0]
                 tags[tag] = struct.unpack_from(layout, data, at)
-    except struct.error:  # it points behind the end
+    except struct.error:  # an offset beyond the end of the file
         return True
     parts = [*zip(tags.get(273, ()), tags.get(279, ()), strict=False)]
     parts += zip(tags.get(324, ()), tags.get(325, ()), strict=False)

@@ -1,7 +1,7 @@
-"""Every Parquet schema of the project, with units in the field metadata, and how a table is read back.
+"""All Parquet schemas of the project, with units in the field metadata, and writers of such tables.
 
-A column per quantity and a list per image: DuckDB, Polars and pandas read the files with no help of ours. This module
-knows of columns; it knows nothing of how they are computed.
+Each quantity is a column; quantities of Gaussians are a list per image. DuckDB, Polars and pandas read the files
+without this project. This module knows columns and must not know how their values are computed.
 """
 
 from collections.abc import Mapping
@@ -12,10 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 SCHEMA_VERSION = 1
-"""Raised whenever a column changes its name, type or meaning."""
+"""Grows by one whenever a column changes its name, type or meaning."""
 
 ROW_GROUP_BYTES = 64 * 1024 * 1024
-"""A row group is closed when its uncompressed columns reach this."""
+"""A row group ends when its uncompressed columns reach this size."""
 
 GAUSSIAN_QUANTITIES = ("x", "y", "scale_1", "scale_2", "angle", "red", "green", "blue")
 """Column suffixes of one Gaussian, in the order of the raw channels."""
@@ -85,10 +85,10 @@ ENCODED = pa.schema(
         _field("ms_ssim", pa.float32(), "MS-SSIM of the decoded picture, 1 if equal"),
     ]
 )
-"""Encoded images: one row each, in the order of the tar beside it."""
+"""Encoded images: one row each, in the order of the tar that has the files."""
 
 ENCODED_WITH_FILES = ENCODED.append(_field("air", pa.binary(), "the .air file"))
-"""The same where there is no tar."""
+"""Encoded images with the files in the table, for output without a tar."""
 
 QUARANTINE = pa.schema(
     [
@@ -101,8 +101,7 @@ QUARANTINE = pa.schema(
         _field("bytes", pa.int64(), "size of the image's bytes"),
     ]
 )
-"""Images that could not be used, one row each, from every job."""
-
+"""Images that could not be used: one row each, from every job."""
 
 EVALUATION = pa.schema(
     [
@@ -120,7 +119,7 @@ EVALUATION = pa.schema(
         _field("refine_seconds", pa.float64(), "wall time of the optimisation"),
     ]
 )
-"""What predictors reach: one row per image, predictor and number of refinement steps."""
+"""Quality and time of predictors: one row per image, predictor and number of refinement steps."""
 
 CODEC_EVALUATION = pa.schema(
     [
@@ -129,7 +128,7 @@ CODEC_EVALUATION = pa.schema(
         _field(
             "target_bpp",
             pa.float64(),
-            "most bits per pixel of the .air file; others are no larger than it where they can",
+            "limit of the .air file, in bits per pixel; other codecs' files are no larger than that file if possible",
         ),
         _field("height", pa.int32(), "pixels"),
         _field("width", pa.int32(), "pixels"),
@@ -145,11 +144,11 @@ CODEC_EVALUATION = pa.schema(
         _field("decode_seconds", pa.float64(), "wall time from the file to 8-bit pixels, least of three"),
     ]
 )
-"""What codecs reach: one row per image, target and codec."""
+"""Quality, size and time of codecs: one row per image, target and codec."""
 
 
 class RowWriter:
-    """Writes rows to one Parquet file, a row group at a time, so that memory is bounded."""
+    """Writes rows to one Parquet file, one row group at a time, so memory is bounded."""
 
     def __init__(self, path: Path, schema: pa.Schema, metadata: Mapping[str, str]) -> None:
         self._path = path
@@ -160,7 +159,7 @@ class RowWriter:
         self._count = 0
 
     def add(self, rows: list[dict[str, Any]]) -> None:
-        """Takes rows."""
+        """Appends rows, each a value for every column by name."""
         batch = pa.RecordBatch.from_pylist(rows, schema=self._schema)
         self._batches.append(batch)
         self._bytes += batch.nbytes
@@ -169,7 +168,7 @@ class RowWriter:
             self._flush()
 
     def finish(self) -> tuple[Path, int]:
-        """Closes the file, which is there even without rows: readers find its columns. Returns it and its rows."""
+        """Closes the file; returns its path and its number of rows. A file without rows still has its columns."""
         self._flush()
         self._parquet.close()
         return self._path, self._count
@@ -183,12 +182,17 @@ class RowWriter:
 
 
 def stamped(schema: pa.Schema, metadata: Mapping[str, str]) -> pa.Schema:
-    """The schema with file metadata: the schema's version and whatever identifies the run, such as the plan's hash."""
+    """The schema with the schema version and `metadata` as file metadata.
+
+    Args:
+        schema: One of this module's schemas.
+        metadata: Identifies the run, such as the plan's hash.
+    """
     return schema.with_metadata({"air.schema_version": str(SCHEMA_VERSION), **metadata})
 
 
 def open_writer(path: str, schema: pa.Schema) -> pq.ParquetWriter:
-    """A Parquet writer with this project's encodings: zstd, floats split by byte, dictionaries only for short codes."""
+    """A Parquet writer with this project's encodings: zstd, floats split by byte, dictionaries for short codes only."""
     dictionaries = []
     encodings = {}
     for field in schema:

@@ -1,4 +1,4 @@
-"""Rows of the table of targets <-> Gaussians."""
+"""Converts rows of the table of targets to Gaussians and back. This module must not know files or jobs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def gaussians_of(row: Mapping[str, Any], which: str, stages: Sequence[int] | Non
     Args:
         row: A row of the targets table.
         which: `predicted` or `target`.
-        stages: Of which stages; all if not given.
+        stages: Keeps the Gaussians of these stages; None keeps all.
     """
     chosen = slice(None) if stages is None else np.isin(np.asarray(row["stage"]), stages)
     x, y, scale_1, scale_2, angle, *colour = (
@@ -37,7 +37,10 @@ def columns_of(which: str, gaussians: Gaussians) -> dict[str, np.ndarray]:
 
     Args:
         which: `predicted` or `target`.
-        gaussians: On the CPU.
+        gaussians: N Gaussians on the CPU.
+
+    Returns:
+        Arrays of shape (N,).
     """
     quantities = (*gaussians.xy.unbind(1), *gaussians.scale.unbind(1), gaussians.angle, *gaussians.colour.unbind(1))
     return {

@@ -1,4 +1,8 @@
-"""WebDataset tars: written to a byte bound, read as a stream or sample by sample."""
+"""WebDataset tars on this machine's disk: written up to a bound in bytes, counted, and read sample by sample.
+
+A sample is one image file and one JSON member with its description. This module must not know storages, jobs or
+Gaussians.
+"""
 
 from __future__ import annotations
 
@@ -7,30 +11,29 @@ import io
 import json
 import re
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from pipeline.errors import DamagedDataError, Rejected
+from pipeline.errors import DamagedDataError, Reason, Rejected
 from pipeline.formats import images
 from pipeline.identity import printable
 
-# Members that webdataset's iterators pass over.
+MAX_SHARD_BYTES = 256_000_000
+"""Default limit of the bytes of a shard."""
+
+# Members that webdataset's iterators skip.
 _META = re.compile(r"__[^/]*__($|/)")
 
 
-MAX_SHARD_BYTES = 256_000_000
-"""Bytes of a shard at most, unless the configuration says otherwise."""
-
-
 def make_sample(key: str, source: str, info: images.ImageInfo, data: bytes) -> dict[str, Any]:
-    """The WebDataset sample of an image file: its bytes under its format's ending, and a JSON member about it.
+    """The WebDataset sample of an image file: its bytes under its format's ending, and a JSON member that describes it.
 
     Args:
         key: Identifies the image.
-        source: Where it came from.
-        info: What `data` holds.
-        data: The file.
+        source: Where the image came from, for people.
+        info: The header of `data`.
+        data: The image file.
     """
     about = {
         "key": key,
@@ -45,9 +48,9 @@ def make_sample(key: str, source: str, info: images.ImageInfo, data: bytes) -> d
 
 
 class TarWriter:
-    """Writes samples to `<unit>.tar`, then `<unit>-1.tar` and so on where one would grow beyond the limit.
+    """Writes samples to `<unit>.tar`, and to `<unit>-1.tar` and so on when a tar would exceed `max_bytes`.
 
-    Equal samples give equal bytes: times and owners are fixed.
+    A sample larger than `max_bytes` gets a tar of its own. Equal samples give equal bytes: times and owners are fixed.
     """
 
     def __init__(self, unit: str, scratch: Path, max_bytes: int) -> None:
@@ -61,7 +64,7 @@ class TarWriter:
         self._bytes = 0
 
     def add(self, result: dict[str, Any]) -> Mapping[str, float]:
-        """Appends a sample; counts images, bytes and pixels."""
+        """Appends a sample; returns its counts of images, bytes and pixels."""
         key = result["__key__"]
         size = sum(member_bytes(f"{key}.{name}", len(value)) for name, value in result.items() if name != "__key__")
         if self._tar is not None and tar_bytes(self._bytes + size) > self._max_bytes:
@@ -75,7 +78,7 @@ class TarWriter:
         return {"images": 1, "image_bytes": about["bytes"], "pixels": about["width"] * about["height"]}
 
     def finish(self) -> list[tuple[Path, int]]:
-        """Closes the last tar. A unit without samples gives none."""
+        """Closes the last tar; returns each tar with its number of samples. A unit without samples has no tar."""
         self._close()
         return self._files
 
@@ -97,21 +100,21 @@ class TarWriter:
 
 
 def open_tar(stream: BinaryIO) -> Any:
-    """A writer of WebDataset samples {"__key__": key, ending: bytes} to a tar; equal samples give equal bytes."""
-    from webdataset.writer import TarWriter as WebDatasetWriter  # imports torch: only workers pay for it
+    """A writer of WebDataset samples {"__key__": key, ending: bytes} to a tar. Equal samples give equal bytes."""
+    from webdataset.writer import TarWriter as WebDatasetWriter  # imports torch, which only workers need
 
     return WebDatasetWriter(stream, encoder=False, mtime=0, format="GNU_FORMAT")
 
 
 def member_bytes(name: str, size: int) -> int:
-    """What a tar member takes: a header and its content in whole blocks, and as much again for a long name."""
+    """Bytes of a tar member: a header and the content in whole blocks, and for a long name a header and the name."""
     length = len(name.encode("utf-8", "surrogateescape"))
     long_name = tarfile.BLOCKSIZE + _whole(length + 1, tarfile.BLOCKSIZE) if length > tarfile.LENGTH_NAME else 0
     return long_name + tarfile.BLOCKSIZE + _whole(size, tarfile.BLOCKSIZE)
 
 
 def tar_bytes(members: int) -> int:
-    """The size of a tar: its members and two empty blocks, in whole records."""
+    """Bytes of a tar: its members, `members` bytes together, and two empty blocks, in whole records."""
     return _whole(members + 2 * tarfile.BLOCKSIZE, tarfile.RECORDSIZE)
 
 
@@ -120,53 +123,57 @@ def _whole(size: int, unit: int) -> int:
 
 
 def count_samples(local: Path) -> int:
-    """Samples of a local shard: distinct runs of members with one key, as webdataset groups them.
+    """The number of samples in a local tar. As in webdataset, a sample is a run of members with one key.
 
     Raises:
-        DamagedDataError: It is not a whole tar.
+        DamagedDataError: The file is not a whole tar.
     """
-    from webdataset.tariterators import base_plus_ext
-
     count, last = 0, None
     try:
         with tarfile.open(local, mode="r:") as archive:
-            for member in archive:
-                taken = member.isreg() and not _META.match(member.name)
-                key, _ = base_plus_ext(member.name) if taken else (None, None)
-                if key is not None and key != last:
+            for key, _, _ in _sample_members(archive):
+                if key != last:
                     count, last = count + 1, key
-                archive.members = []  # type: ignore[attr-defined]  # a million headers would stay in memory
     except tarfile.TarError as error:
         raise DamagedDataError(f"{local} is not a whole tar: {error}") from None
     return count
 
 
+def _sample_members(archive: tarfile.TarFile) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
+    """(key, ending, member) of each member that belongs to a sample, by the rules of webdataset's iterators."""
+    from webdataset.tariterators import base_plus_ext  # imports torch, which only workers need
+
+    for member in archive:
+        if member.isreg() and not _META.match(member.name):
+            key, ending = base_plus_ext(member.name)
+            if key is not None and ending is not None:
+                yield key, ending, member
+        archive.members = []  # type: ignore[attr-defined]  # else a million headers stay in memory
+
+
 class TarIndex:
-    """A tar on this machine's disk, and where in it the image of each sample lies. Keeps the file open.
+    """The place of each sample's image in a tar. Reads any sample without reading the others.
+
+    The index keeps the file open until `close`. The file may be deleted meanwhile, as a storage deletes its local copy.
 
     Args:
-        local: The tar. It may be unlinked afterwards.
-        uri: What messages call it.
+        local: The tar, on this machine's disk.
+        uri: Names the tar in messages.
 
     Attributes:
-        keys: Of the samples, in the tar's order.
+        keys: The samples' keys, in the tar's order.
 
     Raises:
-        DamagedDataError: It is not a whole tar.
+        DamagedDataError: The file is not a whole tar.
     """
 
     def __init__(self, local: Path, uri: str) -> None:
-        from webdataset.tariterators import base_plus_ext
-
         self.keys: list[str] = []
         self._places: list[tuple[int, int] | None] = []
         self._stream = local.open("rb")
         try:
             with tarfile.open(fileobj=self._stream, mode="r:") as archive:
-                for member in archive:
-                    key, ending = base_plus_ext(member.name) if member.isreg() else (None, None)
-                    if key is None or key.startswith("__"):
-                        continue
+                for key, ending, member in _sample_members(archive):
                     if not self.keys or self.keys[-1] != printable(key):
                         self.keys.append(printable(key))
                         self._places.append(None)
@@ -179,15 +186,18 @@ class TarIndex:
     def read(self, row: int) -> bytes:
         """The bytes of a sample's image.
 
+        Args:
+            row: Position of the sample in `keys`.
+
         Raises:
-            Rejected: The sample has no image.
+            Rejected: `no_image`: the sample has no image member.
         """
         place = self._places[row]
         if place is None:
-            raise Rejected("no_image", "the sample has no image member")
+            raise Rejected(Reason.NO_IMAGE, "the sample has no image member")
         self._stream.seek(place[0], io.SEEK_SET)
         return self._stream.read(place[1])
 
     def close(self) -> None:
-        """Closes the file."""
+        """Closes the file. Closing twice is allowed; reading afterwards raises ValueError."""
         self._stream.close()

@@ -1,1 +1,4 @@
-"""What a job is given: folders, globs, tars, tables, shards and targets, found and read in a fixed order."""
+"""Finds and reads the inputs of jobs: folders, globs, tars, tables, shards and targets, in a fixed order.
+
+This folder must not know what jobs make of the images.
+"""

@@ -1,16 +1,12 @@
-"""Training samples in one global order that no worker, restart or number of workers changes.
+"""Finds and reads samples of targets and shards in any order: for training and for jobs that look at single pictures.
 
-A block is a row group of targets or a shard of images. Every epoch shuffles the blocks, groups them in windows and
-permutes the samples of each window: a pure function of (seed, epoch, block sizes), so nothing is stored. The stream of
-epochs is cut in global batches of constant size, and every rank takes its slice of each. All state is the step number.
-
-This module knows where samples come from and in which order; what is made of their pixels is in
-`pipeline.training.augment`.
+A block is a row group of targets or a whole shard of images. A few blocks are open at a time, so a reader that moves
+from block to block has bounded memory. This module must not know the order in which samples are read, which is in
+`pipeline.training.order`, nor what becomes of their pixels, which is in `pipeline.training.augment`.
 """
 
 from __future__ import annotations
 
-import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,17 +24,15 @@ from pipeline.storage.base import Storage
 from pipeline.work.manifest import committed_units, read_manifests
 from pipeline.work.plan import PLAN_PATH, Unit, read_plan
 
-logger = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True)
 class Block:
-    """Samples that lie together.
+    """Samples that are stored and read together.
 
     Attributes:
-        path: The file, below the input.
-        group: Its row group; None for a tar.
-        count: Samples.
+        path: The file's path below the input.
+        group: The row group in the file; None for a tar.
+        count: Number of samples.
     """
 
     path: str
@@ -47,17 +41,18 @@ class Block:
 
 
 def find_blocks(source: Storage) -> tuple[str, list[Unit], list[Block]]:
-    """What there is to train on.
+    """The blocks of a folder.
 
     Args:
-        source: Output of `air distill` or of `air shard`, or a folder of WebDataset tars.
+        source: The output of `air distill` or `air shard`, or a folder of WebDataset tars.
 
     Returns:
-        "targets" or "images", the committed files as units of a plan, and the blocks.
+        "targets" or "images", the committed files as units of a plan, and the blocks that have samples.
 
     Raises:
-        JobFailedError: The job that fills the folder has not finished.
-        TrainingError: The folder is neither, or holds no samples.
+        JobFailedError: The `air shard` that fills the folder has not finished.
+        TrainingError: The `air distill` that fills the folder has not finished, the folder is the output of another
+            job, or it has no samples.
     """
     job = read_plan(source).job if source.exists(PLAN_PATH) else "shard"
     if job == "distill":
@@ -70,11 +65,11 @@ def find_blocks(source: Storage) -> tuple[str, list[Unit], list[Block]]:
         kind = "images"
     else:
         raise TrainingError(
-            f"{source.uri()} is the output of `air {job}`; train on that of `air distill` or `air shard`"
+            f"{source.uri()} is the output of `air {job}`; give the output of `air distill` or `air shard`"
         )
     blocks = [block for block in blocks if block.count]
     if not blocks:
-        raise TrainingError(f"{source.uri()} holds no samples; see its quarantine folder")
+        raise TrainingError(f"{source.uri()} has no samples; look into its quarantine folder")
     return kind, units, blocks
 
 
@@ -104,51 +99,11 @@ def _row_groups(source: Storage, unit: Unit) -> Iterator[Block]:
         try:
             metadata = pq.ParquetFile(stream).metadata
         except (ValueError, OSError) as error:
-            raise DamagedDataError(f"{source.uri(unit.input)} is no Parquet file: {error}; run `air verify`") from None
+            raise DamagedDataError(
+                f"{source.uri(unit.input)} is not a Parquet file: {error}; run `air verify`"
+            ) from None
         for group in range(metadata.num_row_groups):
             yield Block(unit.input, group, metadata.row_group(group).num_rows)
-
-
-Key = TypeVar("Key", bound=Hashable)
-Value = TypeVar("Value")
-
-
-class _Recent(Generic[Key, Value]):
-    """What was used last, up to a total size.
-
-    Args:
-        limit: Of the sizes together; the last one is kept however large it is.
-        size: Of a value.
-        drop: Called with each value that is given up.
-    """
-
-    def __init__(
-        self, limit: int, size: Callable[[Value], int], drop: Callable[[Value], None] = lambda value: None
-    ) -> None:
-        self._limit = limit
-        self._size = size
-        self._drop = drop
-        self._held: OrderedDict[Key, Value] = OrderedDict()
-        self._total = 0
-
-    def get(self, key: Key, make: Callable[[], Value]) -> Value:
-        if key in self._held:
-            self._held.move_to_end(key)
-            return self._held[key]
-        value = make()
-        self._total += self._size(value)
-        self._held[key] = value
-        while self._total > self._limit and len(self._held) > 1:
-            _, oldest = self._held.popitem(last=False)
-            self._total -= self._size(oldest)
-            self._drop(oldest)
-        return value
-
-    def clear(self) -> None:
-        """Gives up all of it."""
-        while self._held:
-            self._drop(self._held.popitem(last=False)[1])
-        self._total = 0
 
 
 class RawSample(NamedTuple):
@@ -156,9 +111,9 @@ class RawSample(NamedTuple):
 
     Attributes:
         key: Identifies the image.
-        view: Number of its view; 0 where samples are images.
+        view: Number of the view of the image; 0 if the source holds images.
         rgb: Shape (H, W, 3), uint8.
-        row: All columns of its row of targets; None where samples are images.
+        row: All columns of the row of targets; None if the source holds images, or targets are not asked for.
     """
 
     key: str
@@ -168,14 +123,14 @@ class RawSample(NamedTuple):
 
 
 class BlockReader:
-    """Reads samples of blocks. Keeps the blocks of a window open, and images decoded up to a number of bytes.
+    """Reads single samples. Keeps the blocks of a window open, and decoded images up to a number of bytes.
 
     Args:
-        source: Where the blocks are.
-        blocks: All of them.
-        window: How many are read at a time.
+        source: The folder that holds the blocks.
+        blocks: All blocks, as `find_blocks` gives them.
+        window: Number of blocks among which the caller moves back and forth.
         cache_bytes: Memory for decoded images.
-        with_targets: Read the Gaussians, too.
+        with_targets: Read all columns of targets, Gaussians included.
     """
 
     def __init__(
@@ -184,17 +139,21 @@ class BlockReader:
         self._source = source
         self._blocks = blocks
         self._columns = None if with_targets else ["key", "view", "image"]
-        # A batch can reach from one window into the next.
-        self._open: _Recent[int, TarIndex | pa.Table] = _Recent(window + 1, lambda block: 1, _close)
-        self._decoded: _Recent[tuple[int, int], np.ndarray] = _Recent(cache_bytes, lambda rgb: rgb.nbytes)
+        # One more than the window: a batch may reach from one window into the next.
+        self._open: _RecentlyUsed[int, TarIndex | pa.Table] = _RecentlyUsed(window + 1, lambda block: 1, _close)
+        self._decoded: _RecentlyUsed[tuple[int, int], np.ndarray] = _RecentlyUsed(cache_bytes, lambda rgb: rgb.nbytes)
         self._with_targets = with_targets
 
     def read(self, block: int, row: int) -> RawSample:
         """One sample.
 
+        Args:
+            block: Position in `blocks`.
+            row: Position in the block.
+
         Raises:
-            Rejected: Its image cannot be used.
-            DamagedDataError: The block is not what it was.
+            Rejected: The image cannot be used.
+            DamagedDataError: The block has changed since it was found.
         """
         where = self._blocks[block]
         opened = self._open.get(block, lambda: self._load(where))
@@ -206,13 +165,18 @@ class BlockReader:
         return RawSample(values["key"], values["view"], rgb, values if self._with_targets else None)
 
     def name(self, block: int, row: int) -> str:
-        """What a message calls a sample: its key and its file."""
+        """The name of a sample in messages: its key and its file."""
         where = self._blocks[block]
         opened = self._open.get(block, lambda: self._load(where))
         key = opened.keys[row] if isinstance(opened, TarIndex) else opened.column("key")[row].as_py()
         return f"{key} in {self._source.uri(where.path)}"
 
-    def _load(self, block: Block) -> Any:
+    def close(self) -> None:
+        """Closes the open blocks and drops the decoded images. A later `read` opens its block again."""
+        self._open.clear()
+        self._decoded.clear()
+
+    def _load(self, block: Block) -> TarIndex | pa.Table:
         if block.group is None:
             with self._source.local_file(block.path) as local:
                 opened = TarIndex(local, self._source.uri(block.path))
@@ -222,15 +186,55 @@ class BlockReader:
                 opened = pq.ParquetFile(stream).read_row_group(block.group, columns=self._columns)
             count = opened.num_rows
         if count != block.count:
+            _close(opened)
             raise DamagedDataError(
-                f"{self._source.uri(block.path)} holds {count} samples where there were {block.count}; run `air verify`"
+                f"{self._source.uri(block.path)} has {count} samples, expected {block.count}; run `air verify`"
             )
         return opened
 
-    def close(self) -> None:
-        """Closes the blocks that are open, and forgets the images."""
-        self._open.clear()
-        self._decoded.clear()
+
+Key = TypeVar("Key", bound=Hashable)
+Value = TypeVar("Value")
+
+
+class _RecentlyUsed(Generic[Key, Value]):
+    """A cache of the values used last, up to a total size.
+
+    Args:
+        limit: Upper bound of the sum of the sizes. The value used last stays even if it alone is larger.
+        size: The size of a value.
+        drop: Called with each value that leaves the cache.
+    """
+
+    def __init__(self, limit: int, size: Callable[[Value], int], drop: Callable[[Value], None] | None = None) -> None:
+        self._limit = limit
+        self._size = size
+        self._drop = drop
+        self._held: OrderedDict[Key, Value] = OrderedDict()
+        self._total = 0
+
+    def get(self, key: Key, make: Callable[[], Value]) -> Value:
+        """The value of `key`, made by `make` if the cache does not hold it."""
+        if key in self._held:
+            self._held.move_to_end(key)
+            return self._held[key]
+        value = make()
+        self._held[key] = value
+        self._total += self._size(value)
+        while self._total > self._limit and len(self._held) > 1:
+            self._drop_oldest()
+        return value
+
+    def clear(self) -> None:
+        """Drops all values."""
+        while self._held:
+            self._drop_oldest()
+
+    def _drop_oldest(self) -> None:
+        _, value = self._held.popitem(last=False)
+        self._total -= self._size(value)
+        if self._drop is not None:
+            self._drop(value)
 
 
 def _close(block: TarIndex | pa.Table) -> None:

@@ -1,4 +1,7 @@
-"""The photographs that scikit-image and scikit-learn ship, for the demo."""
+"""The photographs in the packages scikit-image and scikit-learn, for the demo.
+
+This module copies files; it must not know what the demo does with them.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from pathlib import Path
 
 from pipeline.errors import ConfigError
 
+# (package, file name)
 PICTURES = (
     ("sklearn.datasets.images", "china.jpg"),
     ("sklearn.datasets.images", "flower.jpg"),
@@ -28,10 +32,10 @@ def collect_pictures(folder: Path, count: int) -> int:
     """Copies the first `count` packaged photographs into a folder.
 
     Returns:
-        How many.
+        The number of photographs copied.
 
     Raises:
-        ConfigError: The packages that ship them are not installed.
+        ConfigError: The packages that contain the photographs are not installed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for package, name in PICTURES[:count]:
@@ -43,4 +47,4 @@ def collect_pictures(folder: Path, count: int) -> int:
                 f"the demo's picture {name} is missing: install scikit-image and scikit-learn "
                 "(pip install 'air-gaussians[demo]')"
             ) from None
-    return count
+    return len(PICTURES[:count])

@@ -1,4 +1,7 @@
-"""The pictures of inputs, in a fixed order, for jobs that look at single images: validation, evaluation."""
+"""The pictures of inputs in a fixed order, for validation and evaluation, which look at single pictures.
+
+This module must not know what the pictures are compared with.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +23,11 @@ from pipeline.work.plan import PLAN_PATH, read_plan
 
 
 class Picture(NamedTuple):
-    """One picture, not read yet.
+    """A picture that is not read yet.
 
     Attributes:
-        source: Where it comes from, for people.
-        read: Its key and its pixels, shape (H, W, 3), uint8. Raises Rejected where they cannot be used.
+        source: Where the picture comes from, for people.
+        read: Returns the key and the pixels, shape (H, W, 3), uint8. Raises Rejected if the picture cannot be used.
     """
 
     source: str
@@ -35,12 +38,12 @@ def find_pictures(inputs: Sequence[str], max_pixels: int = images.MAX_PIXELS) ->
     """All pictures of the inputs.
 
     Args:
-        inputs: Folders, globs, image files, tars and Parquet as `air shard` takes them, and outputs of `air shard` and
-            `air distill`, of which only what is committed counts; local paths or URIs.
-        max_pixels: Larger files are rejected before decoding.
+        inputs: Folders, globs, image files, tars and Parquet files as for `air shard`, and outputs of `air shard` and
+            `air distill`, whose committed files alone count; local paths or URIs.
+        max_pixels: Larger images are rejected before they are decoded.
 
     Raises:
-        ConfigError: An input holds no image, or is the output of another job.
+        ConfigError: An input has no images, or is the output of another job.
         StorageError: An input cannot be read.
     """
     folders = [given for given in inputs if open_storage(given).exists(PLAN_PATH)]
@@ -53,14 +56,14 @@ def find_pictures(inputs: Sequence[str], max_pixels: int = images.MAX_PIXELS) ->
 
 
 def fingerprint(given: str) -> str:
-    """How many pictures an input holds, and a checksum of their names and sizes, which says the same wherever it lies.
+    """The number of pictures of an input and a checksum of their names and sizes. Copies of the input have the same.
 
     Args:
-        given: One input as `find_pictures` takes it. No picture is read.
+        given: One input as for `find_pictures`. No picture is read.
 
     Raises:
-        ConfigError: It holds no image.
-        StorageError: It cannot be read.
+        ConfigError: The input has no images.
+        StorageError: The input cannot be read.
     """
     storage = open_storage(given)
     if storage.exists(PLAN_PATH):
@@ -80,12 +83,12 @@ def _decode(reader: ItemReader, item: Item, max_pixels: int) -> tuple[str, np.nd
 
 
 def _committed(folder: Storage) -> list[Picture]:
-    """Those of a job's output, shard by shard."""
+    """The pictures of a job's output, shard by shard."""
     job = read_plan(folder).job
     if job not in ("shard", "distill"):
         raise ConfigError(
-            f"{folder.uri()} is the output of `air {job}`, which holds no originals: give the images themselves, or "
-            "the output of `air shard` or `air distill`"
+            f"{folder.uri()} is the output of `air {job}`, which has no original images; give the images, or the "
+            "output of `air shard` or `air distill`"
         )
     kind, _, blocks = find_blocks(folder)
     reader = BlockReader(folder, blocks, window=1, cache_bytes=0)

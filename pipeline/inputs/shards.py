@@ -1,7 +1,8 @@
-"""WebDataset shards: tars with one image and one JSON member per sample, written by `air shard`, read by every job.
+"""Lists images and WebDataset shards as units of work, and reads the samples of a unit.
 
-Written and read with webdataset's own tar writer and iterators; visible only through the commit protocol. This module
-knows where samples come from and go to; it knows nothing of Gaussians.
+A shard is a tar with an image member and a JSON member per sample. `air shard` writes shards, and its committed ones
+count; a folder of tars from other programs is taken as well. webdataset's iterators read them. This module must not
+know which job reads the samples, nor anything of Gaussians.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, cast
 
-from pipeline.errors import DamagedDataError, JobFailedError, Rejected
+from pipeline.errors import DamagedDataError, JobFailedError, Reason, Rejected
 from pipeline.formats import images
 from pipeline.formats.tars import count_samples, member_bytes, tar_bytes
 from pipeline.identity import checksum_of, file_safe, printable
@@ -23,23 +24,26 @@ from pipeline.work.manifest import committed_units, read_manifests
 from pipeline.work.plan import PLAN_PATH, Unit, read_plan
 from pipeline.work.process import Sample
 
-# Upper bound on a sample's JSON member, beside its key and source.
+# Upper bound on the bytes of a sample's JSON member without its key and source.
 _ABOUT_BYTES = 256
 
 
 def list_images(
     inputs: Sequence[str], max_count: int, max_bytes: int, image_column: str | None
 ) -> tuple[list[Unit], dict[str, bytes]]:
-    """The images of the inputs as units, no larger than a shard is to be, and the listing of each by its path.
+    """The images of the inputs as units, each small enough for one shard.
 
     Args:
-        inputs: As for `air shard`: folders, globs, tars, Parquet.
+        inputs: As for `air shard`: folders, globs, image files, tars, Parquet files.
         max_count: Most images of a unit.
-        max_bytes: Most bytes of the tar that a unit makes; one larger image stands alone.
-        image_column: Parquet column with image bytes; None: a known name.
+        max_bytes: Most bytes of the tar with a unit's images; an image that is larger has a unit of its own.
+        image_column: Parquet column with image bytes; None takes the first known name.
+
+    Returns:
+        The units, and the content of each unit's listing by the listing's path below the output folder.
 
     Raises:
-        ConfigError: No images, or two with one key.
+        ConfigError: An input has no images, or two images have one key.
         StorageError: An input cannot be read.
     """
     units: list[Unit] = []
@@ -48,7 +52,7 @@ def list_images(
         name = f"shard-{len(units):05d}"
         listing = json.dumps([asdict(item) for item in items], separators=(",", ":")).encode()
         checksum = hashlib.sha256(listing).hexdigest()
-        # Named by its content: a driver with another plan, that will lose, cannot overwrite it.
+        # With the checksum in the name, a driver with another plan, soon refused, does not overwrite the listing.
         path = f"plan/{name}-{checksum[:12]}.json"
         listings[path] = listing
         units.append(
@@ -64,10 +68,10 @@ def list_images(
 
 
 def read_listing(output: Storage, reader: ItemReader, unit: Unit) -> Iterator[Sample]:
-    """The images that a unit's listing names, in its order.
+    """The images that a unit's listing names, in the listing's order.
 
     Raises:
-        DamagedDataError: The listing is not the one that the plan names.
+        DamagedDataError: The listing has changed since the plan was made.
     """
     listing = output.read(unit.input)
     if hashlib.sha256(listing).hexdigest() != unit.sha256:
@@ -78,7 +82,7 @@ def read_listing(output: Storage, reader: ItemReader, unit: Unit) -> Iterator[Sa
 
 
 def _cut(items: Sequence[Item], max_count: int, max_bytes: int) -> Iterator[list[Item]]:
-    """Runs of items within both limits."""
+    """Cuts items into runs within both limits."""
     run: list[Item] = []
     size = 0
     for item in items:
@@ -94,17 +98,17 @@ def _cut(items: Sequence[Item], max_count: int, max_bytes: int) -> Iterator[list
 
 
 def list_shards(storage: Storage, job: str = "shard", ending: str = ".tar") -> list[Unit]:
-    """The shards of a folder as units of another job, sorted by name: the output of a job, or any tars.
+    """The shards of a folder as units of another job, sorted by name.
 
     Args:
-        storage: The folder.
-        job: Whose output it is to be, if it is one.
-        ending: Of the job's files that are the shards.
+        storage: The output of a job, or a folder of tars.
+        job: The job that must have made the output.
+        ending: File name ending of the shards in the job's output.
 
     Raises:
         ConfigError: The folder does not exist.
-        JobFailedError: The job has not finished there, it is the output of another one, or there are no shards.
-        DamagedDataError: A shard has another size than its manifest says.
+        JobFailedError: The job has not finished, the folder is the output of another job, or it has no shards.
+        DamagedDataError: A shard's size differs from its manifest.
     """
     if storage.exists(PLAN_PATH):
         units = list(_committed_shards(storage, job, ending))
@@ -114,7 +118,7 @@ def list_shards(storage: Storage, job: str = "shard", ending: str = ".tar") -> l
             raise missing_input(storage.uri())
         units = [foreign_shard(storage, path) for path, _ in files if path.endswith(".tar")]
     if not units:
-        raise JobFailedError(f"{storage.uri()} holds no shards: no file ends in .tar; make them with `air {job}`")
+        raise JobFailedError(f"{storage.uri()} holds no shards: no file ends in .tar; make shards with `air {job}`")
     return sorted(units, key=lambda unit: unit.name)
 
 
@@ -137,14 +141,14 @@ def _committed_shards(storage: Storage, job: str, ending: str) -> Iterator[Unit]
 
 
 def foreign_shard(storage: Storage, path: str) -> Unit:
-    """A tar that no job vouches for, as a unit. Reads all of it.
+    """A tar without a manifest as a unit. Reads the whole tar.
 
     Raises:
-        DamagedDataError: It is not a whole tar.
+        DamagedDataError: The file is not a whole tar.
     """
     stem = path.removesuffix(".tar")
     name = file_safe(stem)
-    if name != stem:  # `a/b` and `a_b` are two shards
+    if name != stem:  # keeps `a/b` and `a_b` apart
         name += f"-{hashlib.sha256(stem.encode('utf-8', 'surrogateescape')).hexdigest()[:8]}"
     with storage.local_file(path) as local:
         return Unit(
@@ -157,21 +161,21 @@ def foreign_shard(storage: Storage, path: str) -> Unit:
 
 
 def read_samples(storage: Storage, unit: Unit, endings: frozenset[str] = images.IMAGE_EXTENSIONS) -> Iterator[Sample]:
-    """The samples of a shard, in its order.
+    """The samples of a shard, in the shard's order.
 
     Args:
-        storage: Where the shard is.
+        storage: The folder of the shard.
         unit: The shard.
-        endings: Of the members that are the samples' images, with their dots.
+        endings: File name endings, with dots, of the members that are images.
 
     Raises:
-        DamagedDataError: The shard is not what the plan says it is, or is no tar.
+        DamagedDataError: The shard has changed since the plan was made, or is not a WebDataset tar.
     """
     from webdataset.tariterators import group_by_keys, tar_file_iterator
 
     with storage.local_file(unit.input) as local:
         if checksum_of(local) != unit.sha256:
-            raise DamagedDataError(f"input {storage.uri(unit.input)} has changed since the plan was made")
+            raise DamagedDataError(f"input {storage.uri(unit.input)} has changed since the plan was made; restore it")
         with local.open("rb") as stream:
             try:
                 members = ({**member, "__url__": unit.input} for member in tar_file_iterator(cast(Any, stream)))
@@ -180,7 +184,9 @@ def read_samples(storage: Storage, unit: Unit, endings: frozenset[str] = images.
             except tarfile.TarError as error:
                 raise DamagedDataError(f"{storage.uri(unit.input)} is not a whole tar: {error}") from None
             except ValueError as error:  # two members of a sample with one ending
-                raise DamagedDataError(f"{storage.uri(unit.input)} is no WebDataset shard: {error.args[0]}") from None
+                raise DamagedDataError(
+                    f"{storage.uri(unit.input)} is not a WebDataset shard: {error.args[0]}"
+                ) from None
 
 
 def _sample(sample: Mapping[str, Any], unit: Unit, image_endings: frozenset[str]) -> Sample:
@@ -193,11 +199,11 @@ def _sample(sample: Mapping[str, Any], unit: Unit, image_endings: frozenset[str]
             about = json.loads(sample["json"])
             source = about.get("source", source) if isinstance(about, dict) else source
         except ValueError:
-            pass  # a foreign sample's JSON is its own affair
+            pass  # the JSON member of a foreign sample may be anything
 
     def read() -> bytes:
         if data is None:
-            raise Rejected("no_image", f"the sample has no image member (its members end in {', '.join(endings)})")
+            raise Rejected(Reason.NO_IMAGE, f"the sample has no image member (its members end in {', '.join(endings)})")
         return data
 
     return Sample(key, source, read)

@@ -1,7 +1,7 @@
-"""Finding images: in folders, behind globs, in tars and in Parquet files with image bytes.
+"""Finds images in folders, globs, tars and Parquet files, and reads their bytes.
 
-A listing reads names and sizes only. Keys depend on an image's path below the input that was given and on nothing
-else: not on the machine, the order, or what lies beside it.
+Finding reads names and sizes only. An image's key depends on the image's path below the input and on nothing else: not
+on the machine, the order of inputs, or neighbouring files. This module must not decode images.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from itertools import pairwise
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.errors import ConfigError, DamagedDataError, Rejected, StorageError
+from pipeline.errors import ConfigError, DamagedDataError, Reason, Rejected, StorageError
 from pipeline.formats.images import IMAGE_EXTENSIONS
 from pipeline.storage.base import Entry, ForbiddenFileError, MissingFileError, Storage
 from pipeline.storage.open import open_parent, open_storage
@@ -34,16 +34,16 @@ _IMAGE_COLUMNS = ("image", "bytes", "image_bytes", "jpg", "jpeg", "png", "webp",
 
 @dataclass(frozen=True)
 class Item:
-    """Where one encoded image lies.
+    """The place of one encoded image.
 
     Attributes:
-        key: Unique and stable: the path below its input without ending, and 8 hex digits of its full name's hash.
+        key: Unique and stable: the path below the input without ending, and 8 hex digits of the hash of `source`.
         source: The name for people, such as `photos/cat.jpg` or `photos/batch.tar/cat.jpg`.
-        root: Position of its input in the list that was given.
-        path: The file below that input.
-        bytes: Its size; an estimate for a row of Parquet.
-        offset: Where its bytes begin in a tar.
-        row: Its row in a Parquet file.
+        root: Position of the image's input in the list of inputs.
+        path: Path of the file, below the input's storage.
+        bytes: Size of the image; an estimate if it is a row of a Parquet file.
+        offset: First byte of the image in a tar; None elsewhere.
+        row: Row of the image in a Parquet file; None elsewhere.
     """
 
     key: str
@@ -60,10 +60,10 @@ def find_items(inputs: Sequence[str], image_column: str | None = None) -> list[I
 
     Args:
         inputs: Folders, globs, image files, tars and Parquet files; local paths or URIs.
-        image_column: Parquet column with the encoded bytes; by default the first known name that is there.
+        image_column: Parquet column with the encoded bytes; None takes the first known name.
 
     Raises:
-        ConfigError: An input holds no image, or two images would get the same key.
+        ConfigError: An input has no images, or two images have one key.
         StorageError: An input cannot be read.
     """
     items: list[Item] = []
@@ -71,16 +71,16 @@ def find_items(inputs: Sequence[str], image_column: str | None = None) -> list[I
         found = list(_find_in(root, given, image_column))
         if not found:
             endings = ", ".join(sorted(IMAGE_EXTENSIONS))
-            raise ConfigError(f"{given} holds no images (files ending in {endings}, .tar or .parquet)")
+            raise ConfigError(f"{given} holds no images; give files ending in {endings}, .tar or .parquet")
         items += found
     items.sort(key=lambda item: item.key)
     for one, other in pairwise(items):
         if one.key == other.key and one.root == other.root:
-            raise ConfigError(f"{inputs[one.root]} holds {one.source} twice: remove one of them")
+            raise ConfigError(f"{inputs[one.root]} holds {one.source} twice; remove one of them")
         if one.key == other.key:
             raise ConfigError(
-                f"{inputs[one.root]} and {inputs[other.root]} both hold {one.source}: "
-                "give the folders different names, or shard them separately"
+                f"{inputs[one.root]} and {inputs[other.root]} both hold {one.source}; "
+                "give the folders different names, or run the job on each separately"
             )
     return items
 
@@ -104,7 +104,7 @@ def _find_in(root: int, given: str, image_column: str | None) -> Iterator[Item]:
                 )
             except (ConfigError, DamagedDataError) as error:
                 if storage.uri(path) == normalise(given):
-                    raise  # named by the user, not met in a folder
+                    raise  # the user named this file; in a folder it is skipped
                 logger.warning("skipped: %s", error)
                 continue
             yield from inside
@@ -114,11 +114,15 @@ def _find_in(root: int, given: str, image_column: str | None) -> Iterator[Item]:
         raise missing_input(given)
     if skipped:
         kinds = ", ".join(f"{ending} {count}" for ending, count in skipped.most_common(5))
-        logger.info("%s: skipped %d files that are no images, tars or Parquet (%s)", given, skipped.total(), kinds)
+        logger.info("%s: skipped %d files that are not images, tars or Parquet (%s)", given, skipped.total(), kinds)
 
 
 def find_file(given: str) -> tuple[Storage, str]:
-    """Where a single file lies, and its path there. Raises ConfigError if there is none."""
+    """The storage of a single file, and the file's path in the storage.
+
+    Raises:
+        ConfigError: The file does not exist.
+    """
     storage, name = open_parent(given)
     if not storage.exists(name):
         raise missing_input(given)
@@ -126,38 +130,42 @@ def find_file(given: str) -> tuple[Storage, str]:
 
 
 def missing_input(given: str) -> ConfigError:
-    """The error for an input where nothing lies."""
-    return ConfigError(f"{given} does not exist, or is empty")
+    """The error for an input that does not exist."""
+    return ConfigError(f"{given} does not exist, or is empty; check the path")
 
 
 def check_outside(output: Storage, inputs: Sequence[str]) -> None:
-    """Raises ConfigError for an output in one of the inputs, whose next run would find it there, or around one."""
+    """Checks that the output lies outside the inputs, as the next run would take it for input, and not around them.
+
+    Raises:
+        ConfigError: The output lies in an input, or an input lies in the output.
+    """
     for given in inputs:
         if output.uri().startswith(given.rstrip("/") + "/"):
-            raise ConfigError(f"the output {output.uri()} lies in the input {given}: choose a folder outside")
+            raise ConfigError(f"the output {output.uri()} lies in the input {given}; choose a folder outside")
         if given.startswith(output.uri().rstrip("/") + "/"):
-            raise ConfigError(f"the input {given} lies in the output {output.uri()}: choose a folder outside")
+            raise ConfigError(f"the input {given} lies in the output {output.uri()}; choose a folder outside")
 
 
 def root_storage(given: str) -> Storage:
-    """The storage that the item paths of an input are relative to."""
+    """The storage of an input. The paths of its items are relative to this storage's root."""
     return _expand(given)[0]
 
 
 def _expand(given: str) -> tuple[Storage, str, Callable[[], Iterator[Entry]]]:
-    """The storage of an input, the name that stands for it in keys, and what lists its files.
+    """The storage of an input, the input's name in keys, and a function that lists the input's files.
 
-    Listing is left to the caller: it takes long, and workers need the storage alone.
+    The caller lists the files if it needs them: listing takes long, and workers need the storage alone.
     """
     uri = normalise(given)
     try:
         parent, last = open_parent(uri)
     except StorageError:
-        parent, last = open_storage(uri), ""  # a bucket or the root folder has no parent, and is no file
+        parent, last = open_storage(uri), ""  # a bucket or the root folder has no parent and is not a file
     if last and parent.exists(last):
         return parent, posixpath.basename(parent.uri()), lambda: iter([Entry(last, parent.size(last))])
     folder = open_storage(uri)
-    if not _WILDCARDS.search(uri) or next(folder.list(), None):  # a folder may be called `holidays [2020]`
+    if not _WILDCARDS.search(uri) or next(folder.list(), None):  # a folder may have the name `holidays [2020]`
         return folder, posixpath.basename(uri), folder.list
     fixed, pattern = _split_glob(uri)
     above = open_storage(fixed or "/")
@@ -173,7 +181,7 @@ def _split_glob(uri: str) -> tuple[str, str]:
 
 
 def _glob_expression(pattern: str) -> re.Pattern[str]:
-    """As in a shell: `*`, `?` and `[...]` stay within a folder, `**/` crosses folders."""
+    """The regular expression of a glob as in a shell: `*`, `?` and `[...]` match within a folder, `**/` any folders."""
     meanings = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
     tokens = re.split(r"(\*\*/|\*\*|\*|\?|\[[^]]+\])", pattern)
     return re.compile(
@@ -191,10 +199,10 @@ def _find_in_tar(storage: Storage, root: int, path: str, full: str) -> Iterator[
                 if member.isreg() and posixpath.splitext(member.name)[1].lower() in IMAGE_EXTENSIONS:
                     name = posixpath.join(full, member.name.removeprefix("./"))
                     yield Item(_key(name), name, root, path, member.size, offset=member.offset_data)
-                archive.members = []  # type: ignore[attr-defined]  # a million headers would stay in memory
+                archive.members = []  # type: ignore[attr-defined]  # else a million headers stay in memory
     except tarfile.TarError as error:
         where = storage.uri(path)
-        raise DamagedDataError(f"{where} is not a plain tar: {error} (if it is compressed, unpack it first)") from None
+        raise DamagedDataError(f"{where} is not a plain tar: {error}; if it is compressed, unpack it first") from None
 
 
 def _find_in_parquet(storage: Storage, root: int, path: str, full: str, image_column: str | None) -> Iterator[Item]:
@@ -219,7 +227,7 @@ def _find_in_parquet(storage: Storage, root: int, path: str, full: str, image_co
 
 
 def _image_column(schema: pa.Schema, uri: str, wanted: str | None) -> str:
-    """The column with encoded images: binary, or a struct with a binary field `bytes` as Hugging Face writes it."""
+    """The column with encoded images: binary, or a struct with a binary field `bytes`, which Hugging Face writes."""
     candidates = (wanted,) if wanted else _IMAGE_COLUMNS
     for name in candidates:
         if name in schema.names:
@@ -235,14 +243,19 @@ def _image_column(schema: pa.Schema, uri: str, wanted: str | None) -> str:
 
 
 def _key(full: str) -> str:
-    """A WebDataset key out of a path: its last part has no dot, and the hash keeps any two paths apart."""
+    """The WebDataset key of a path: the last part has no dot, and the hash keeps any two paths apart."""
     stem = posixpath.splitext(full)[0]
     readable = re.sub(r"[^\w/=+-]", "_", stem).strip("_/") or "image"
     return f"{readable}-{hashlib.sha256(full.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"
 
 
 class ItemReader:
-    """Reads items' bytes; keeps the last Parquet row group, as items of one unit follow each other."""
+    """Reads the bytes of items. Keeps the last Parquet row group, as the items of a unit are mostly neighbours.
+
+    Args:
+        inputs: The inputs as they were given to `find_items`.
+        image_column: The column as it was given to `find_items`.
+    """
 
     def __init__(self, inputs: Sequence[str], image_column: str | None = None) -> None:
         self._inputs = inputs
@@ -254,9 +267,10 @@ class ItemReader:
         """The encoded image.
 
         Raises:
-            Rejected: `missing`: the file was there when the plan was made, and is gone; or the row is null.
-                `forbidden`: its permissions do not allow reading it.
-            StorageError: It cannot be read for a reason that may pass.
+            Rejected: `missing`: the file was deleted after the plan was made, or the row is null. `forbidden`: the
+                file's permissions do not allow reading it.
+            DamagedDataError: The tar or Parquet file is shorter than when the plan was made.
+            StorageError: The file cannot be read for another reason, which may pass.
         """
         if item.root not in self._storages:
             self._storages[item.root] = root_storage(self._inputs[item.root])
@@ -269,13 +283,15 @@ class ItemReader:
                     stream.seek(item.offset, io.SEEK_SET)
                     data = stream.read(item.bytes)
                 if len(data) != item.bytes:
-                    raise DamagedDataError(f"{storage.uri(item.path)} has shrunk since the plan was made")
+                    raise DamagedDataError(
+                        f"{storage.uri(item.path)} has shrunk since the plan was made; restore the file"
+                    )
                 return data
             return storage.read(item.path)
         except MissingFileError:
-            raise Rejected("missing", "the file is gone since the plan was made") from None
+            raise Rejected(Reason.MISSING, "the file was deleted after the plan was made") from None
         except ForbiddenFileError:
-            raise Rejected("forbidden", "the file's permissions do not allow reading it") from None
+            raise Rejected(Reason.FORBIDDEN, "the file's permissions do not allow reading it") from None
 
     def _read_row(self, storage: Storage, item: Item) -> bytes:
         assert item.row is not None
@@ -294,12 +310,12 @@ class ItemReader:
                     self._group = ((item.root, item.path, first), column)
                     return self._value(column, item.row - first)
                 first += rows
-        raise DamagedDataError(f"{storage.uri(item.path)} has lost rows since the plan was made")
+        raise DamagedDataError(f"{storage.uri(item.path)} has lost rows since the plan was made; restore the file")
 
     @staticmethod
     def _value(column: pa.ChunkedArray, row: int) -> bytes:
         value = column[row].as_py()
         value = value.get("bytes") if isinstance(value, dict) else value
         if value is None:
-            raise Rejected("missing", "the row holds no image bytes")
+            raise Rejected(Reason.MISSING, "the row holds no image bytes")
         return value

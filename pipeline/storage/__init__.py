@@ -1,1 +1,1 @@
-"""Files in local folders and object stores behind one small interface. It knows nothing of what they hold."""
+"""Files in local folders and object stores behind one small interface. This folder must not know what is in a file."""

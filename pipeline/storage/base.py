@@ -1,4 +1,7 @@
-"""What a storage can do, whatever is behind it."""
+"""The interface of a storage, the same for local folders and object stores.
+
+This module must not know any implementation, nor what is in a file.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,11 @@ from pipeline.storage.uri import join
 
 
 class MissingFileError(StorageError):
-    """A file that is not there."""
+    """A file does not exist."""
 
 
 class ForbiddenFileError(StorageError):
-    """A file of this machine that its permissions do not let us touch."""
+    """The permissions of a file on this machine do not allow the access."""
 
 
 class Entry(NamedTuple):
@@ -29,19 +32,19 @@ class Entry(NamedTuple):
 
 
 class Storage(ABC):
-    """A folder, local or remote. Cheap to make, safe to share between threads, and picklable.
+    """A folder, local or remote. Storages are cheap to make, picklable, and threads may share them.
 
-    Paths are relative to the root, with "/" between names; folders come into being with their first file. A process
-    made by `fork` must not use a remote storage that its parent has used: start workers by `spawn`, as Ray does.
+    Paths are relative to the root, with "/" between names; writing a file makes its folders. A process made by `fork`
+    must not use a remote storage that its parent has used: start workers by `spawn`, as Ray does.
 
-    All methods raise `StorageError` with the URI, the cause and a way out; reading what is not there raises its
-    subclass `MissingFileError`.
+    All methods raise `StorageError`, whose message has the URI, the cause and what to do. Reading a file that does not
+    exist raises its subclass `MissingFileError`.
     """
 
     root: str
 
     def uri(self, path: str = "") -> str:
-        """The full location of `path`, fit for `normalise`, for messages and for other tools."""
+        """The full location of `path`, for messages, other tools and `normalise`."""
         return join(self.root, path) if path else self.root
 
     @abstractmethod
@@ -50,22 +53,23 @@ class Storage(ABC):
 
     @abstractmethod
     def open(self, path: str) -> BinaryIO:
-        """A seekable binary reader, buffered: each seek far away costs a remote storage one request."""
+        """A seekable, buffered binary reader. On a remote storage, each seek beyond the buffer costs one request."""
 
     @abstractmethod
     def local_file(self, path: str) -> AbstractContextManager[Path]:
-        """The file on this machine's disk: itself, or a copy that is gone after the block. Read only.
+        """The file on this machine's disk: the file itself, or a copy that is deleted after the block. Read only.
 
-        A copy is fetched in chunks (bounded memory) and is of one version, even when the file is replaced meanwhile.
+        A copy is fetched in chunks, so memory is bounded. If the file is replaced meanwhile, the copy still holds one
+        version, or fetching it raises.
         """
 
     @abstractmethod
     def list(self, prefix: str = "") -> Iterator[Entry]:
-        """All files in the folder `prefix` and below, sorted by path (by code point). A missing folder has no files."""
+        """All files in the folder `prefix` and below, sorted by code points of the path. A missing folder has none."""
 
     @abstractmethod
     def size(self, path: str) -> int:
-        """Bytes of the file."""
+        """The file's size in bytes."""
 
     def exists(self, path: str) -> bool:
         """Whether `path` is a file (a folder is not)."""
@@ -77,35 +81,36 @@ class Storage(ABC):
 
     @abstractmethod
     def write(self, path: str, data: bytes) -> None:
-        """Write a file whole, in place of any that is there."""
+        """Writes a whole file and replaces any file of that path."""
 
     @abstractmethod
     def upload(self, local_file: str | os.PathLike[str], path: str) -> None:
-        """Copy a file of this machine to `path` whole, in bounded memory, in place of any that is there."""
+        """Copies a file of this machine to `path`, whole and in bounded memory, and replaces any file there."""
 
     @abstractmethod
     def put_if_absent(self, path: str, data: bytes) -> bool:
-        """Write a file whole unless there is one. Of any number of callers, anywhere, one gets True.
+        """Writes a whole file unless the path exists. Of any number of callers on any machines, one gets True.
 
-        False says that the file exists. A caller whose earlier answer the network lost gets False (or an error) for
-        a file of its own: before it throws away what the file names, it reads the file back.
+        False says that the file exists. If the network loses the store's answer, the write is repeated, and the caller
+        gets False (or an error) for a file of its own: read the file back before deleting anything that it names.
         """
 
     @abstractmethod
     def delete(self, path: str) -> None:
-        """Remove a file. One that is not there is no error."""
+        """Removes a file. A file that does not exist is not an error."""
 
     def delete_folder(self, path: str) -> None:
-        """Remove all files in a folder and below, and the folder itself where there is such a thing.
+        """Removes all files in a folder and below, and the folder itself on a local file system.
 
-        Only for a folder that nobody writes to at the same time.
+        Nobody may write to the folder at the same time.
         """
         for entry in list(self.list(path)):
             self.delete(entry.path)
 
     @abstractmethod
     def sweep_temporaries(self, older_than: float) -> int:
-        """Remove what killed writers left behind, if last touched more than `older_than` seconds ago; how many.
+        """Removes unfinished writes that were last touched more than `older_than` seconds ago; returns their number.
 
-        Object stores keep none that can be listed: there, a lifecycle rule ends incomplete multipart uploads.
+        Killed writers leave them behind. On an object store there are none to list: there, a lifecycle rule of the
+        bucket ends incomplete multipart uploads.
         """

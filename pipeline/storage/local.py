@@ -1,7 +1,8 @@
-"""The file system of this machine as a `Storage`: writes that are whole and flushed, one winner by hard links.
+"""The file system of this machine as a `Storage`.
 
-A file is written under a temporary name beside its target, flushed to the disk and renamed. This module must not know
-what is in a file. Jobs come here through `pipeline.storage.open.open_storage`.
+A file is written under a temporary name beside its target, flushed to the disk and renamed, so that readers see whole
+files only. `put_if_absent` names the file by a hard link instead, which only one writer can make. This module must not
+know what is in a file. Jobs open storages with `pipeline.storage.open.open_storage`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from pipeline.storage.uri import TEMPORARY_PREFIX, check_path
 
 @dataclass(frozen=True)
 class LocalStorage(Storage):
-    """A folder on a file system of this machine. Shared file systems serve as well: see `put_if_absent`."""
+    """A folder on a file system of this machine. The file system may be shared by machines: see `put_if_absent`."""
 
     root: str
 
@@ -79,10 +80,10 @@ class LocalStorage(Storage):
                 _sync_folder(temporary.parent)
 
     def put_if_absent(self, path: str, data: bytes) -> bool:
-        """As in `Storage`. Rests on hard links, which local disks and NFS have.
+        """As in `Storage`. Uses hard links, which local disks and NFS have.
 
-        A file system without them (FAT, some FUSE mounts) serves the processes of one machine, and several machines
-        only if its `flock` reaches across them.
+        A file system without hard links (FAT, some FUSE mounts) serves the processes of one machine. It serves several
+        machines only if its `flock` holds between machines.
         """
         target = self._local(path)
         with _explained("write", self.uri(path)), _temporary_beside(target) as temporary:
@@ -98,7 +99,7 @@ class LocalStorage(Storage):
     def delete_folder(self, path: str) -> None:
         super().delete_folder(path)
         for folder, _, _ in os.walk(self._local(path), topdown=False):
-            with suppress(OSError):  # somebody has put a file there since
+            with suppress(OSError):  # another process has put a file there meanwhile
                 os.rmdir(folder)
 
     def sweep_temporaries(self, older_than: float) -> int:
@@ -109,7 +110,7 @@ class LocalStorage(Storage):
                     if not name.startswith(TEMPORARY_PREFIX):
                         continue
                     file = Path(folder, name)
-                    with suppress(FileNotFoundError):  # its writer came to an end
+                    with suppress(FileNotFoundError):  # its writer has finished meanwhile
                         if time.time() - file.stat().st_mtime > older_than:
                             file.unlink()
                             removed += 1
@@ -117,7 +118,7 @@ class LocalStorage(Storage):
 
 
 def _walk(folder: Path, name: str, parents: tuple[tuple[int, int], ...] = ()) -> Iterator[Entry]:
-    """Every file below `folder`, whose own path is `name`, in no order. Links are followed, but not in circles."""
+    """All files below `folder`, whose own path is `name`, in any order. Links are followed, but never in circles."""
     try:
         status = folder.stat()
         entries = list(os.scandir(folder))
@@ -131,13 +132,13 @@ def _walk(folder: Path, name: str, parents: tuple[tuple[int, int], ...] = ()) ->
         if entry.is_dir():
             yield from _walk(folder / entry.name, path, (*parents, identity))
         elif not entry.name.startswith(TEMPORARY_PREFIX):
-            with suppress(FileNotFoundError):  # deleted since, or a link to nothing
+            with suppress(FileNotFoundError):  # deleted meanwhile, or a broken link
                 yield Entry(path, entry.stat().st_size)
 
 
 @contextmanager
 def _temporary_beside(target: Path) -> Iterator[Path]:
-    """A fresh name in `target`'s folder, which is made if missing. Nothing of that name is left after the block."""
+    """A new file name in `target`'s folder, which is made if missing. After the block, no file has this name."""
     _make_folder(target.parent)
     temporary = target.parent / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
     try:
@@ -147,7 +148,7 @@ def _temporary_beside(target: Path) -> Iterator[Path]:
 
 
 def _make_folder(folder: Path) -> None:
-    """Like `mkdir -p`, and each new folder survives a crash of the machine."""
+    """Makes a folder as `mkdir -p` does. Each new folder survives a crash of the machine."""
     if folder.is_dir():
         return
     _make_folder(folder.parent)
@@ -156,7 +157,7 @@ def _make_folder(folder: Path) -> None:
 
 
 def _write_through(file: Path, data: bytes) -> None:
-    """Create `file` and return when its bytes are on the disk."""
+    """Creates `file` and returns when its bytes are on the disk."""
     with file.open("xb") as stream:
         stream.write(data)
         stream.flush()
@@ -164,23 +165,23 @@ def _write_through(file: Path, data: bytes) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Put the names in `folder` on the disk: a rename alone may be lost with the machine."""
+    """Flushes the names in `folder` to the disk: without this, a crash of the machine may undo a rename."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that has no such thing
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # this file system cannot flush a folder
             raise
     finally:
         os.close(descriptor)
 
 
 def _move_if_absent(temporary: Path, target: Path) -> bool:
-    """Give the finished file `temporary` the name `target` unless that is taken; whether it was free."""
+    """Gives the finished file `temporary` the name `target` unless the name is taken; returns whether it was free."""
     try:
         os.link(temporary, target)
     except FileExistsError:
-        # NFS repeats a request whose answer was lost and then reports our own link as taken: the count tells.
+        # NFS repeats a request whose answer was lost, and then reports our own link as taken. The link count tells.
         return temporary.stat().st_nlink > 1
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
@@ -190,10 +191,11 @@ def _move_if_absent(temporary: Path, target: Path) -> bool:
 
 
 def _move_if_absent_locked(temporary: Path, target: Path) -> bool:
-    """The same where there are no hard links.
+    """`_move_if_absent` for a file system without hard links.
 
-    Creating `target` with O_EXCL and then filling it would show a partial file after a crash. A rename is whole but
-    does not ask, so asking and renaming happen under a lock on the folder, which the kernel drops if its holder dies.
+    Creating `target` with O_EXCL and then filling it would leave a partial file after a crash. A rename leaves whole
+    files but replaces its target, so the test for `target` and the rename happen under a lock on the folder. The kernel
+    releases the lock if its holder dies.
     """
     descriptor = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -203,7 +205,7 @@ def _move_if_absent_locked(temporary: Path, target: Path) -> bool:
         os.rename(temporary, target)
         return True
     finally:
-        os.close(descriptor)  # drops the lock
+        os.close(descriptor)  # releases the lock
 
 
 _ADVICE = {
@@ -212,9 +214,9 @@ _ADVICE = {
     errno.ENOSPC: "free some space or choose another disk",
     errno.EDQUOT: "free some space or choose another disk",
     errno.EROFS: "choose a folder that can be written",
-    errno.ENOTDIR: "a file stands where a folder is needed; choose another path",
-    errno.EEXIST: "a file stands where a folder is needed; choose another path",
-    errno.EISDIR: "a folder stands where a file is meant; choose another path",
+    errno.ENOTDIR: "a file is where a folder is needed; choose another path",
+    errno.EEXIST: "a file is where a folder is needed; choose another path",
+    errno.EISDIR: "a folder is where a file is meant; choose another path",
     errno.ENOLCK: "this file system has neither hard links nor locks; choose another folder",
     errno.ENAMETOOLONG: "choose a shorter name",
 }
@@ -222,7 +224,7 @@ _ADVICE = {
 
 @contextmanager
 def _explained(action: str, where: str) -> Iterator[None]:
-    """Turn the operating system's errors into ours."""
+    """Turns errors of the operating system into `StorageError`."""
     try:
         yield
     except FileNotFoundError as error:
@@ -230,5 +232,5 @@ def _explained(action: str, where: str) -> Iterator[None]:
     except PermissionError as error:
         raise ForbiddenFileError(f"cannot {action} {where}: permission denied; check its owner and mode") from error
     except OSError as error:
-        advice = _ADVICE.get(error.errno or 0, "check the disk and run it again")
+        advice = _ADVICE.get(error.errno or 0, "check the disk and run the command again")
         raise StorageError(f"cannot {action} {where}: {error.strerror or error}; {advice}") from error

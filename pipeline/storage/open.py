@@ -1,15 +1,15 @@
-"""Files on this machine and in object stores behind one small interface, so that no job cares which it was given.
+"""Opens a location as a `Storage`, so that jobs treat local folders and object stores alike.
 
     storage = open_storage("s3://bucket/targets")        # or a local path, gs://..., az://container/...
     storage.write("plan.json", data)
     for path, size in storage.list("manifest"): ...
 
-Every write is whole: a reader sees the old file, the new file or none, whatever is killed. `put_if_absent` is the one
-primitive that the commit protocol and leases rest on. How both come about is in `storage_local` and `storage_remote`.
+Every write is whole: a reader sees the old file, the new file or none, whichever process is killed. The commit protocol
+needs one primitive, `put_if_absent`. `pipeline.storage.local` and `pipeline.storage.remote` implement both.
 
-Object stores are reached through obstore and configured by the environment variables of their own tools, such as
-AWS_ACCESS_KEY_ID, AWS_REGION, AWS_ENDPOINT_URL and AWS_ALLOW_HTTP, GOOGLE_APPLICATION_CREDENTIALS,
-AZURE_STORAGE_ACCOUNT_NAME. `memory://bucket` lives as long as the process: for tests.
+Object stores are reached through obstore and configured by the environment variables of the stores' own tools, such as
+AWS_ACCESS_KEY_ID, AWS_REGION, AWS_ENDPOINT_URL and AWS_ALLOW_HTTP, GOOGLE_APPLICATION_CREDENTIALS, and
+AZURE_STORAGE_ACCOUNT_NAME. `memory://bucket` is for tests: it lasts as long as the process.
 
 This module must not know what is in a file.
 """
@@ -25,13 +25,13 @@ from pipeline.storage.uri import SCHEME, normalise
 
 
 def open_storage(uri: str | os.PathLike[str]) -> Storage:
-    """The folder `uri` as a `Storage`. Nothing is touched yet: the folder may be missing, the network down.
+    """The folder `uri` as a `Storage`. Opening reads nothing: the folder may not exist and the network may be down.
 
     Raises:
-        StorageError: see `normalise`.
+        StorageError: As for `normalise`.
     """
     root = normalise(uri)
-    # Both build on this module, and a job mostly needs one of them.
+    # Most jobs need one of the two.
     if SCHEME.match(root):
         from pipeline.storage.remote import RemoteStorage
 
@@ -42,10 +42,10 @@ def open_storage(uri: str | os.PathLike[str]) -> Storage:
 
 
 def open_parent(uri: str | os.PathLike[str]) -> tuple[Storage, str]:
-    """The folder of the file `uri`, and the file's name in it: for a single file that a user names.
+    """The folder of the file `uri`, and the file's name in the folder: for a single file that a user names.
 
     Raises:
-        StorageError: see `normalise`; or `uri` is a bucket.
+        StorageError: As for `normalise`; or `uri` is a bucket.
     """
     whole = normalise(uri)
     folder, _, name = whole.rpartition("/")
@@ -55,9 +55,13 @@ def open_parent(uri: str | os.PathLike[str]) -> tuple[Storage, str]:
 
 
 def check_writable(uri: str | os.PathLike[str]) -> None:
-    """Raises StorageError if the file `uri` cannot be written, before work is done for it. Makes the file's folder."""
+    """Checks that the file `uri` can be written, before a job works for hours towards it. Makes the file's folder.
+
+    Raises:
+        StorageError: The file cannot be written.
+    """
     storage, name = open_parent(uri)
-    if os.path.isdir(storage.uri(name)):  # never so for a remote one
+    if os.path.isdir(storage.uri(name)):  # never true of a remote storage
         raise StorageError(f"cannot write {storage.uri(name)}: it is a folder; choose another name")
     probe = f"air-probe-{uuid.uuid4().hex}"
     try:

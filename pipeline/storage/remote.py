@@ -1,7 +1,7 @@
-"""Object stores as a `Storage`, through obstore: S3 and what speaks its protocol, Google Cloud Storage, Azure.
+"""Object stores as a `Storage`, through obstore: S3 and servers with its protocol, Google Cloud Storage, Azure.
 
-Configured by the environment variables of the stores' own tools (see `pipeline.storage.open`). obstore is imported with
-the first use only, so that local work needs none of it. This module must not know what is in a file.
+The environment variables of the stores' own tools configure the stores (see `pipeline.storage.open`). obstore is
+imported at first use, so that local work does not need it. This module must not know what is in a file.
 """
 
 from __future__ import annotations
@@ -25,12 +25,16 @@ from pipeline.storage.uri import TEMPORARY_PREFIX, check_path
 if TYPE_CHECKING:
     from obstore.store import ObjectStore, RetryConfig
 
-_CHUNK_BYTES = 16 * 2**20
-_UPLOAD: Any = {"chunk_size": _CHUNK_BYTES, "max_concurrency": 4}  # 64 MiB in memory while a file goes up
+CHUNK_BYTES = 16 * 2**20
+"""Files are downloaded in chunks of this size."""
+
+UPLOAD: Any = {"chunk_size": CHUNK_BYTES, "max_concurrency": 4}
+"""How obstore uploads a file: at most four chunks, 64 MiB, are in memory."""
+
 _READ_AHEAD_BYTES = 2**20
 
-# A server that refuses is given up after seconds, one that swallows packets or never answers after a minute; obstore's
-# own bounds allow three minutes of silence. Longer outages are for the attempts of the runner.
+# A request to a server that refuses fails after seconds, to a server that does not answer after a minute; obstore's own
+# bounds allow three minutes of silence. For longer outages the runner repeats the whole attempt.
 _RETRY: RetryConfig = {
     "max_retries": 6,
     "retry_timeout": timedelta(seconds=45),
@@ -40,15 +44,15 @@ _RETRY: RetryConfig = {
 
 @dataclass(frozen=True)
 class RemoteStorage(Storage):
-    """A key prefix in a bucket. Connects on first use, and anew in each process."""
+    """A key prefix in a bucket. Each process connects at first use."""
 
     root: str
 
     def __reduce__(self) -> tuple[type[RemoteStorage], tuple[str]]:
-        """The connection stays behind."""
+        """Pickling leaves the connection out."""
         return RemoteStorage, (self.root,)
 
-    # Not at construction: a storage travels to other processes and often is never used where it was made.
+    # Connects lazily: a storage travels to other processes and is often never used in the process that made it.
     @functools.cached_property
     def _store(self) -> ObjectStore:
         scheme, _, rest = self.root.partition("://")
@@ -77,14 +81,14 @@ class RemoteStorage(Storage):
 
     @contextmanager
     def local_file(self, path: str) -> Iterator[Path]:
-        # The suffix stays: readers of some formats go by it. The copy is no open file: a caller may hold thousands.
+        # The copy keeps the suffix, which some readers look at. It is closed, as a caller may hold thousands of copies.
         descriptor, name = tempfile.mkstemp(prefix="air-", suffix=Path(path).suffix)
         try:
             with open(descriptor, "wb") as copy, _explained("download", self.uri(path)):
                 meta = self._store.head(self._key(path))
-                # Ranges and not one stream: each is retried by itself and none outlasts the request timeout.
-                for start in range(0, meta["size"], _CHUNK_BYTES):
-                    end = min(start + _CHUNK_BYTES, meta["size"])
+                # Each range is retried by itself and ends within the request timeout; one long stream would not.
+                for start in range(0, meta["size"], CHUNK_BYTES):
+                    end = min(start + CHUNK_BYTES, meta["size"])
                     options: Any = {"range": (start, end), "if_match": meta["e_tag"]}
                     copy.write(self._store.get(self._key(path), options=options).bytes())
             yield Path(name)
@@ -109,27 +113,29 @@ class RemoteStorage(Storage):
 
     def write(self, path: str, data: bytes) -> None:
         with _explained("write", self.uri(path)):
-            self._store.put(self._key(path), data, **_UPLOAD)
+            self._store.put(self._key(path), data, **UPLOAD)
 
     def upload(self, local_file: str | os.PathLike[str], path: str) -> None:
         source = Path(local_file)
         if not source.is_file():
             raise MissingFileError(f"cannot upload {source}: no such file; check the path")
         with _explained("upload", f"{source} to {self.uri(path)}"):
-            self._store.put(self._key(path), source, **_UPLOAD)
+            self._store.put(self._key(path), source, **UPLOAD)
 
     def put_if_absent(self, path: str, data: bytes) -> bool:
         from obstore.exceptions import AlreadyExistsError
 
-        # A store may also answer "conflict" to a write that only ran into another request. That alone does not prove
-        # that the file exists, so it is looked up.
+        # A store may also answer "conflict" when two requests merely coincide. That answer alone does not prove that
+        # the file exists, so the file is looked up.
         for _ in range(5):
             with _explained("write", self.uri(path)), suppress(AlreadyExistsError):
                 self._store.put(self._key(path), data, mode="create")
                 return True
             if self.exists(path):
                 return False
-        raise StorageError(f"cannot write {self.uri(path)}: other writers and deleters keep interfering; run it again")
+        raise StorageError(
+            f"cannot write {self.uri(path)}: other processes keep writing and deleting it; run the command again"
+        )
 
     def delete(self, path: str) -> None:
         with suppress(MissingFileError), _explained("delete", self.uri(path)):
@@ -140,7 +146,7 @@ class RemoteStorage(Storage):
 
 
 class _RemoteReader(io.RawIOBase):
-    """Random access to one object by range requests. Unbuffered: `io.BufferedReader` goes on top."""
+    """Random access to one object by range requests, unbuffered: wrap it in `io.BufferedReader`."""
 
     def __init__(self, store: ObjectStore, key: str, uri: str, size: int) -> None:
         self._store, self._key, self._uri, self._size = store, key, uri, size
@@ -155,7 +161,7 @@ class _RemoteReader(io.RawIOBase):
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
         if base + offset < 0:
-            raise ValueError(f"seek to {base + offset}: before the start of {self._uri}")
+            raise ValueError(f"cannot seek to {base + offset}, before the start of {self._uri}")
         self._position = base + offset
         return self._position
 
@@ -182,7 +188,7 @@ def _memory_store(bucket: str) -> ObjectStore:
 
 @contextmanager
 def _explained(action: str, where: str) -> Iterator[None]:
-    """Turn obstore's errors into ours."""
+    """Turns errors of obstore into `StorageError`."""
     from obstore.exceptions import BaseError
 
     try:
@@ -197,7 +203,7 @@ def _explained(action: str, where: str) -> Iterator[None]:
 
 
 def _cause(error: Exception) -> str:
-    """The first line of obstore's message: a long dump follows. Of an XML answer, what the server says in it."""
+    """The first line of obstore's message, without the long dump after it, and the text of the server's XML answer."""
     text = str(error)
     first = text.partition("\n")[0].partition("<?xml")[0].rstrip(" :")
     said = re.search("<Message>(.*?)</Message>", text)

@@ -13,8 +13,8 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter
 from pydantic import Field, model_validator
 
+from pipeline.bulk.views import check_holds_patch
 from pipeline.config import Config
-from pipeline.formats import images
 from pipeline.identity import seed_of
 
 
@@ -64,7 +64,7 @@ def make_crop(rgb: np.ndarray, side: int, config: AugmentConfig, seed: int) -> n
     Raises:
         Rejected: `too_small`: the image has less than one patch in a direction.
     """
-    images.check_holds_patch(rgb.shape[0], rgb.shape[1], config.patch_size)
+    check_holds_patch(rgb.shape[0], rgb.shape[1], config.patch_size)
     random = np.random.Generator(np.random.PCG64(seed))
     zoom, place_x, place_y, *chances = random.uniform(size=8)
     crop = _cut(rgb, side, config.patch_size, config.min_zoom + (1 - config.min_zoom) * zoom, place_x, place_y)

@@ -1,1 +1,1 @@
-"""How every bulk job runs: plan, process, commit, resume, audit. It knows nothing of images or Gaussians."""
+"""Runs any bulk job: plan, process, commit, resume, audit. This folder must not know images or Gaussians."""

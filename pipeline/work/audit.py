@@ -1,4 +1,7 @@
-"""Holding an output folder against its own manifests: verification, and the removal of what no manifest names."""
+"""Compares an output folder with its manifests: verifies files, takes back broken commits, removes unnamed files.
+
+This module must not know what a job writes into its files, beyond the number of rows.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +19,12 @@ from pipeline.work.plan import Plan, read_plan
 
 
 def remove_garbage(output: Storage) -> tuple[int, int]:
-    """Removes what no manifest and no plan names: files that killed and beaten attempts left behind.
+    """Removes files that neither a manifest nor the plan names. Attempts that died leave such files behind.
 
-    An attempt that is still at work loses its files, so call this only when none is.
+    An attempt at work would lose its files, so call this only when no attempt is at work.
 
     Returns:
-        How many files were removed, and their bytes.
+        The number of removed files, and their bytes together.
     """
     files, total = 0, 0
     for path, size in _unnamed(output):
@@ -31,7 +34,7 @@ def remove_garbage(output: Storage) -> tuple[int, int]:
 
 
 def _unnamed(output: Storage) -> list[Entry]:
-    """Files in the folders of the protocol that neither the plan nor a manifest names."""
+    """Files in the folders of the commit protocol that neither a manifest nor the plan names."""
     named = {file.path for manifest in read_manifests(output) for file in named_files(manifest)}
     named |= {unit.input for unit in read_plan(output).units}
     return [
@@ -40,7 +43,7 @@ def _unnamed(output: Storage) -> list[Entry]:
 
 
 def check_present(output: Storage, manifests: Sequence[Manifest]) -> None:
-    """Holds the sizes of committed files against a listing, which costs no reading.
+    """Compares the sizes of committed files with a listing of the folder. Reads no file.
 
     Raises:
         DamagedDataError: A file is missing or has another size.
@@ -49,15 +52,16 @@ def check_present(output: Storage, manifests: Sequence[Manifest]) -> None:
     bad = [file.path for manifest in manifests for file in named_files(manifest) if sizes.get(file.path) != file.bytes]
     if bad:
         raise DamagedDataError(
-            f"{output.uri()}: {len(bad)} committed files are missing or cut ({bad[0]} first). "
-            f"`air verify --repair {output.uri()}` takes their commits back; then run this command again."
+            f"{output.uri()}: {len(bad)} committed files are missing or have another size ({bad[0]} first). "
+            f"Run `air verify --repair {output.uri()}`, which takes their commits back; then run this command again."
         )
 
 
 def verify(output: Storage) -> Iterator[str]:
-    """Recounts and rechecksums everything that manifests name; yields one line for each thing that is wrong.
+    """Checks the checksum and the number of rows of every file that a manifest names.
 
-    An output folder that is whole and intact, and holds nothing else, yields nothing.
+    Yields:
+        One line for each fault: a damaged, missing or unnamed file, a broken manifest, a unit that is not done.
     """
     plan = read_plan(output)
     yield from _verify_listings(output, plan)
@@ -76,15 +80,15 @@ def verify(output: Storage) -> Iterator[str]:
             sound = False
             yield f"{path}: {problem}"
     yield from (f"unit {name} is not done" for name in sorted(missing))
-    if sound and not missing:  # else a job may be at work, whose files have no names yet
-        yield from (f"{path} is named by no manifest; `air gc` removes it" for path, _ in _unnamed(output))
+    if sound and not missing:  # otherwise a job may be at work, whose files no manifest names yet
+        yield from (f"no manifest names {path}; `air gc` removes it" for path, _ in _unnamed(output))
 
 
 def repair(output: Storage) -> list[str]:
-    """Takes back every commit that does not verify, so that running the job again does those units anew.
+    """Removes every manifest that does not verify, so that the next run of the job does these units again.
 
     Returns:
-        The manifests that were removed.
+        The paths of the removed manifests.
     """
     plan = read_plan(output)
     planned, plan_hash = {unit.name for unit in plan.units}, plan.hash
@@ -105,7 +109,7 @@ def repair(output: Storage) -> list[str]:
 def _read_commit(output: Storage, path: str) -> Manifest:
     manifest = read_manifest(output, path)
     if path != f"manifest/{manifest.unit}.json":
-        raise DamagedDataError(f"{path}: speaks of {manifest.unit}")
+        raise DamagedDataError(f"{path}: the manifest is of {manifest.unit}")
     return manifest
 
 
@@ -124,7 +128,7 @@ def _verify_commit(output: Storage, planned: set[str], plan_hash: str, manifest:
 def _verify_listings(output: Storage, plan: Plan) -> Iterator[str]:
     for unit in plan.units:
         if not unit.input.startswith("plan/"):
-            continue  # a shard somewhere else
+            continue  # a shard in another folder
         if not output.exists(unit.input):
             yield f"{unit.input} is missing"
         elif hashlib.sha256(output.read(unit.input)).hexdigest() != unit.sha256:

@@ -1,4 +1,7 @@
-"""Where tasks run: in this process, or on Ray. An executor knows how to run a task and nothing of retries or plans."""
+"""The interface of an executor, which runs tasks, and the executor that runs them in this process.
+
+An executor must not know retries or plans, which are the runner's. The executor on Ray is in `pipeline.work.ray`.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ Handle = Hashable
 
 @dataclass(frozen=True)
 class Task:
-    """One attempt at one unit; the arguments of `pipeline.work.process.execute`."""
+    """One attempt at one unit: the arguments of `pipeline.work.process.execute`."""
 
     job: Job
     unit: Unit
@@ -34,9 +37,9 @@ class Failure:
     """An attempt that committed nothing.
 
     Attributes:
-        cause: For people.
-        crashed: The worker died, rather than raised.
-        may_pass: Another attempt could end otherwise.
+        cause: What went wrong, for people.
+        crashed: The worker died, or an unexpected exception ended the attempt.
+        may_pass: Another attempt may succeed.
     """
 
     cause: str
@@ -45,33 +48,34 @@ class Failure:
 
 
 Report = Callable[[Progress], None]
-"""Called with the last word of a unit, in the thread that waits."""
+"""Called with a unit's latest progress, in the thread that calls `wait`."""
 
 
 class Executor(Protocol):
-    """Runs tasks."""
+    """Runs tasks, one or many at a time."""
 
     def window(self) -> int:
-        """How many tasks may be submitted and not ended, now."""
+        """The number of tasks that may be running or waiting at present."""
         ...
 
     def submit(self, task: Task) -> Handle:
-        """Takes a task."""
+        """Accepts a task; returns its handle."""
         ...
 
     def wait(self, handles: Sequence[Handle]) -> list[tuple[Handle, Manifest | Failure]]:
-        """What has ended; empty if nothing did for a while."""
+        """The outcomes of tasks that have ended; empty if no task ends for a while."""
         ...
 
     def cancel(self, handle: Handle) -> None:
-        """Stops a task whose result nobody wants."""
+        """Stops a task. Its outcome is lost."""
         ...
 
 
 def failure_of(error: BaseException) -> Failure:
-    """An exception that a task raised. What the network did may pass, what the data is does not.
+    """The failure for an exception that a task raised.
 
-    One that is not ours came out of some image's processing: it counts as a crash, so that the image will be found.
+    A StorageError may pass; other errors of this project will not. Any other exception came from processing an image:
+    it counts as a crash, so that the runner isolates the images and finds that one.
     """
     if isinstance(error, AirError):
         return Failure(str(error), crashed=False, may_pass=isinstance(error, StorageError))
@@ -79,7 +83,7 @@ def failure_of(error: BaseException) -> Failure:
 
 
 class InlineExecutor:
-    """One task after another in this process, in `wait`. An image that kills its process kills this one."""
+    """Runs one task after another in this process, in `wait`. An image that kills its process kills the whole run."""
 
     def __init__(self, report: Report) -> None:
         self._report = report
@@ -87,7 +91,7 @@ class InlineExecutor:
         self._count = 0
 
     def window(self) -> int:
-        """Always one."""
+        """Always 1."""
         return 1
 
     def submit(self, task: Task) -> Handle:
@@ -97,7 +101,7 @@ class InlineExecutor:
         return self._count
 
     def wait(self, handles: Sequence[Handle]) -> list[tuple[Handle, Manifest | Failure]]:
-        """Runs the first task to its end."""
+        """Runs the first of the tasks to its end."""
         handle = handles[0]
         try:
             return [(handle, execute_attempt(self._tasks.pop(handle), self._report))]
@@ -111,4 +115,5 @@ class InlineExecutor:
 
 
 def execute_attempt(task: Task, report: Report) -> Manifest:
+    """Runs a task in the process that calls this; returns the manifest that is committed."""
     return execute(task.job, task.unit, task.plan_hash, task.output_uri, isolate=task.isolate, report=report)

@@ -1,4 +1,8 @@
-"""Manifests: what exists, as far as readers are concerned."""
+"""Manifests: the commits of units, and the only files that tell readers what an output folder holds.
+
+An attempt at a unit writes its files, then creates `manifest/<unit>.json` with put-if-absent. The first attempt to do
+so has committed; another attempt removes its own files. This module must not know what made the files.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ from pipeline.work.plan import parse_json
 
 
 class DataFile(Config):
-    """A file that a manifest vouches for. `rows` are Parquet rows or WebDataset samples."""
+    """A committed file. `rows` counts Parquet rows or WebDataset samples."""
 
     path: str
     bytes: int
@@ -23,9 +27,18 @@ class DataFile(Config):
 
 
 class Manifest(Config):
-    """What one unit gave; its creation is the commit.
+    """The result of one unit. Creating this file is the commit.
 
-    `summary` holds sums that the job chooses, such as views or decibels, so that totals need no data file.
+    Attributes:
+        unit: Name of the unit.
+        attempt: Drawn at random; part of the names of the attempt's files.
+        plan: Hash of the plan.
+        files: The data files.
+        quarantine: The file of rejected samples; None if every sample was used.
+        samples: Number of samples in the unit, rejected ones included.
+        rejected: Number of rejected samples by reason.
+        seconds: Wall time of the attempt.
+        summary: Sums that the job chooses, such as views or decibels, so that totals need no data file.
     """
 
     unit: str
@@ -40,16 +53,16 @@ class Manifest(Config):
 
 
 def read_manifests(output: Storage) -> Iterator[Manifest]:
-    """All commits of an output folder, by unit."""
+    """All manifests of an output folder, sorted by unit."""
     for path, _ in output.list("manifest"):
         yield read_manifest(output, path)
 
 
 def read_manifest(output: Storage, path: str) -> Manifest:
-    """One commit.
+    """One manifest.
 
     Raises:
-        DamagedDataError: It cannot be understood.
+        DamagedDataError: The file is not a valid manifest.
     """
     return parse_json(Manifest, output, path)
 
@@ -64,34 +77,34 @@ def read_quarantine(output: Storage) -> Iterator[dict[str, Any]]:
 
 
 def committed_units(output: Storage) -> set[str]:
-    """Names of the units that are done, from a listing alone."""
+    """Names of the committed units. Lists the folder and reads no file."""
     return {Path(path).stem for path, _ in output.list("manifest")}
 
 
 def commit(output: Storage, manifest: Manifest) -> Manifest:
-    """Makes the manifest's files visible, unless another attempt was first; then this attempt's files are removed.
+    """Commits an attempt, or removes its files if another attempt has committed the unit.
 
     Returns:
-        The manifest in place.
+        The committed manifest: `manifest`, or that of the other attempt.
     """
     path = f"manifest/{manifest.unit}.json"
     if output.put_if_absent(path, manifest.model_dump_json(indent=1).encode()):
         return manifest
     winner = read_manifest(output, path)
     for file in named_files(manifest):
-        # A put that was retried after a lost answer finds its own manifest in place: then nothing is garbage.
+        # A put that was repeated after a lost answer finds its own manifest. Then the files are committed.
         if winner.attempt != manifest.attempt:
             output.delete(file.path)
     return winner
 
 
 def named_files(manifest: Manifest) -> list[DataFile]:
-    """All files that the manifest vouches for."""
+    """All files that the manifest names."""
     return [*manifest.files, *([manifest.quarantine] if manifest.quarantine else [])]
 
 
 def count_rows(files: Iterable[DataFile]) -> int:
-    """Rows of the tables among committed files, or samples where there are tars alone."""
+    """The number of rows in the Parquet files among committed files; without Parquet files, of samples in the tars."""
     files = list(files)
     tables_alone = [file for file in files if file.path.endswith(".parquet")]
     return sum(file.rows for file in tables_alone or files)

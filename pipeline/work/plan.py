@@ -1,14 +1,16 @@
-"""How bulk work is planned and committed, exactly once whatever dies (architecture: plan, process, commit).
+"""Plans of bulk work, and the layout of an output folder.
 
-An output folder holds
+The commit protocol is plan, process, commit. It commits each unit exactly once, whichever process dies. An output
+folder holds
 
-    plan.json                          what is to be done; another plan in the same folder is refused
-    plan/<unit>.json                   listings that the plan names by checksum, where a unit is many input files
-    data/<unit>-<attempt>.*            results, invisible until a manifest names them
-    quarantine/<unit>-<attempt>.parquet
-    manifest/<unit>.json               created with put-if-absent: the commit
+    plan.json                              the work; another plan in the same folder is refused
+    plan/<unit>-<checksum>.json            listings of input files, for units that are not a shard
+    data/<unit>-<attempt>.*                results, invisible until a manifest names them
+    quarantine/<unit>-<attempt>.parquet    rejected samples, invisible likewise
+    manifest/<unit>.json                   the commit, created with put-if-absent (`pipeline.work.manifest`)
 
-A unit is the work of one task: an input shard, or a list of input files. This module knows nothing of Ray or of images.
+A unit is the work of one task: an input shard, or a list of input files. This module must not know Ray, images or what
+a job does with a unit.
 """
 
 from __future__ import annotations
@@ -26,18 +28,21 @@ from pipeline.identity import printable
 from pipeline.storage.base import Storage
 
 PLAN_PATH = "plan.json"
+"""Path of the plan in an output folder. A folder with this file is the output of a job."""
+
 MAX_DIFFERENCES_SHOWN = 8
+"""Differences between two plans that the message of `PlanMismatchError` lists."""
 
 
 class Unit(Config):
     """The work of one task.
 
     Attributes:
-        name: Unique in the plan, safe as a file name; outputs are named after it.
-        input: Path of the input shard or of the listing of input files, below the plan's source or output.
-        bytes: Size of the input.
-        sha256: Checksum of that shard or listing.
-        samples: How many samples it holds, where that is known beforehand.
+        name: Unique in the plan and safe as a file name. Output files carry this name.
+        input: Path of the input shard below the plan's source, or of the listing below the output folder.
+        bytes: Size of the shard, or sum of the sizes of the listed images.
+        sha256: Checksum of the shard or of the listing.
+        samples: Number of samples; None if planning does not count them.
     """
 
     name: str
@@ -48,9 +53,9 @@ class Unit(Config):
 
 
 class Plan(Config):
-    """What a job is to do in an output folder. Equal plans give equal results.
+    """The work of a job in an output folder. Equal plans give equal results.
 
-    `source` tells where the input lies now; it may move, so it is not compared.
+    `source` is the present place of the input. Inputs may move, so `hash` and `differences` leave `source` out.
     """
 
     job: str
@@ -62,12 +67,12 @@ class Plan(Config):
 
     @property
     def hash(self) -> str:
-        """SHA-256 over all that results depend on, hexadecimal."""
+        """SHA-256 of everything that results depend on, hexadecimal."""
         return hashlib.sha256(self.model_dump_json(exclude={"source"}).encode()).hexdigest()
 
     @staticmethod
     def make(job: str, config: Config, units: Iterable[Unit], source: Iterable[str]) -> Plan:
-        """The plan of `job` with this version of the code."""
+        """The plan of a job with this version of the code."""
         return Plan(
             job=job,
             schema_version=tables.SCHEMA_VERSION,
@@ -78,7 +83,7 @@ class Plan(Config):
         )
 
     def differences(self, other: Plan) -> list[str]:
-        """What distinguishes `other` from this plan, one line each: `key: ours -> theirs`."""
+        """The differences between this plan and `other`, one line each: `key: ours -> theirs`."""
         found = []
         for name in ("job", "schema_version", "code_version"):
             if getattr(self, name) != getattr(other, name):
@@ -102,22 +107,22 @@ class Plan(Config):
 
 
 def settle_plan(output: Storage, plan: Plan, listings: Mapping[str, bytes] | None = None) -> Plan:
-    """Writes the plan into a fresh folder, or holds it against the one that is there.
+    """Writes the plan into a new folder, or compares it with the folder's plan.
 
     Args:
         output: The output folder.
-        plan: What is to be done.
-        listings: Files that units name as their input, by path below the output.
+        plan: The plan of the run that begins.
+        listings: Contents of the listings that units name as their input, by path below the output folder.
 
     Returns:
-        The plan, now that of the folder.
+        The plan, equal to the folder's plan but for the source.
 
     Raises:
         PlanMismatchError: The folder belongs to another plan; the message lists what differs.
-        StorageError: The folder holds files but no plan.
+        StorageError: The folder has files but no plan.
     """
     if not output.exists(PLAN_PATH):
-        # Listings come first, so a plan never names one that is missing; they may be left of a run that died here.
+        # Listings are written first, so a plan never names a missing listing. A run that died here leaves listings.
         stranger = next((path for path, _ in output.list("") if not path.startswith("plan/")), None)
         if stranger is not None:
             raise StorageError(
@@ -133,8 +138,8 @@ def settle_plan(output: Storage, plan: Plan, listings: Mapping[str, bytes] | Non
         more = len(differences) - MAX_DIFFERENCES_SHOWN
         rest = f"\n  and {more} more" if more > 0 else ""
         raise PlanMismatchError(
-            f"{output.uri()} belongs to another plan; it differs (there -> now) in{shown}{rest}\n"
-            "Run with the plan it was begun with, or choose a new folder."
+            f"{output.uri()} belongs to another plan. The differences (that plan -> this run):{shown}{rest}\n"
+            "Run with the settings and inputs of that plan, or choose a new folder."
         )
     return plan
 
@@ -143,8 +148,8 @@ def read_plan(output: Storage) -> Plan:
     """The plan of an output folder.
 
     Raises:
-        StorageError: There is none: the folder is not the output of a job.
-        DamagedDataError: It cannot be understood.
+        StorageError: The folder has no plan, so it is not the output of a job.
+        DamagedDataError: The file is not a valid plan.
     """
     if not output.exists(PLAN_PATH):
         raise StorageError(f"{output.uri(PLAN_PATH)} does not exist: {output.uri()} is not the output of a job")
@@ -152,10 +157,15 @@ def read_plan(output: Storage) -> Plan:
 
 
 def parse_json(model: type[ConfigT], output: Storage, path: str) -> ConfigT:
+    """A plan or manifest from its file.
+
+    Raises:
+        DamagedDataError: The file is not valid JSON of the model.
+    """
     try:
         values = json.loads(output.read(path))
         if not isinstance(values, dict):
-            raise ValueError("no JSON object")
+            raise ValueError("the file is not a JSON object")
         return build(model, values, path)
     except (ValueError, ConfigError) as error:
         raise DamagedDataError(f"{output.uri(path)} is not a {model.__name__.lower()}: {error}") from None

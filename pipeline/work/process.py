@@ -1,7 +1,7 @@
-"""What a worker does with one unit: read its samples, process each, write the results, commit.
+"""Works on one unit in the worker: reads the samples, processes each, writes the results, commits.
 
-A job says what a sample's result is; everything around it is here and the same for all jobs. This module knows nothing
-of Ray: it runs wherever it is called.
+A `Job` says what the result of a sample is; the rest is here and the same for all jobs. This module must not know Ray,
+retries or other units.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import pyarrow as pa
 
 from air.errors import AirError
 from air.version import __version__
-from pipeline.errors import Rejected
+from pipeline.errors import Reason, Rejected
 from pipeline.formats import tables
 from pipeline.identity import checksum_of, printable
 from pipeline.storage.base import Storage
@@ -36,12 +36,12 @@ from pipeline.work.plan import Unit
 
 @dataclass(frozen=True)
 class Sample:
-    """One input image. `read` gives its bytes, so that a listing costs no I/O and a failure has a name.
+    """One input image whose bytes are not read yet, so listing costs no I/O and a failed read is told of its sample.
 
     Attributes:
         key: Identifies the image; stable.
         source: Where the image came from, for people.
-        read: Its encoded bytes. Raises Rejected for one that is gone.
+        read: Returns the encoded bytes. Raises Rejected if there are none to read.
     """
 
     key: str
@@ -51,7 +51,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """A sample whose bytes are at hand: all that a job's `process` may depend on, beside its configuration."""
+    """A sample with its bytes. Together with the job's configuration, it determines the result of `Job.process`."""
 
     unit: str
     key: str
@@ -60,58 +60,66 @@ class EncodedImage:
 
 
 class Writer(Protocol):
-    """Writes the results of one unit into local files of a scratch folder, in bounded memory.
+    """Writes the results of one unit to local files in a scratch folder, in bounded memory.
 
-    Files are called `<unit>.<ending>`, or `<unit>-<n>.<ending>` where there are several.
+    The first file's name is `<unit>.<ending>`; further files are `<unit>-<n>.<ending>`.
     """
 
     def add(self, result: Any) -> Mapping[str, float]:
-        """Takes the result of one sample; returns what it adds to the summary."""
+        """Appends the result of one sample; returns its contributions to the summary."""
         ...
 
     def finish(self) -> list[tuple[Path, int]]:
-        """Closes and returns the files with the rows of each."""
+        """Closes the files; returns each with its number of rows."""
         ...
 
 
 class Job(Protocol):
-    """A bulk job. It must pickle: it travels to the workers, which keep models and kernels in module state."""
+    """A bulk job. Jobs travel to workers, so they must pickle; workers keep models and kernels in module state."""
 
     name: ClassVar[str]
 
     def prepare(self, say: Callable[[str], None]) -> None:
-        """Gets the worker ready before its first sample; says what takes long."""
+        """Gets the worker ready before the first sample. Calls `say` with what takes long."""
         ...
 
     def samples(self, unit: Unit, scratch: Path) -> Iterator[Sample]:
-        """The unit's samples in order. Raises for a unit that is not what the plan says."""
+        """The unit's samples in order. Raises DamagedDataError if the input is not what the plan says."""
         ...
 
     def process(self, image: EncodedImage) -> Any:
-        """The result for one image; depends on nothing but the image and the configuration. Raises Rejected."""
+        """The result for one image; depends on the image and the configuration alone. Raises Rejected."""
         ...
 
     def writer(self, unit: Unit, scratch: Path, metadata: Mapping[str, str]) -> Writer:
-        """A fresh writer for the unit's results."""
+        """A new writer for the unit's results. `metadata` goes into the files if their format has room for it."""
         ...
 
 
 @runtime_checkable
 class BatchJob(Job, Protocol):
-    """A job that gains from taking several images at once, as one on a GPU does. No result depends on the others."""
+    """A job that is faster with several images at once, such as a job on a GPU. Results stay independent."""
 
     def batch_size(self) -> int:
-        """How many images `process_many` is to get at once, here; asked after `prepare`."""
+        """The number of images per call of `process_many` on this worker. Called after `prepare`."""
         ...
 
     def process_many(self, encoded: Sequence[EncodedImage]) -> list[Any]:
-        """For each image what `process` returns, or the Rejected that it raises."""
+        """For each image the value that `process` returns, or the Rejected that `process` raises."""
         ...
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far one attempt has come, and what it is busy with where that is no sample."""
+    """The progress of one attempt.
+
+    Attributes:
+        unit: Name of the unit.
+        samples: Samples done, rejected ones included.
+        rejected: Samples rejected.
+        summary: The job's sums so far.
+        note: The present work if it is not a sample, such as compiling.
+    """
 
     unit: str
     samples: int = 0
@@ -129,19 +137,19 @@ def execute(
     isolate: bool = False,
     report: Callable[[Progress], None] = lambda progress: None,
 ) -> Manifest:
-    """Does one unit and commits it; the whole of what a worker does.
+    """Makes one attempt at a unit, from reading its samples to the commit.
 
     Args:
-        job: What to do.
-        unit: With what.
-        plan_hash: Hash of the plan, stamped on every file.
+        job: The job.
+        unit: The unit.
+        plan_hash: Hash of the plan, written into every file.
         output_uri: The output folder.
-        isolate: Run every image in a child process, and put whatever happens there on the image: one that kills its
-            process, or fails in a way that nobody foresaw, is found and quarantined.
+        isolate: Process every image in a child process. An image that kills its process or raises an unexpected error
+            is then quarantined, instead of ending the attempt.
         report: Called when the work begins and after every sample.
 
     Returns:
-        The manifest that is now in place: this attempt's, or that of another attempt which came first.
+        The committed manifest: this attempt's, or that of another attempt that committed first.
     """
     output = open_storage(output_uri)
     attempt = uuid.uuid4().hex[:12]
@@ -153,7 +161,7 @@ def execute(
     with tempfile.TemporaryDirectory(prefix="air-") as folder, _Caller(job, isolate) as call:
         scratch = Path(folder)
         job.prepare(lambda note: report(Progress(unit.name, note=note)))
-        report(Progress(unit.name))  # an attempt that hangs in its first sample is known to have begun
+        report(Progress(unit.name))  # so that an attempt that hangs in its first sample counts as begun
         writer = job.writer(unit, scratch, metadata)
         for samples in batched(job.samples(unit, scratch), call.batch_size()):
             contents = [_content(sample) for sample in samples]
@@ -199,14 +207,14 @@ T = TypeVar("T")
 
 
 def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Runs of `size` items, the last one shorter; takes no item before it is needed."""
+    """Lists of `size` items, the last list possibly shorter. Takes an item only when its list is due."""
     remaining = iter(items)
     while batch := list(islice(remaining, size)):
         yield batch
 
 
 def _content(sample: Sample) -> bytes | Rejected:
-    """The sample's bytes, or why there are none."""
+    """The sample's bytes, or the rejection that reading raised."""
     try:
         return sample.read()
     except Rejected as rejection:
@@ -227,7 +235,7 @@ def _quarantine_row(
         "key": sample.key,
         "shard": unit.name,
         "stage": job.name,
-        "reason": rejection.reason,
+        "reason": rejection.reason.value,
         "message": printable(f"{sample.source}: {rejection.message}"),
         "sha256": "" if data is None else hashlib.sha256(data).hexdigest(),
         "bytes": len(data or b""),
@@ -235,7 +243,7 @@ def _quarantine_row(
 
 
 class _Caller:
-    """Has the job process images: here, or each alone in a child process that may die of it."""
+    """Lets the job process images, in this process or each alone in a child process, which an image may kill."""
 
     def __init__(self, job: Job, isolate: bool) -> None:
         self._job = job
@@ -250,11 +258,11 @@ class _Caller:
             self._pool.shutdown(cancel_futures=True)
 
     def batch_size(self) -> int:
-        """How many images to pass at once."""
+        """The number of images to pass at once."""
         return self._job.batch_size() if isinstance(self._job, BatchJob) and not self._isolate else 1
 
     def __call__(self, images: Sequence[EncodedImage]) -> list[Any]:
-        """For each image its result, or a Rejected."""
+        """For each image its result, or the Rejected."""
         if isinstance(self._job, BatchJob) and len(images) > 1:
             return self._job.process_many(images)
         return [self._result(image) for image in images]
@@ -271,14 +279,15 @@ class _Caller:
         except BrokenProcessPool:
             pass
         try:
-            return self._in_child(image)  # once may be the machine's fault, such as a neighbour that took the memory
+            return self._in_child(image)  # the first death may be the machine's fault, such as too little memory
         except BrokenProcessPool:
-            raise Rejected("killed_worker", "its process died of it, twice: crash or out of memory") from None
+            message = "it killed its process twice: a crash, or too little memory"
+            raise Rejected(Reason.KILLED_WORKER, message) from None
 
     def _in_child(self, image: EncodedImage) -> Any:
         if self._pool is None:
             pool = ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn"))
-            pool.submit(os.getpid).result()  # a child that cannot start is no image's fault
+            pool.submit(os.getpid).result()  # if the child cannot start, this raises here and blames no image
             self._pool = pool
         try:
             return self._pool.submit(self._job.process, image).result()
@@ -288,4 +297,4 @@ class _Caller:
         except (AirError, OSError, MemoryError):
             raise
         except Exception as error:
-            raise Rejected("failed", f"{type(error).__name__}: {error}") from error
+            raise Rejected(Reason.FAILED, f"{type(error).__name__}: {error}") from error

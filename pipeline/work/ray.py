@@ -1,4 +1,8 @@
-"""Units of work on Ray."""
+"""The executor on Ray, and the Ray session that it needs.
+
+Ray is imported at first use, so that inline work does not need it. This module must not know retries or plans, which
+are the runner's, nor what a job does.
+"""
 
 from __future__ import annotations
 
@@ -16,26 +20,22 @@ from typing import Any
 
 from pipeline.config import RunnerConfig
 from pipeline.errors import ConfigError, JobFailedError
-from pipeline.work.executor import Failure, Handle, Report, Task, execute_attempt, failure_of, logger
+from pipeline.work.executor import Failure, Handle, Report, Task, execute_attempt, failure_of
 from pipeline.work.manifest import Manifest
 from pipeline.work.process import Progress
 
-_POLL_SECONDS = 0.5
+logger = logging.getLogger(__name__)
 
-
-_REPORT_SECONDS = 0.5
-
-
-_CONNECT_SECONDS = 10.0
-
-
+_POLL_SECONDS = 0.5  # between looks at the board and at tasks
+_REPORT_SECONDS = 0.5  # between two posts of a worker
+_CONNECT_SECONDS = 10.0  # for the head of a cluster to answer
 _MEGABYTE = 1_000_000
 
 
 class RayExecutor:
-    """Tasks on a Ray cluster. Ray must be initialised.
+    """Runs tasks on a Ray cluster. Ray must be initialised.
 
-    Ray itself retries nothing (`max_retries=0`): the runner counts attempts and crashes, and must see them.
+    Ray itself repeats no task (`max_retries=0`), because the runner must see and count attempts and crashes.
     """
 
     def __init__(self, config: RunnerConfig, report: Report) -> None:
@@ -53,7 +53,7 @@ class RayExecutor:
         self._asked = 0.0
 
     def window(self) -> int:
-        """As many as configured, else twice what the cluster can run now, so that no worker waits for the driver."""
+        """`workers` of the configuration, else twice what the cluster can run now, so that workers never wait."""
         if self._config.workers:
             return self._config.workers
         resources = self._ray.cluster_resources()
@@ -69,7 +69,7 @@ class RayExecutor:
         return self._work.remote(task, self._board)
 
     def wait(self, handles: Sequence[Handle]) -> list[tuple[Handle, Manifest | Failure]]:
-        """Waits half a second at most; passes on what workers posted meanwhile."""
+        """Waits half a second at most, and reports the progress that workers posted meanwhile."""
         self._pass_on()
         ready, _ = self._ray.wait(list(handles), num_returns=len(handles), timeout=0)
         if not ready:
@@ -84,7 +84,7 @@ class RayExecutor:
             logger.debug("%s", error)
             return failure_of(error.cause)
         except exceptions.RayError as error:
-            # Not raised by the task: its process, its node or its memory is gone.
+            # The task did not raise this: its process died, its node is lost, or memory ran out.
             first_line = str(error).strip().splitlines()[0][:120]
             return Failure(f"its worker died ({type(error).__name__}: {first_line})", crashed=True, may_pass=True)
 
@@ -95,7 +95,7 @@ class RayExecutor:
         try:
             posts = self._ray.get(self._board.take.remote(), timeout=10 * _POLL_SECONDS)
         except self._ray.exceptions.RayError:
-            return  # the board is being restarted; a display can wait
+            return  # Ray is restarting the board, and a display can wait
         for progress in posts:
             self._report(progress)
 
@@ -105,7 +105,7 @@ class RayExecutor:
 
 
 class _Board:
-    """A Ray actor where workers post how far they are, so that no result has to travel for it."""
+    """A Ray actor on which workers post their progress, which the driver takes."""
 
     def __init__(self) -> None:
         self._posts: dict[str, Progress] = {}
@@ -119,7 +119,7 @@ class _Board:
 
 
 def _work(task: Task, board: Any) -> Manifest:
-    """What runs in a Ray worker."""
+    """Runs a task in a Ray worker."""
     hide_unreserved_gpus()
     posted = 0.0
 
@@ -133,9 +133,9 @@ def _work(task: Task, board: Any) -> Manifest:
 
 
 def hide_unreserved_gpus() -> None:
-    """A task that reserved no GPU sees none, whatever its node has: else all of them would crowd the first one.
+    """Hides the node's GPUs from a task that reserved none. Otherwise all such tasks would use the first GPU.
 
-    Ray shows a task the GPUs that it reserved; in some versions and settings it shows all to one that reserved none.
+    Ray shows a task the GPUs that the task reserved. In some versions and settings, a task that reserved none sees all.
     """
     import ray
 
@@ -145,17 +145,24 @@ def hide_unreserved_gpus() -> None:
 
 @contextmanager
 def ray_session(config: RunnerConfig) -> Iterator[None]:
-    """Ray, initialised: the one that is, the cluster that was named, or one on this machine that ends with us."""
+    """Initialises Ray for the block, unless Ray is initialised already.
+
+    Connects to the cluster of the configuration or of RAY_ADDRESS, or starts Ray on this machine until the block ends.
+
+    Raises:
+        ConfigError: The cluster cannot be reached, or this machine lacks the resources that a task asks for.
+        JobFailedError: Ray did not start.
+    """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
-    # A new local cluster makes itself a token, which is right, and tells the user so at every start.
+    # A new local cluster makes a token for itself and logs so at every start. Users need not know.
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     ours = not ray.is_initialized()
     if ours:
         local = config.address is None and "RAY_ADDRESS" not in os.environ
-        # Without `local`, Ray would join any other job's on this machine, and die with it.
+        # Without `local`, Ray would join the cluster of another job on this machine and die with that job.
         options: dict[str, Any] = (
             {"address": "local", "include_dashboard": False} if local else {"address": config.address}
         )
@@ -166,7 +173,7 @@ def ray_session(config: RunnerConfig) -> Iterator[None]:
                 ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=False, **options)
         except (ConnectionError, ValueError) as error:
             raise ConfigError(f"cannot reach the Ray cluster {config.address or ''}: {error}") from None
-        except Exception as error:  # Ray raises bare exceptions, for a time-out of its start among others
+        except Exception as error:  # Ray raises bare exceptions, among others if its start times out
             raise JobFailedError(f"Ray did not start: {error}") from error
         _check_fits(config, ray.cluster_resources(), can_grow=not local)
     try:
@@ -179,8 +186,9 @@ def ray_session(config: RunnerConfig) -> Iterator[None]:
 
 @contextmanager
 def _own_termination() -> Iterator[None]:
-    """Keeps what this process does on SIGTERM: Ray's start puts an exit in its place that reads like a crash, its end
-    the system's default.
+    """Restores this process's handler of SIGTERM after the block.
+
+    Ray's start replaces the handler by an exit that looks like a crash, and Ray's end by the system's default.
     """
     handler = signal.getsignal(signal.SIGTERM)
     try:
@@ -191,10 +199,14 @@ def _own_termination() -> Iterator[None]:
 
 
 def _check_reachable(address: str) -> None:
-    """Ray itself would try for many minutes to reach a head that is not there."""
+    """Checks that the cluster's head answers. Ray itself would try for many minutes.
+
+    Raises:
+        ConfigError: The head does not answer.
+    """
     match = re.fullmatch(r"(?:ray://)?([^/:]+|\[[^]]+\]):(\d+)", address)
     if match is None:
-        return  # `auto` and the like: Ray looks for a cluster on this machine, and says so at once if there is none
+        return  # with `auto` and the like, Ray looks on this machine and fails at once if there is no cluster
     try:
         socket.create_connection((match[1].strip("[]"), int(match[2])), timeout=_CONNECT_SECONDS).close()
     except OSError as error:
@@ -202,7 +214,11 @@ def _check_reachable(address: str) -> None:
 
 
 def _check_fits(config: RunnerConfig, resources: Mapping[str, float], can_grow: bool) -> None:
-    """A task that asks for more than there is waits for ever, unless the cluster grows."""
+    """Checks that the cluster can run a task. Otherwise tasks would wait for ever, unless the cluster grows.
+
+    Raises:
+        ConfigError: A cluster that cannot grow lacks the resources of one task.
+    """
     asked = (
         ("num_cpus", config.num_cpus, resources.get("CPU", 0.0)),
         ("num_gpus", config.num_gpus, resources.get("GPU", 0.0)),
@@ -210,6 +226,6 @@ def _check_fits(config: RunnerConfig, resources: Mapping[str, float], can_grow: 
     )
     for name, wanted, there in asked:
         if wanted > there and can_grow:
-            logger.warning("%s = %g, but the cluster has %g: waiting for it to grow", name, wanted, there)
+            logger.warning("%s = %g, but the cluster has %g; waiting for the cluster to grow", name, wanted, there)
         elif wanted > there:
             raise ConfigError(f"{name} = {wanted:g}, but this machine has {there:.0f}; name a cluster with --address")

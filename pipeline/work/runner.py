@@ -1,7 +1,8 @@
 """Runs the units of a plan, in this process or on Ray, until all are committed.
 
-It retries what fails, isolates what kills its worker, runs stragglers twice and stops when too much is bad. It knows
-nothing of what a job does: workers call `pipeline.work.process.execute`, which commits by itself.
+The runner repeats attempts whose failure may pass, isolates images that kill their worker, runs stragglers twice, and
+stops when too many images are bad. It must not know what a job does: workers call `pipeline.work.process.execute`,
+which also commits.
 """
 
 from __future__ import annotations
@@ -29,33 +30,33 @@ from pipeline.work.ray import RayExecutor, ray_session
 logger = logging.getLogger(__name__)
 
 MIN_SAMPLES_TO_JUDGE = 100
-"""The share of bad images is not looked at before this many, except at the end."""
+"""The fraction of bad images is not judged before this many images, except at the end."""
 
 CRASHES_BEFORE_ISOLATION = 2
-"""A unit whose worker died this often is run one image per process: once may be the machine's fault."""
+"""After this many crashes, a unit runs each image in a process of its own. One crash may be the machine's fault."""
 
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 1.0, 60.0
-"""A unit whose storage failed waits before it is tried again, twice as long each time."""
+"""Pauses of a unit between attempts after storage failed. Each pause is twice the one before, up to the longest."""
 
-_OLD_SECONDS = 24 * 3600.0  # a temporary file this old has no writer any more
+_OLD_SECONDS = 24 * 3600.0  # the writer of a temporary file this old has died
 _MAX_SHOWN = 3  # bad images that the message names
-_MIN_DURATIONS = 5  # finished units before stragglers are looked for
+_MIN_DURATIONS = 5  # finished units that the search for stragglers needs
 
 
 @dataclass
 class Tally:
-    """How far a run is; what a display shows.
+    """The progress of a run, for displays.
 
     Attributes:
         units_total: Units in the plan.
-        units_done: Units committed.
-        samples_total: Samples in the plan, where known.
+        units_done: Committed units.
+        samples_total: Samples in the plan; None if the plan does not count them.
         samples_before: Samples that earlier runs committed.
-        samples: Samples committed.
+        samples: Committed samples.
         rejected: Committed rejections by reason.
         summary: Sums over the summaries of committed units.
-        seconds: Work spent on committed units.
-        running: Last word of each unit at work.
+        seconds: Seconds that the attempts at committed units took together.
+        running: Latest progress of each unit at work.
     """
 
     units_total: int
@@ -69,7 +70,7 @@ class Tally:
     running: dict[str, Progress] = field(default_factory=dict)
 
     def add(self, manifest: Manifest) -> None:
-        """Counts a committed unit."""
+        """Adds a committed unit."""
         self.running.pop(manifest.unit, None)
         self.units_done += 1
         self.samples += manifest.samples
@@ -79,21 +80,21 @@ class Tally:
 
     @property
     def samples_so_far(self) -> int:
-        """Samples seen, those of running attempts included."""
+        """Committed samples and those of running attempts."""
         return self.samples + sum(progress.samples for progress in self.running.values())
 
     @property
     def rejected_so_far(self) -> int:
-        """Samples in quarantine, those of running attempts included."""
+        """Samples in quarantine, committed and of running attempts."""
         return self.rejected.total() + sum(progress.rejected for progress in self.running.values())
 
     def summary_so_far(self, key: str) -> float:
-        """A sum of the job's summary, running attempts included."""
+        """One sum of the job's summary, over committed units and running attempts."""
         return self.summary[key] + sum((progress.summary or {}).get(key, 0.0) for progress in self.running.values())
 
 
 class Display(Protocol):
-    """Shows a run to a person. `update` is called often."""
+    """Shows the progress of a run to a person. `update` is called often."""
 
     def update(self, tally: Tally) -> None: ...
 
@@ -106,13 +107,14 @@ class Silent:
 
 
 def run(job: Job, plan: Plan, output: Storage, config: RunnerConfig, display: Display | None = None) -> Tally:
-    """Does every unit of the plan that is not committed yet.
+    """Runs every unit of the plan that is not committed yet.
 
     Returns:
-        The totals over all units, those of earlier runs included.
+        The totals over all units, including those that earlier runs committed.
 
     Raises:
-        JobFailedError: Units failed for good, or too many images are bad. What was committed stays.
+        JobFailedError: Units failed in their last attempt, or too many images are bad. What was committed stays.
+        DamagedDataError: A committed file is missing or has another size.
     """
     display = display or Silent()
     manifests = list(read_manifests(output))
@@ -143,7 +145,11 @@ def run(job: Job, plan: Plan, output: Storage, config: RunnerConfig, display: Di
 
 
 def _judge(tally: Tally, config: RunnerConfig, output: Storage, final: bool = False) -> None:
-    """Raises JobFailedError where too many images are bad; the message shows the first of them."""
+    """Checks the fraction of bad images.
+
+    Raises:
+        JobFailedError: Too many images are bad. The message shows the first of them.
+    """
     bad = tally.rejected.total()
     enough = final or tally.samples >= MIN_SAMPLES_TO_JUDGE
     if enough and tally.samples and bad > config.max_bad_share * tally.samples:
@@ -154,14 +160,14 @@ def _judge(tally: Tally, config: RunnerConfig, output: Storage, final: bool = Fa
         )
         more = f"\n  and {bad - _MAX_SHOWN} more" if bad > _MAX_SHOWN else ""
         raise JobFailedError(
-            f"{bad} of {tally.samples} images are bad ({reasons}), more than the share of {config.max_bad_share:g} "
-            f"that max_bad_share allows:{shown}{more}\n"
-            f"All are listed in {output.uri('quarantine')}. Raise max_bad_share if that is expected."
+            f"{bad} of {tally.samples} images are bad ({reasons}), above the fraction max_bad_share = "
+            f"{config.max_bad_share:g}:{shown}{more}\n"
+            f"{output.uri('quarantine')} lists all of them. Raise max_bad_share if so many bad images are expected."
         )
 
 
 class _Drive:
-    """One run of the loop: submit within the window, take what ends, retry what may pass, until nothing is left."""
+    """One run: submits units within the window, takes outcomes and repeats attempts, until no unit is left."""
 
     def __init__(
         self, job: Job, plan: Plan, output: Storage, config: RunnerConfig, tally: Tally, display: Display
@@ -181,7 +187,7 @@ class _Drive:
         self._not_before: dict[str, float] = {}
 
     def __call__(self, todo: Sequence[Unit]) -> dict[str, str]:
-        """Runs all of `todo`; returns the units that failed for good, with the cause of each."""
+        """Runs the units; returns the names of those that failed in their last attempt, with the causes."""
         pending = deque(todo)
         with open_executor(self._config, self._report) as self._executor:
             try:
@@ -193,12 +199,12 @@ class _Drive:
                     self._take_what_ended(pending)
                     self._display.update(self._tally)
             finally:
-                for handle in self._at_work:  # of a run that stops early: the cluster may outlive it
+                for handle in self._at_work:  # a run that stops early: the cluster may outlive the run
                     self._executor.cancel(handle)
         return self._failures
 
     def _next(self, pending: deque[Unit]) -> Unit | None:
-        """The first unit whose pause after a failure is over."""
+        """Takes the first unit whose pause after a failure is over, if any."""
         now = time.monotonic()
         unit = next((unit for unit in pending if self._not_before.get(unit.name, 0.0) <= now), None)
         if unit is not None:
@@ -207,12 +213,12 @@ class _Drive:
 
     def _take_what_ended(self, pending: deque[Unit]) -> None:
         if not self._at_work:
-            time.sleep(FIRST_PAUSE_SECONDS / 4)  # all that is left pauses
+            time.sleep(FIRST_PAUSE_SECONDS / 4)  # all units that are left pause
             return
         for handle, outcome in self._executor.wait(list(self._at_work)):
             unit = self._at_work.pop(handle, None)
             if unit is None:
-                continue  # the slower of two attempts, cancelled
+                continue  # the slower of two attempts, which was cancelled
             if isinstance(outcome, Manifest):
                 self._finish(unit, outcome)
             elif unit not in self._at_work.values() and self._again(unit, outcome):
@@ -239,7 +245,7 @@ class _Drive:
             del self._at_work[handle]
 
     def _again(self, unit: Unit, failure: Failure) -> bool:
-        """Whether the unit deserves another attempt; if not, its failure is final."""
+        """Whether to try the unit again. If not, the failure is recorded as final."""
         attempt = self._attempts[unit.name]
         logger.warning("%s: attempt %d of %d failed: %s", unit.name, attempt, self._config.max_attempts, failure.cause)
         self._crashes[unit.name] += failure.crashed
@@ -253,7 +259,7 @@ class _Drive:
         return False
 
     def _repeat_stragglers(self) -> None:
-        """Submits a second attempt of units that take several times what others took; the first commit wins."""
+        """Submits a second attempt at units that take several times as long as others. The first commit wins."""
         if len(self._durations) < _MIN_DURATIONS:
             return
         limit = self._config.straggler_factor * statistics.quantiles(self._durations, n=20, method="inclusive")[-1]
@@ -262,13 +268,13 @@ class _Drive:
             if since is None or time.monotonic() - since < limit or len(self._at_work) >= self._executor.window():
                 continue
             if list(self._at_work.values()).count(unit) == 1:
-                logger.warning("%s takes more than %.0f s: running it a second time", unit.name, limit)
+                logger.warning("%s takes more than %.0f s; running it a second time", unit.name, limit)
                 self._submit(unit)
 
 
 @contextmanager
 def open_executor(config: RunnerConfig, report: Report) -> Iterator[Executor]:
-    """The configured executor, ready to work."""
+    """The configured executor, ready to accept tasks."""
     if config.executor == "inline":
         yield InlineExecutor(report)
     else:

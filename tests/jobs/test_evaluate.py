@@ -164,7 +164,7 @@ def test_an_unknown_predictor_is_named_as_it_was_typed(
 
 def test_the_output_of_another_job_is_refused(photographs: Path, tmp_path: Path) -> None:
     encode([str(photographs / "china.jpg")], str(tmp_path / "out"), EncodeConfig(steps=0, stored_steps=0), INLINE)
-    with pytest.raises(ConfigError, match=r"output of `air encode`, which holds no originals: give the images"):
+    with pytest.raises(ConfigError, match=r"output of `air encode`, which has no original images; give the images"):
         evaluate([str(tmp_path / "out")], EvaluateConfig(predictor="grid"))
 
 

@@ -15,7 +15,7 @@ HEIGHT, WIDTH = 40, 48
 
 
 def smooth_picture(seed: int = 0) -> np.ndarray:
-    """A colourful picture without hard edges, which lossy formats keep well; no black in it."""
+    """A colourful picture without hard edges and without black; lossy formats keep it well."""
     noise = np.random.default_rng(seed).integers(30, 226, (5, 6, 3), dtype=np.uint8)
     return np.asarray(Image.fromarray(noise).resize((WIDTH, HEIGHT), Image.Resampling.BILINEAR))
 
@@ -35,7 +35,7 @@ def chunk(kind: bytes, body: bytes) -> bytes:
 
 
 def png(samples: np.ndarray, colour_type: int, *extra: bytes, after: bytes = b"", stream: bytes | None = None) -> bytes:
-    """A PNG by hand, of `samples` (height, width, channels) uint8 or uint16."""
+    """A PNG, made by hand, of `samples`, shape (height, width, channels), uint8 or uint16."""
     height, width = samples.shape[:2]
     depth = 8 * samples.dtype.itemsize
     rows = samples.astype(samples.dtype.newbyteorder(">")).reshape(height, -1)

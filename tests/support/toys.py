@@ -1,17 +1,17 @@
 """A toy job that misbehaves to order, importable by Ray workers and spawned processes.
 
-A unit with n samples holds the keys `<unit>/000` to `<unit>/<n-1>`; the bytes of each are its key. What a key is told
-to do is a verb, with ` once` behind it where only the first attempt is to do so:
+A unit with n samples has the keys `<unit>/000` to `<unit>/<n-1>`; the bytes of a sample are its key. An order for a key
+is a verb; ` once` after the verb limits the order to the first attempt:
 
     kill            the process dies of SIGKILL
-    raise           an exception that nobody foresaw
-    reject          Rejected("ugly", ...)
-    vanish          the bytes are gone when they are read: Rejected("missing", ...)
+    raise           an unexpected exception
+    reject          Rejected(Reason.CORRUPT, ...)
+    vanish          the bytes are missing when they are read: Rejected(Reason.MISSING, ...)
     lose            the bytes cannot be read for a reason that may pass: StorageError
     damage          the input is not what the plan says: DamagedDataError
-    sleep SECONDS   takes its time
+    sleep SECONDS   processing takes this long
 
-Every start of an attempt and every processed key leaves a note, a file of its own, so that runs can be counted.
+Every start of an attempt and every processed key leaves a note, which is a file, so that tests can count them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from pipeline.config import Config
-from pipeline.errors import DamagedDataError, Rejected, StorageError
+from pipeline.errors import DamagedDataError, Reason, Rejected, StorageError
 from pipeline.formats import tables
 from pipeline.storage.base import Storage
 from pipeline.storage.open import open_storage
@@ -47,7 +47,7 @@ SCHEMA = pa.schema([pa.field("key", pa.string(), False), pa.field("length", pa.i
 
 
 class ToyConfig(Config):
-    """What distinguishes one toy plan from another."""
+    """Settings that make one toy plan differ from another."""
 
     seed: int = 0
     patch_size: int = 7
@@ -58,8 +58,8 @@ class ToyJob:
     """One row per key: the key and its length.
 
     Attributes:
-        notes: Folder for notes and for what has been done once.
-        orders: What keys are told to do.
+        notes: Folder for notes, and for marks of orders that were carried out once.
+        orders: The order of each key that has one.
     """
 
     notes: str
@@ -80,7 +80,7 @@ class ToyJob:
     def _read(self, key: str) -> bytes:
         match self._order(key, "vanish", "lose", "damage"):
             case "vanish":
-                raise Rejected("missing", "the toy is gone")
+                raise Rejected(Reason.MISSING, "the toy is gone")
             case "lose":
                 raise StorageError(f"cannot read {key}: the network is down")
             case "damage":
@@ -96,7 +96,7 @@ class ToyJob:
         elif order == "raise":
             raise KeyError("nobody foresaw this")
         elif order == "reject":
-            raise Rejected("ugly", "the toy is ugly")
+            raise Rejected(Reason.CORRUPT, "the toy is ugly")
         elif order.startswith("sleep"):
             time.sleep(float(order.split()[1]))
         return {"key": image.key, "length": len(image.data)}
@@ -106,7 +106,7 @@ class ToyJob:
         return ToyWriter(scratch / f"{unit.name}.parquet", metadata)
 
     def _order(self, key: str, *verbs: str) -> str:
-        """What the key is to do now, if it is one of the verbs."""
+        """The key's order if it is due now and its verb is one of `verbs`; else the empty string."""
         order = self.orders.get(key, "")
         if not order.startswith(verbs) or not verbs:
             return ""
@@ -137,7 +137,7 @@ def encode_picture(seed: int, height: int = 24, width: int = 32, kind: str = "PN
 
 
 class ToyWriter:
-    """Writes rows to one Parquet file; sums up lengths."""
+    """Writes rows to one Parquet file; the summary counts rows and adds up lengths."""
 
     def __init__(self, path: Path, metadata: Mapping[str, str]) -> None:
         self._path = path
@@ -157,12 +157,12 @@ class ToyWriter:
 
 @dataclass(frozen=True)
 class BatchToyJob(ToyJob):
-    """The same, `size` keys at a time; every batch leaves a note with the number of its keys."""
+    """A toy job that takes `size` keys at a time. Every batch leaves a note with the number of its keys."""
 
     size: int = 4
 
     def batch_size(self) -> int:
-        """As told."""
+        """`size`."""
         return self.size
 
     def process_many(self, encoded: Sequence[EncodedImage]) -> list[Any]:
@@ -195,7 +195,7 @@ def keys_of(units: Sequence[Unit]) -> list[str]:
 
 
 def read_rows(output: Storage) -> list[dict[str, Any]]:
-    """What a reader sees: the rows of all files that manifests name, sorted by key."""
+    """The rows that a reader sees: of all files that manifests name, sorted by key."""
     return _rows(output, [file.path for manifest in read_manifests(output) for file in manifest.files])
 
 
@@ -213,12 +213,12 @@ def _rows(output: Storage, paths: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def execute_toy(job: ToyJob, unit: Unit, plan_hash: str, output_uri: str) -> str:
-    """One attempt, in whatever process this is called; returns the attempt that won."""
+    """Makes one attempt in the process that calls this; returns the name of the attempt that committed."""
     return execute(job, unit, plan_hash, output_uri).attempt
 
 
 def die_before_commit(job: ToyJob, unit: Unit, plan_hash: str, output_uri: str) -> None:
-    """One attempt that is killed when its data is written and its manifest is not."""
+    """Makes one attempt that is killed after it has written its data and before it commits."""
     kill: Callable[..., Any] = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
     process.commit = kill
     execute(job, unit, plan_hash, output_uri)
@@ -232,7 +232,7 @@ def open_output(folder: Path) -> tuple[Storage, str]:
 
 
 def committed_bytes(folder: Path) -> dict[str, bytes]:
-    """The bytes of all committed files of an output, by unit and ending: the names of attempts are drawn at random."""
+    """The bytes of all committed files, by unit and ending. The names of attempts, drawn at random, are left out."""
     return {
         manifest.unit + Path(file.path).suffix: (folder / file.path).read_bytes()
         for manifest in read_manifests(open_storage(folder))

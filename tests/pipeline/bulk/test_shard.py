@@ -1,11 +1,10 @@
 """Shards: images untouched in plain WebDataset tars, bounded, the same from every run, and never read when changed."""
 
 import hashlib
-import io
 import json
 import os
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +14,8 @@ import pytest
 
 from pipeline.bulk.shard import ShardConfig, ShardJob, plan_shards
 from pipeline.config import RunnerConfig
-from pipeline.errors import ConfigError, DamagedDataError, JobFailedError, Rejected
-from pipeline.formats.tars import TarWriter, count_samples
+from pipeline.errors import ConfigError, DamagedDataError, JobFailedError
+from pipeline.formats.images import encode_png
 from pipeline.inputs.shards import list_shards, read_samples
 from pipeline.storage.base import Storage
 from pipeline.storage.open import open_storage
@@ -24,6 +23,7 @@ from pipeline.work.manifest import Manifest, committed_units, read_manifests
 from pipeline.work.plan import settle_plan
 from pipeline.work.runner import Tally, run
 from tests.support.paths import AWKWARD
+from tests.support.tar_files import write_tar
 from tests.support.toys import encode_picture, read_quarantine
 
 
@@ -46,22 +46,10 @@ def manifests(output: Storage) -> list[Manifest]:
     return list(read_manifests(output))
 
 
-def write_tar(file: Path, members: Sequence[tuple[str, bytes]] | Mapping[str, bytes]) -> Path:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(file, "w") as archive:
-        for name, data in members.items() if isinstance(members, Mapping) else members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-    return file
-
-
 def noise(seed: int, size: int) -> bytes:
     """A picture of about `size` bytes that no format can pack."""
     side = int((size / 3) ** 0.5)
     pixels = np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
-    from pipeline.formats.images import encode_png
-
     return encode_png(pixels)
 
 
@@ -146,18 +134,6 @@ def test_shards_are_bounded_by_bytes(tmp_path: Path, make, max_bytes: int):
     assert sum(unit.samples or 0 for unit in units) == tally.summary["images"] == tally.samples_total
     # Well filled: two neighbours never fit into one, but for the estimate of what stands beside the images.
     assert len(units) <= 2 * sum(unit.bytes for unit in units) / max_bytes + 1
-
-
-@pytest.mark.parametrize("max_bytes", range(tarfile.RECORDSIZE, 5 * tarfile.RECORDSIZE, 1777))
-def test_no_tar_is_larger_than_the_bound_to_the_byte(tmp_path: Path, max_bytes: int):
-    writer = TarWriter("unit", tmp_path, max_bytes)
-    about = json.dumps({"bytes": 1, "width": 1, "height": 1}).encode()
-    for number in range(60):
-        writer.add({"__key__": f"{number:0{1 + 5 * number}d}", "png": bytes(100 * number), "json": about})
-    files = writer.finish()
-    assert sum(count for _, count in files) == 60
-    assert [path.name for path, count in files if count > 1 and path.stat().st_size > max_bytes] == []
-    assert [count_samples(path) for path, _ in files] == [count for _, count in files]
 
 
 def test_where_sizes_are_known_a_unit_is_one_tar(tmp_path: Path):
@@ -278,83 +254,6 @@ def test_what_no_manifest_names_is_not_read(pictures: Path, tmp_path: Path):
     output, _ = shard([pictures], tmp_path / "out")
     write_tar(tmp_path / "out" / "data" / "shard-00000-killed.tar", {"x.png": encode_picture(99)})
     assert len(read_back(output)) == 6
-
-
-def test_a_folder_without_shards_is_refused(tmp_path: Path):
-    with pytest.raises(ConfigError, match=f"{tmp_path / 'nowhere'} does not exist, or is empty"):
-        list_shards(open_storage(tmp_path / "nowhere"))
-    (tmp_path / "notes.txt").write_text("no shard")
-    with pytest.raises(JobFailedError, match=r"holds no shards: no file ends in \.tar"):
-        list_shards(open_storage(tmp_path))
-
-
-def test_tars_of_others_are_taken(tmp_path: Path):
-    members = [
-        ("./a.png", encode_picture(0)),
-        ("./a.cls", b"3"),
-        ("b/c.JPG", encode_picture(1, kind="JPEG")),
-        ("b/c.json", b"not json"),
-        ("d.json", b'{"source": "elsewhere/d.gif"}'),
-        ("d.gif", encode_picture(2, kind="GIF")),
-        ("noending", b""),
-        ("__meta__/info.json", b"{}"),
-        ("text.txt", b"no image"),
-    ]
-    write_tar(tmp_path / "x.tar", members)
-    write_tar(tmp_path / "below" / "y.tar", {"e.webp": encode_picture(3, kind="WEBP")})
-    storage = open_storage(tmp_path)
-    y, x = list_shards(storage)
-    assert (x.name, x.samples, y.samples) == ("x", 4, 1)
-    samples = {sample.key: sample for sample in read_samples(storage, x)}
-    assert list(samples) == ["./a", "b/c", "d", "text"]
-    assert samples["./a"].read() == encode_picture(0)
-    assert samples["b/c"].source == "x/b/c"
-    assert samples["d"].source == "elsewhere/d.gif"
-    with pytest.raises(Rejected) as caught:
-        samples["text"].read()
-    assert caught.value.reason == "no_image"
-    assert caught.value.message == "the sample has no image member (its members end in .txt)"
-    assert [sample.read() for sample in read_samples(storage, y)] == [encode_picture(3, kind="WEBP")]
-
-
-def test_tars_of_others_in_several_folders_are_kept_apart(tmp_path: Path):
-    for number, name in enumerate(["a/b.tar", "a_b.tar", "a-b.tar", "a b.tar", "ä.tar", "ö.tar"]):
-        write_tar(tmp_path / name, {"x.png": encode_picture(number)})
-    storage = open_storage(tmp_path)
-    units = list_shards(storage)
-    assert len({unit.name for unit in units}) == 6
-    assert {unit.name for unit in units} >= {"a_b", "a-b"}
-    assert len({sample.read() for unit in units for sample in read_samples(storage, unit)}) == 6
-
-
-def test_keys_of_others_that_are_no_unicode_can_be_written(tmp_path: Path):
-    write_tar(tmp_path / "x.tar", {os.fsdecode(b"caf\xe9.png"): encode_picture(0)})
-    storage = open_storage(tmp_path)
-    (sample,) = read_samples(storage, list_shards(storage)[0])
-    assert sample.key == "caf\\udce9"
-    assert sample.read() == encode_picture(0)
-
-
-def test_a_tar_of_others_that_ends_early_is_damaged(tmp_path: Path):
-    file = write_tar(tmp_path / "x.tar", {"a.png": bytes(5000), "b.png": bytes(5000)})
-    storage = open_storage(tmp_path)
-    (unit,) = list_shards(storage)
-    os.truncate(file, 8000)
-    with pytest.raises(DamagedDataError, match=r"x\.tar is not a whole tar"):
-        list_shards(storage)
-    with pytest.raises(DamagedDataError, match=r"x\.tar is not a whole tar"):
-        count_samples(file)
-    cut = unit.model_copy(update={"sha256": hashlib.sha256(file.read_bytes()).hexdigest()})
-    with pytest.raises(DamagedDataError, match=r"x\.tar is not a whole tar"):
-        list(read_samples(storage, cut))
-
-
-def test_a_sample_with_two_members_of_one_ending_is_damaged(tmp_path: Path):
-    write_tar(tmp_path / "x.tar", [("a.png", encode_picture(0)), ("a.png", encode_picture(1))])
-    storage = open_storage(tmp_path)
-    (unit,) = list_shards(storage)
-    with pytest.raises(DamagedDataError, match=r"x\.tar is no WebDataset shard: a\.png"):
-        list(read_samples(storage, unit))
 
 
 def test_two_folders_of_one_name_are_refused(pictures: Path, tmp_path: Path):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from pipeline.bulk.views import ViewConfig, draw_view, make_view
-from pipeline.errors import Rejected
+from pipeline.bulk.views import ViewConfig, check_holds_patch, draw_view, make_view
+from pipeline.errors import Reason, Rejected
 from pipeline.identity import seed_of
 
 SIZES = [(7, 7), (8, 13), (7, 900), (900, 7), (100, 150), (333, 777), (1200, 1601), (3000, 50)]
@@ -122,3 +122,10 @@ def test_bounds_that_contradict_each_other_are_refused():
         ViewConfig(max_view_pixels=100)
     with pytest.raises(ValidationError, match="min_crop"):
         ViewConfig(min_crop=0.5, max_crop=0.4)
+
+
+def test_an_image_smaller_than_a_patch_is_too_small():
+    check_holds_patch(16, 20, 16)
+    with pytest.raises(Rejected, match="20 x 15 pixels; one patch needs 16 x 16") as caught:
+        check_holds_patch(15, 20, 16)
+    assert caught.value.reason == Reason.TOO_SMALL

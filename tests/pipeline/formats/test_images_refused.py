@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from pipeline.errors import Reason, Rejected
-from pipeline.formats.images import check_holds_patch, decode, probe
+from pipeline.errors import Rejected
+from pipeline.formats.images import decode, probe
 from tests.support.picture_files import FILES, HEIGHT, PICTURE, WIDTH, chunk, png, reason_of, saved, smooth_picture
 
 # Pillow's remarks on odd TIFF and EXIF tags.
@@ -169,13 +169,6 @@ def test_a_pixel_stream_that_unpacks_to_gigabytes():
     start = time.monotonic()
     assert decode(data).shape == (4, 4, 3)
     assert time.monotonic() - start < 2
-
-
-def test_too_small():
-    check_holds_patch(16, 20, 16)
-    with pytest.raises(Rejected, match="20 x 15 pixels; one patch needs 16 x 16") as caught:
-        check_holds_patch(15, 20, 16)
-    assert caught.value.reason == Reason.TOO_SMALL
 
 
 def test_out_of_memory_is_not_the_images_fault(monkeypatch: pytest.MonkeyPatch):

@@ -8,7 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.formats import images, tables
+from pipeline.errors import Reason
+from pipeline.formats import tables
 from tests.support.paths import ROOT
 
 DOCUMENT = ROOT / "docs" / "tables.md"
@@ -27,14 +28,15 @@ def test_every_column_is_documented_with_its_type_and_unit(schema: pa.Schema) ->
         assert f"| {field.name} | {kind} | {field.metadata[b'unit'].decode()} |" in text
 
 
-def test_every_reason_is_documented() -> None:
-    """Those of `images.Reason`, and those that are written where something is refused."""
-    text = DOCUMENT.read_text()
-    listed = re.findall(
-        r"^\| (\w+) \|", text.partition("| reason | what was found |")[2].partition("\n## ")[0], re.MULTILINE
-    )
-    sources = "".join(path.read_text() for path in (ROOT / "pipeline").rglob("*.py"))
-    assert sorted(listed) == sorted({*images.Reason, *re.findall(r'Rejected\(\s*"(\w+)"', sources)})
+def test_the_table_of_reasons_is_the_enum() -> None:
+    table = DOCUMENT.read_text().partition("| reason | what was found |")[2].partition("\n## ")[0]
+    assert re.findall(r"^\| (\w+) \|", table, re.MULTILINE) == list(Reason)
+
+
+def test_the_readme_lists_every_reason() -> None:
+    items = re.split(r"\n(?=- |\n)", (ROOT / "README.md").read_text())
+    (item,) = (item for item in items if f"`{Reason.NOT_AN_IMAGE}`" in item)
+    assert re.findall(r"`(\w+)`", item) == list(Reason)
 
 
 def test_a_file_keeps_values_units_and_metadata(tmp_path: Path) -> None:

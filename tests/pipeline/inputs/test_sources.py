@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import tarfile
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,16 +15,8 @@ from pipeline.errors import ConfigError, DamagedDataError, Rejected, StorageErro
 from pipeline.inputs.sources import ItemReader, find_items, root_storage
 from pipeline.storage.base import Storage
 from pipeline.storage.open import open_storage
+from tests.support.tar_files import write_tar
 from tests.support.toys import encode_picture
-
-
-def write_tar(file: Path, members: Mapping[str, bytes] | Sequence[tuple[str, bytes]], mode: str = "w") -> Path:
-    with tarfile.open(file, mode) as archive:  # type: ignore[call-overload]
-        for name, data in members.items() if isinstance(members, Mapping) else members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-    return file
 
 
 def sources(*inputs: Path | str, column: str | None = None) -> list[str]:

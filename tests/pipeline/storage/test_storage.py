@@ -1,19 +1,12 @@
-"""Storage: one behaviour on local disks, in memory and over the S3 protocol; whole writes; one winner."""
+"""A storage behaves the same on local disks, in memory and over the S3 protocol; one writer wins."""
 
-import errno
 import multiprocessing
 import os
 import pickle
-import signal
-import subprocess
-import sys
-import threading
 import time
 import uuid
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -22,9 +15,8 @@ from pipeline.errors import StorageError
 from pipeline.storage import remote
 from pipeline.storage.base import Entry, MissingFileError, Storage
 from pipeline.storage.local import LocalStorage
-from pipeline.storage.open import open_parent, open_storage
-from pipeline.storage.uri import TEMPORARY_PREFIX, join, normalise
-from tests.support.paths import ROOT
+from pipeline.storage.open import open_storage
+from pipeline.storage.uri import TEMPORARY_PREFIX
 
 # Forked children must not use obstore, and Ray does not fork either.
 SPAWN = multiprocessing.get_context("spawn")
@@ -121,8 +113,8 @@ def test_a_local_file_of_anything(store: Storage):
 
 
 def test_upload_and_download_in_chunks(store: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(remote, "_CHUNK_BYTES", 5 * 2**20)  # the least that S3 takes for a part
-    monkeypatch.setattr(remote, "_UPLOAD", {"chunk_size": 5 * 2**20, "max_concurrency": 2})
+    monkeypatch.setattr(remote, "CHUNK_BYTES", 5 * 2**20)  # the smallest part that S3 accepts
+    monkeypatch.setattr(remote, "UPLOAD", {"chunk_size": 5 * 2**20, "max_concurrency": 2})
     source = tmp_path / "source"
     source.write_bytes(os.urandom(12 * 2**20 + 1))
     store.write("copy", b"old")
@@ -193,285 +185,3 @@ def test_processes_race_and_one_wins(kind: str, request: pytest.FixtureRequest, 
         winners = [me for me in range(processes) if won[me][number]]
         assert len(winners) == 1
         assert open_storage(root).read(f"race/{number}") == b"%d" % winners[0]
-
-
-@pytest.fixture
-def no_hard_links(monkeypatch: pytest.MonkeyPatch):
-    """A file system such as FAT."""
-
-    def refuse(source: object, target: object) -> None:
-        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
-
-    monkeypatch.setattr(os, "link", refuse)
-
-
-@pytest.mark.usefixtures("no_hard_links")
-def test_one_winner_without_hard_links(tmp_path: Path):
-    store = open_storage(tmp_path)
-    for round_number in range(20):
-        with ThreadPoolExecutor(16) as pool:
-            path = f"race/{round_number}"
-            won = list(pool.map(lambda me, path=path: store.put_if_absent(path, b"%d" % me), range(16)))
-        assert sum(won) == 1
-        assert store.read(path) == b"%d" % won.index(True)
-    assert not any(name.startswith(TEMPORARY_PREFIX) for name in os.listdir(tmp_path / "race"))
-
-
-def test_a_link_whose_answer_was_lost_counts_as_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    link = os.link
-
-    def link_and_report_taken(source: str, target: str) -> None:
-        link(source, target)
-        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
-
-    monkeypatch.setattr(os, "link", link_and_report_taken)
-    assert open_storage(tmp_path).put_if_absent("x", b"1")
-
-
-# Crashes.
-
-
-def _write_for_ever(root: str, without_links: bool) -> None:
-    """Whole files of one repeated byte, by each way of writing, until killed."""
-    if without_links:
-        os.link = lambda *_: (_ for _ in ()).throw(OSError(errno.EPERM, "no links"))
-    store = open_storage(root)
-    source = Path(root).parent / f"source-{os.getpid()}"
-    for turn in range(10**9):
-        data = bytes([turn % 256]) * 2_000_000
-        store.write("written", data)
-        store.put_if_absent(f"put/{os.getpid()}-{turn}", data)
-        source.write_bytes(data)
-        store.upload(source, "uploaded")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("without_links", [False, True])
-def test_killed_writers_leave_no_partial_file(tmp_path: Path, without_links: bool):
-    root = tmp_path / "root"
-    store = open_storage(root)
-    leftovers = 0
-    for kill in range(12):
-        writer = SPAWN.Process(target=_write_for_ever, args=(str(root), without_links))
-        writer.start()
-        before = len(list(store.list("put")))
-        deadline = time.monotonic() + 30
-        while len(list(store.list("put"))) == before:  # it is at work
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
-        time.sleep(0.0037 * kill)
-        assert writer.pid is not None
-        os.kill(writer.pid, signal.SIGKILL)
-        writer.join()
-        for path, size in store.list():
-            data = store.read(path)
-            assert size == len(data) == 2_000_000, path
-            assert data == data[:1] * len(data), path
-            assert not path.rpartition("/")[2].startswith(TEMPORARY_PREFIX)
-        leftovers = sum(name.startswith(TEMPORARY_PREFIX) for _, _, names in os.walk(root) for name in names)
-        for path in (root / "put").iterdir():
-            if not path.name.startswith(TEMPORARY_PREFIX):
-                path.unlink()
-    assert store.sweep_temporaries(older_than=3600) == 0
-    assert store.sweep_temporaries(older_than=-1) == leftovers
-    # The lock of a dead writer is gone with it.
-    assert store.put_if_absent("put/after", b"1")
-
-
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    store = open_storage(tmp_path)
-    store.write("x", b"old")
-
-    def disk_full(descriptor: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "fsync", disk_full)
-    with pytest.raises(StorageError, match="free some space"):
-        store.write("x", b"new")
-    assert store.read("x") == b"old"
-    assert os.listdir(tmp_path) == ["x"]
-
-
-# Local particulars.
-
-
-def test_unfinished_writes_are_not_listed_and_swept_by_age(tmp_path: Path):
-    store = open_storage(tmp_path)
-    store.write("a/x", b"1")
-    (tmp_path / "a" / f"{TEMPORARY_PREFIX}dead").write_bytes(b"half")
-    assert list(store.list()) == [Entry("a/x", 1)]
-    assert store.sweep_temporaries(older_than=60) == 0
-    os.utime(tmp_path / "a" / f"{TEMPORARY_PREFIX}dead", (0, 0))
-    assert store.sweep_temporaries(older_than=60) == 1
-    assert os.listdir(tmp_path / "a") == ["x"]
-
-
-def test_links_are_followed_but_not_in_circles(tmp_path: Path):
-    store = open_storage(tmp_path / "root")
-    store.write("a/x", b"1")
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere" / "y").write_bytes(b"22")
-    (tmp_path / "root" / "circle").symlink_to(tmp_path / "root")
-    (tmp_path / "root" / "linked").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "root" / "broken").symlink_to(tmp_path / "nothing")
-    assert list(store.list()) == [Entry("a/x", 1), Entry("linked/y", 2)]
-
-
-def test_new_files_have_the_permissions_of_the_umask(tmp_path: Path):
-    before = os.umask(0o022)
-    try:
-        open_storage(tmp_path).write("x", b"")
-    finally:
-        os.umask(before)
-    assert (tmp_path / "x").stat().st_mode & 0o777 == 0o644
-
-
-def test_errors_say_what_stands_in_the_way(tmp_path: Path):
-    store = open_storage(tmp_path)
-    store.write("file", b"1")
-    (tmp_path / "folder").mkdir()
-    with pytest.raises(StorageError, match="a file stands where a folder is needed"):
-        store.write("file/below", b"2")
-    with pytest.raises(StorageError, match="a folder stands where a file is meant"):
-        store.write("folder", b"2")
-    with pytest.raises(StorageError, match="choose a shorter name"):
-        store.write("n" * 300, b"2")
-    assert not store.exists("file/below")
-    assert not store.exists("folder")
-
-
-# Remote particulars.
-
-
-def test_a_missing_bucket_and_a_dead_server_are_explained(s3_bucket: str, monkeypatch: pytest.MonkeyPatch):
-    with pytest.raises(StorageError, match=r"s3://no-such-bucket/x.*bucket does not exist; check"):
-        list(open_storage("s3://no-such-bucket/x").list())
-    monkeypatch.setenv("AWS_ALLOW_HTTP", "false")
-    with pytest.raises(StorageError, match=r"cannot write s3://bucket/a/b.*AWS_ALLOW_HTTP") as caught:
-        open_storage(f"{s3_bucket}/a").write("b", b"")
-    assert "\n" not in str(caught.value)
-
-
-@pytest.fixture
-def busy_server(monkeypatch: pytest.MonkeyPatch):
-    """A server in the place of S3 that answers "slow down" as often as `left` says, then "not found"."""
-
-    class Answer(BaseHTTPRequestHandler):
-        left = 0
-
-        def do_GET(self):
-            Answer.left -= 1
-            self.send_response(503 if Answer.left >= 0 else 404)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
-    for name, value in {"ALLOW_HTTP": "true", "ACCESS_KEY_ID": "a", "SECRET_ACCESS_KEY": "b"}.items():
-        monkeypatch.setenv(f"AWS_{name}", value)
-    yield Answer
-    server.shutdown()
-    server.server_close()
-
-
-def test_a_server_that_is_busy_for_a_moment_is_asked_again(busy_server: Any):
-    busy_server.left = 3
-    with pytest.raises(MissingFileError):
-        open_storage("s3://bucket").read("x")
-
-
-def test_a_server_that_stays_busy_is_given_up(busy_server: Any):
-    busy_server.left = 1000
-    with pytest.raises(StorageError, match=r"cannot read s3://bucket/x.*503.*check the bucket") as caught:
-        open_storage("s3://bucket").read("x")
-    assert "\n" not in str(caught.value)
-    assert 1000 - busy_server.left == 7
-
-
-def test_a_download_never_mixes_two_versions(s3_bucket: str, monkeypatch: pytest.MonkeyPatch):
-    store = open_storage(f"{s3_bucket}/versions")
-    monkeypatch.setattr(remote, "_CHUNK_BYTES", 10)
-    store.write("x", b"a" * 25)
-    get, calls = type(store._store).get, []  # type: ignore[attr-defined]
-
-    def get_while_it_changes(self, path, **options):
-        calls.append(path)
-        if len(calls) == 2:
-            store.write("x", b"b" * 25)
-        return get(self, path, **options)
-
-    monkeypatch.setattr(type(store._store), "get", get_while_it_changes)  # type: ignore[attr-defined]
-    with pytest.raises(StorageError, match="cannot download"), store.local_file("x"):
-        pass
-
-
-def test_threads_share_a_fresh_storage(s3_bucket: str):
-    store = open_storage(f"{s3_bucket}/shared")
-    barrier = threading.Barrier(8)
-
-    def use(index: int) -> bytes:
-        barrier.wait()
-        store.write(f"{index}", b"%d" % index)
-        return store.read(f"{index}")
-
-    with ThreadPoolExecutor(8) as pool:
-        assert list(pool.map(use, range(8))) == [b"%d" % index for index in range(8)]
-
-
-# Names.
-
-
-def test_normalise_local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", "/home/someone")
-    assert normalise("data") == normalise("./data/") == normalise("x/../data") == str(tmp_path / "data")
-    assert normalise("~/data") == "/home/someone/data"
-    assert normalise("file:///a%20b/c") == normalise("file://localhost/a%20b/c") == "/a b/c"
-    assert normalise(Path("/a/b")) == "/a/b"
-    assert normalise("/a%20b") == "/a%20b"
-
-
-def test_normalise_remote():
-    assert normalise("s3://bucket") == normalise("S3://bucket/") == "s3://bucket"
-    assert normalise("gs://bucket//a/b%20c/") == "gs://bucket/a/b%20c"
-
-
-@pytest.mark.parametrize(
-    ("uri", "message"),
-    [
-        ("", "empty path"),
-        ("http://example.com/x", r"http:// is not supported; use a local path or one of s3://"),
-        ("s3://", "names no bucket"),
-        ("s3:///key", "names no bucket"),
-        ("s3://bucket/../other", "write the path out"),
-        ("file://host/x", "this machine only"),
-    ],
-)
-def test_bad_locations_are_explained(uri: str, message: str):
-    with pytest.raises(StorageError, match=message):
-        open_storage(uri)
-
-
-def test_join_and_parent(tmp_path: Path):
-    assert join("s3://b", "x", "y/z") == "s3://b/x/y/z"
-    assert join("/", "x") == "/x"
-    assert open_storage("az://c/p").uri("q r") == "az://c/p/q r"
-    with pytest.raises(StorageError):
-        join("s3://b", "../x")
-    assert open_parent("s3://bucket/a/b.air") == (open_storage("s3://bucket/a"), "b.air")
-    assert open_parent("s3://bucket/b.air") == (open_storage("s3://bucket"), "b.air")
-    assert open_parent("/b.air") == (open_storage("/"), "b.air")
-    with pytest.raises(StorageError, match="names no file"):
-        open_parent("s3://bucket")
-
-
-def test_obstore_is_not_needed_for_local_files():
-    code = (
-        "import sys; from pipeline.storage.open import open_storage; "
-        "list(open_storage('.').list('tests')); sys.exit('obstore' in sys.modules)"
-    )
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -52,7 +52,7 @@ def test_garbage_of_a_finished_job_is_named_and_swept(output: Storage):
     """A reader of `data/*.parquet` would meet it."""
     output.write("data/unit-0-killed.parquet", b"garbage")
     (problem,) = verify(output)
-    assert "data/unit-0-killed.parquet is named by no manifest" in problem
+    assert "no manifest names data/unit-0-killed.parquet" in problem
     assert remove_garbage(output) == (1, 7)
     assert list(verify(output)) == []
 
@@ -101,7 +101,7 @@ def test_a_wrong_row_count(output: Storage):
 
 
 def test_a_wrong_count_of_rejections(output: Storage):
-    change_manifest(output, "unit-1", lambda manifest: manifest["rejected"].update(ugly=2))
+    change_manifest(output, "unit-1", lambda manifest: manifest["rejected"].update(corrupt=2))
     assert list(verify(output)) == ["manifest/unit-1.json: 2 rejections counted, 1 in quarantine"]
 
 
@@ -125,7 +125,7 @@ def test_a_manifest_of_a_unit_that_nobody_planned(output: Storage):
 def test_a_manifest_under_the_name_of_another_unit(output: Storage, name: str):
     output.write(f"manifest/{name}.json", output.read("manifest/unit-0.json"))
     problems = list(verify(output))
-    assert f"manifest/{name}.json: speaks of unit-0" in problems
+    assert f"manifest/{name}.json: the manifest is of unit-0" in problems
     # What is hidden under the wrong name is not done; what the right manifest says still holds.
     assert set(problems[1:]) == ({"unit unit-2 is not done"} if name == "unit-2" else set())
 

@@ -29,10 +29,10 @@ def test_results_and_rejections_add_up(tmp_path: Path):
     orders = {"unit-0/001": "reject", "unit-0/003": "vanish", "unit-0/004": "reject"}
     output, manifest, plan_hash = attempt(tmp_path, orders, samples=6)
     assert [row["key"] for row in toys.read_rows(output)] == ["unit-0/000", "unit-0/002", "unit-0/005"]
-    ugly = {"shard": "unit-0", "stage": "toy", "reason": "ugly", "bytes": 10}
+    refused = {"shard": "unit-0", "stage": "toy", "reason": "corrupt", "bytes": 10}
     assert toys.read_quarantine(output) == [
         {
-            **ugly,
+            **refused,
             "key": "unit-0/001",
             "message": "toys/unit-0/001: the toy is ugly",
             "sha256": hashlib.sha256(b"unit-0/001").hexdigest(),
@@ -47,7 +47,7 @@ def test_results_and_rejections_add_up(tmp_path: Path):
             "bytes": 0,
         },
         {
-            **ugly,
+            **refused,
             "key": "unit-0/004",
             "message": "toys/unit-0/004: the toy is ugly",
             "sha256": hashlib.sha256(b"unit-0/004").hexdigest(),
@@ -57,7 +57,7 @@ def test_results_and_rejections_add_up(tmp_path: Path):
     assert manifest.unit == "unit-0"
     assert manifest.plan == plan_hash
     assert manifest.samples == 6
-    assert manifest.rejected == {"missing": 1, "ugly": 2}
+    assert manifest.rejected == {"missing": 1, "corrupt": 2}
     assert manifest.summary == {"length": 30.0, "rows": 3.0}
     assert [file.rows for file in named_files(manifest)] == [3, 3]
 
@@ -91,7 +91,7 @@ def test_without_rejections_there_is_no_quarantine(tmp_path: Path):
 
 def test_a_unit_in_which_everything_is_bad_is_done_all_the_same(tmp_path: Path):
     output, manifest, _ = attempt(tmp_path, {f"unit-0/00{n}": "reject" for n in range(4)})
-    assert manifest.rejected == {"ugly": 4}
+    assert manifest.rejected == {"corrupt": 4}
     assert toys.read_rows(output) == []
     assert len(toys.read_quarantine(output)) == 4
 
@@ -125,11 +125,11 @@ def test_isolation_finds_the_images_that_kill_or_confound_their_process(tmp_path
     assert "KeyError: 'nobody foresaw this'" in failed["message"]
     assert (rejected["key"], rejected["reason"], rejected["message"]) == (
         "unit-0/003",
-        "ugly",
+        "corrupt",
         "toys/unit-0/003: the toy is ugly",
     )
     assert killed["sha256"] == hashlib.sha256(b"unit-0/001").hexdigest()
-    assert manifest.rejected == {"failed": 1, "killed_worker": 1, "ugly": 1}
+    assert manifest.rejected == {"failed": 1, "killed_worker": 1, "corrupt": 1}
     assert manifest.samples == 5
 
 

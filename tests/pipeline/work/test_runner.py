@@ -77,12 +77,12 @@ def test_an_undisturbed_run(tmp_path: Path, config: RunnerConfig):
     tally = bench.run(config, display)
     bench.assert_rows("unit-1/001", "unit-3/000")
     assert [(row["key"], row["reason"]) for row in toys.read_quarantine(bench.output)] == [
-        ("unit-1/001", "ugly"),
+        ("unit-1/001", "corrupt"),
         ("unit-3/000", "missing"),
     ]
     assert (tally.units_done, tally.units_total) == (5, 5)
     assert (tally.samples, tally.samples_total, tally.samples_before) == (15, 15, 0)
-    assert tally.rejected == {"ugly": 1, "missing": 1}
+    assert tally.rejected == {"corrupt": 1, "missing": 1}
     assert tally.summary == {"rows": 13, "length": 130}
     assert tally.running == {}
     assert tally.seconds == pytest.approx(sum(manifest.seconds for manifest in read_manifests(bench.output)))
@@ -213,7 +213,7 @@ def test_too_many_bad_images_stop_the_job_early_and_keep_what_is_committed(tmp_p
         bench.run(INLINE)
     message = str(caught.value)
     units = MIN_SAMPLES_TO_JUDGE // 50
-    assert f"{30 * units} of {50 * units} images are bad (ugly {30 * units})" in message
+    assert f"{30 * units} of {50 * units} images are bad (corrupt {30 * units})" in message
     assert "max_bad_share" in message
     assert committed_units(bench.output) == {f"unit-{number}" for number in range(units)}
     assert len(toys.read_rows(bench.output)) == 20 * units
@@ -241,7 +241,7 @@ def test_few_images_are_judged_at_the_end(tmp_path: Path, share: float, fails: b
         with pytest.raises(JobFailedError, match="4 of 8 images are bad"):
             bench.run(config)
     else:
-        assert bench.run(config).rejected == {"ugly": 4}
+        assert bench.run(config).rejected == {"corrupt": 4}
     assert committed_units(bench.output) == {"unit-0", "unit-1"}
 
 
@@ -311,7 +311,7 @@ def test_a_tally_counts_what_runs_and_what_is_done():
             files=(),
             quarantine=None,
             samples=5,
-            rejected={"ugly": 2},
+            rejected={"corrupt": 2},
             seconds=1.5,
             summary={"rows": 3.0},
         )
