@@ -1,4 +1,4 @@
-"""AIR: images as sums of 2D Gaussians.
+"""AIR represents images as sums of 2D Gaussians.
 
     import air
 
@@ -8,7 +8,7 @@
     blob = air.encode(image, bpp=0.5)
     gaussians = air.decode(blob)
 
-Everything here loads on first use, so `import air` costs nothing and needs no more than torch, numpy and numba.
+Names load on first use, so `import air` imports neither torch, numpy nor numba.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""What callers may pass: images of several kinds, and counts."""
+"""Checks and converts the arguments of the package's functions: images of several kinds, and counts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ from torch import Tensor
 
 
 def check_counts(**counts: tuple[int, int]) -> None:
-    """Raises ValueError for the first of the named (count, least) that is no whole number or below its least."""
+    """Checks named pairs (count, least).
+
+    Raises:
+        ValueError: A count is not a whole number, or is below its least. The message names the first such count.
+    """
     for name, (count, least) in counts.items():
         if not isinstance(count, int) or count < least:
             raise ValueError(f"{name} must be a whole number, at least {least}, got {count}")

@@ -1,6 +1,6 @@
-"""What is taken where nobody asks for anything else, and the names that can be asked for.
+"""Default values, and the names of the built-in predictors.
 
-This module loads nothing, so commands plan with it before torch is there.
+This module imports nothing heavy: commands plan their work with it before they load torch.
 """
 
 from __future__ import annotations
@@ -8,28 +8,29 @@ from __future__ import annotations
 from pathlib import Path
 
 GRID = "grid"
-"""The built-in predictor in closed form."""
+"""The predictor in closed form (`air.predictor.base.GridPredictor`)."""
 
 COMPACT = "compact"
 """The predictor whose checkpoint this package ships."""
 
 GROW = "grow"
-"""In place of a predictor that Gaussians start from: that there is none, and they are fitted by `air.grow`."""
+"""Given in place of a predictor: Gaussians are not predicted, but grow in a fit within a budget (`air.fit`)."""
 
 COMPACT_PATH = Path(__file__).parent / "predictor" / "weights" / f"{COMPACT}.safetensors"
-"""The shipped checkpoint, where it is shipped."""
+"""Path of the shipped checkpoint. An installation may lack it."""
 
 GRID_PATCH_SIZE, GRID_STAGES = 7, 4
-"""Pixels between the grid's anchors, and its stages."""
+"""Pixels between the grid's anchors, and its number of stages."""
 
 GROWING_STEPS, STEPS_AFTER_PREDICTION = 150, 10
-"""Of encoding: steps on all Gaussians together, before they are refined as they are stored."""
+"""Encoding's steps on all Gaussians together before it quantises them: in a growing fit, and after a prediction.
+"""
 
 STORED_STEPS = 60
-"""Of encoding: steps on the Gaussians as they are stored."""
+"""Steps that encoding makes on the quantised Gaussians."""
 
 PIXELS_PER_GAUSSIAN = 48
-"""Of encoding without a target, when Gaussians are grown."""
+"""Pixels for each Gaussian of a growing fit, in `air.fit` and in encoding, if no number is given."""
 
 
 def has_compact() -> bool:
@@ -38,9 +39,10 @@ def has_compact() -> bool:
 
 
 def start_of_encoding(has_target: bool) -> str:
-    """What encoding starts from: the shipped network, which is quickest, or with a target growing, which gives more.
+    """The default start of encoding: the shipped network, which is fastest, or `GROW`.
 
     Args:
-        has_target: Whether bits, decibels or Gaussians are asked for; docs/format.md has the measurement.
+        has_target: Whether a target of bits, decibels or Gaussians is given. Then the default is `GROW`, which gives
+            more decibels for the same bits (docs/format.md has the measurement).
     """
     return GROW if has_target or not has_compact() else COMPACT

@@ -1,6 +1,6 @@
-"""The errors this project raises on purpose: one base class, so that a caller can tell ours from a defect.
+"""The errors that this project raises on purpose. Their common base class distinguishes them from defects.
 
-Messages say what was wrong, where, and what to do. The command line prints them without a traceback.
+Messages say what is wrong, where, and what to do. The command line prints them without a traceback.
 """
 
 
@@ -13,21 +13,21 @@ class InvalidGaussiansError(AirError, ValueError):
 
 
 class NonFiniteLossError(AirError, ArithmeticError):
-    """An optimisation whose loss stopped being a number.
+    """The loss of an optimisation became NaN or infinite.
 
     Attributes:
-        image: Which image of a batch it was, from 0.
+        image: Index of the image in its batch, from 0.
     """
 
     image: int = 0
 
 
 class BackendUnavailableError(AirError, RuntimeError):
-    """A renderer that this machine cannot run, asked for by name."""
+    """This machine cannot run the backend or device that was asked for by name."""
 
 
 class CheckpointError(AirError):
-    """A predictor's checkpoint is missing, damaged or of another kind."""
+    """A predictor's checkpoint is missing, damaged or of another format."""
 
 
 class MissingExtraError(AirError, ImportError):
@@ -35,8 +35,8 @@ class MissingExtraError(AirError, ImportError):
 
 
 class CodecError(AirError, ValueError):
-    """An .air file that is damaged, cut off or of another version, or an image that cannot be written as one."""
+    """An .air file is damaged, cut off or of another version, or the format cannot hold an image."""
 
 
 class TargetMissedError(CodecError):
-    """A target of bits or of quality that no file of the image meets."""
+    """The encoder found no file of the image that meets a target of bits or quality."""

@@ -1,8 +1,8 @@
 """The Gaussians table and its anchored raw form (method.md sections 1 and 2).
 
-A table is what is drawn: centres, scales, angles and colours in pixels and radians. The raw form is what is
-predicted and optimised: 8 unbounded numbers per Gaussian, tied to the anchor of an image patch. This module only
-converts between them; it knows nothing of rendering, of losses or of images.
+The renderer draws a table: centres, scales, angles and colours in pixels and radians. Predictors and the optimiser
+work on the raw form: 8 unbounded numbers per Gaussian, relative to the anchor of an image patch. This module converts
+between the two and knows nothing of rendering, losses or images.
 """
 
 from __future__ import annotations
@@ -19,11 +19,20 @@ from air.errors import InvalidGaussiansError
 RAW_CHANNELS = 8
 """Raw numbers per Gaussian: offset x, y; scale 1, 2; angle; red, green, blue."""
 
+OFFSET, SCALE, ANGLE, COLOUR = slice(0, 2), slice(2, 4), 4, slice(5, 8)
+"""Columns of raw Gaussians."""
+
+CENTRE = OFFSET
+"""Where tables of drawn parameters, otherwise ordered as raw Gaussians, have x and y in pixels."""
+
+COLUMN_GROUPS = {"offset": OFFSET, "scale": SCALE, "angle": slice(ANGLE, ANGLE + 1), "colour": COLOUR}
+"""Columns of raw Gaussians by kind."""
+
 SUPPORT_CUTOFF = 1 / 255
-"""Weights below this are zero: the support is the ellipse dᵀ Σ⁻¹ d <= 2 ln 255."""
+"""Smaller weights count as zero: the support is the ellipse dᵀ Σ⁻¹ d <= 2 ln 255."""
 
 MIN_RAW_SCALE = 0.5
-"""Pixels added to every activated scale, so that a raw Gaussian is never thinner than this."""
+"""Pixels added to every activated scale: the least scale that a raw Gaussian can have."""
 
 # Variance, in square pixels, of the box that one pixel averages over. See `Gaussians.rescaled`.
 _PIXEL_VARIANCE = 1 / 12
@@ -61,18 +70,18 @@ class Gaussians:
         return self.xy.shape[0]
 
     def __getitem__(self, index: Tensor | slice) -> Gaussians:
-        """The Gaussians at `index`: a slice, a boolean mask of shape (N,) or a tensor of positions."""
+        """The Gaussians at `index`: a slice, a boolean mask of shape (N,) or a tensor of indices."""
         return Gaussians(self.xy[index], self.scale[index], self.angle[index], self.colour[index])
 
     @staticmethod
     def empty(dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Gaussians:
-        """No Gaussians at all: a black image."""
+        """A table of zero Gaussians, which draws black."""
         shapes = ((0, 2), (0, 2), (0,), (0, 3))
         return Gaussians(*(torch.zeros(shape, dtype=dtype, device=device) for shape in shapes))
 
     @staticmethod
     def concatenate(parts: Sequence[Gaussians]) -> Gaussians:
-        """All Gaussians of `parts`, in order. No parts give no Gaussians."""
+        """All Gaussians of `parts`, in order; an empty table if there are no parts."""
         if not parts:
             return Gaussians.empty()
         return Gaussians(
@@ -96,7 +105,7 @@ class Gaussians:
         """
         for name in ("xy", "scale", "angle", "colour"):
             numbers = getattr(self, name).detach()
-            # No sum that is finite has a term that is not.
+            # A finite sum has finite terms only.
             if math.isfinite(float(numbers.sum())):
                 continue
             finite = torch.isfinite(numbers)
@@ -130,9 +139,9 @@ class Gaussians:
     def rescaled(self, factor: float) -> Gaussians:
         """The same picture `factor` times as large, to be rendered at round(factor · size).
 
-        Pixels are areas: pixel j covers [j - ½, j + ½], so x becomes (x + ½)·factor - ½. Making it smaller also blurs
-        each Gaussian by the part of the new pixel's area that the fitted pixels did not average already, keeping its
-        integral; without that, details below a pixel would alias.
+        Pixels are areas: pixel j covers [j - ½, j + ½], so x becomes (x + ½)·factor - ½. A factor below 1 also blurs
+        each Gaussian and keeps its integral. The variance added is that of the new pixel minus that of an old pixel,
+        which the fit has already averaged over. Without the blur, details below a pixel would alias.
 
         Raises:
             ValueError: The factor is not a positive number.
@@ -147,7 +156,7 @@ class Gaussians:
 
 
 def grid_shape(height: int, width: int, patch_size: int) -> tuple[int, int]:
-    """Rows and columns of patches that cover an image, the last ones possibly cut off."""
+    """Rows and columns of patches that cover an image; the border may cut off the last ones."""
     return math.ceil(height / patch_size), math.ceil(width / patch_size)
 
 
@@ -168,18 +177,18 @@ def activate(raw: Tensor, anchor: Tensor, patch_size: int) -> Gaussians:
             f"{tuple(anchor.shape)}"
         )
     return Gaussians(
-        xy=anchor + patch_size * torch.tanh(raw[:, 0:2]),
-        scale=patch_size * torch.sigmoid(raw[:, 2:4]) + MIN_RAW_SCALE,
-        angle=2 * math.pi * torch.sigmoid(raw[:, 4]),
-        colour=torch.tanh(raw[:, 5:8]),
+        xy=anchor + patch_size * torch.tanh(raw[:, OFFSET]),
+        scale=patch_size * torch.sigmoid(raw[:, SCALE]) + MIN_RAW_SCALE,
+        angle=2 * math.pi * torch.sigmoid(raw[:, ANGLE]),
+        colour=torch.tanh(raw[:, COLOUR]),
     )
 
 
 def deactivate(gaussians: Gaussians, anchor: Tensor, patch_size: int, margin: float = 1e-6) -> Tensor:
-    """The raw numbers (N, 8) that `activate` turns into `gaussians`; its inverse.
+    """The raw numbers (N, 8) that `activate` turns into `gaussians`: its inverse.
 
-    Values outside what raw numbers can reach are moved to `margin` (a share of the range) inside it; angles are
-    taken modulo 2π.
+    A value that no raw number reaches is moved into the range, to `margin` (a fraction of the range) from its end.
+    Angles are taken modulo 2π.
     """
     low, high = -1 + margin, 1 - margin
     offset = torch.atanh(((gaussians.xy - anchor) / patch_size).clamp(low, high))

@@ -1,4 +1,4 @@
-"""How close an image is to its original, in the units that papers report."""
+"""PSNR and MS-SSIM of an image against its original, as papers report them."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch.nn import functional
 from air.loss.reference import SSIM_C1, SSIM_C2, WINDOW_SIGMA, WINDOW_SIZE
 
 HIGHEST_PSNR = 100.0
-"""Decibels; no error at all counts as this, so that means over images stay numbers."""
+"""Decibels. An image without any error gets this value, so that means over images stay finite."""
 
 MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
-"""Of the scales, finest first (Wang, Simoncelli and Bovik 2003)."""
+"""Weights of the scales, finest first (Wang, Simoncelli and Bovik 2003)."""
 
 
 def psnr_of(squared_error: float) -> float:
@@ -23,7 +23,7 @@ def psnr_of(squared_error: float) -> float:
 
 
 def psnr(image: Tensor, target: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of an image, clamped to [0, 1], against its target; shapes alike.
+    """Peak signal-to-noise ratio in dB of an image, clamped to [0, 1], against its target of the same shape.
 
     Raises:
         ValueError: The shapes differ.
@@ -38,11 +38,11 @@ def ms_ssim(image: Tensor, target: Tensor) -> float:
 
         product over scales of contrast-structure^weight, and luminance^weight of the coarsest
 
-    - Window: 11 x 11 Gaussian, sigma 1.5, only where it lies within the image; biased moments.
-    - The next scale is the mean of 2 x 2 pixels, of what there is of them at an odd border.
-    - Each channel by itself, then the mean of the channels; a negative contrast-structure counts as 0.
-    - Five scales where the short side is above 160 pixels. Below, as many as hold the window, their weights divided by
-      their sum. An image smaller than the window has one scale, and the window is cut to it.
+    - Window: 11 x 11 Gaussian, sigma 1.5, at all positions where it lies within the image; biased moments.
+    - The next scale is the mean of 2 x 2 pixels; at an odd border, the mean of the pixels that exist.
+    - Each channel is measured by itself, then averaged; a negative contrast-structure counts as 0.
+    - There are five scales if the short side is above 160 pixels, else as many as hold the window, with weights divided
+      by their sum. An image smaller than the window has one scale, and the window is cropped to it.
 
     Args:
         image: Shape (3, H, W).
@@ -67,7 +67,7 @@ def ms_ssim(image: Tensor, target: Tensor) -> float:
 
 
 def _scales(height: int, width: int) -> int:
-    """How many scales, at most five, have a short side of a whole window."""
+    """The number of scales, at most five, whose short side holds the window."""
     side = min(height, width)
     count = 1
     while count < len(MS_SSIM_WEIGHTS) and (side := (side + 1) // 2) >= WINDOW_SIZE:
@@ -88,7 +88,7 @@ def _similarities(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _window_mean(images: Tensor) -> Tensor:
-    """Means under the window wherever it fits, of (C, H, W). Sums of shifted images: faster than a convolution here."""
+    """Window means of (C, H, W) wherever the window fits. Adding shifted images is faster than a convolution."""
     for axis in (1, 2):
         weights = _window(images.shape[axis])
         places = images.shape[axis] - len(weights) + 1
@@ -100,7 +100,7 @@ def _window_mean(images: Tensor) -> Tensor:
 
 
 def _window(size: int) -> list[float]:
-    """The window's weights along an axis of so many pixels, cut to it; sum 1."""
+    """The window's weights along an axis of `size` pixels, cropped to the axis; sum 1."""
     length = min(WINDOW_SIZE, size)
     weights = [math.exp(-((index - (length - 1) / 2) ** 2) / (2 * WINDOW_SIGMA**2)) for index in range(length)]
     return [weight / sum(weights) for weight in weights]

@@ -1,15 +1,15 @@
-"""Pillow reads and writes .air files once this module is imported.
+"""Makes Pillow read and write .air files: import this module once.
 
     import air.pillow
     from PIL import Image
 
-    picture = Image.open("photo.air")            # the header only; the Gaussians are drawn when pixels are asked for
+    picture = Image.open("photo.air")            # reads the header; the first access to pixels draws the Gaussians
     picture.save("photo.png")
     Image.open("photo.jpg").save("photo.air", bpp=0.25)
 
-Images are RGB, of the size they were encoded at. `draw` gives other sizes. A limit on pixels is Pillow's own affair
-(`Image.MAX_IMAGE_PIXELS`). Pillow empties a file that is there before it asks for its new content, so where a target
-may be missed, write what `air.encode` gives instead.
+Images are RGB and of the size that was encoded; `draw` gives other sizes. Pillow limits the number of pixels itself
+(`Image.MAX_IMAGE_PIXELS`). `Image.save` empties an existing file before it encodes. If a target may be missed, call
+`air.encode` and write its result, so that the old file survives an error.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from air.rendering.cpu import draw_levels
 FORMAT, ENDING, MIME = "AIR", ".air", "image/x-air"
 
 ENCODE_OPTIONS = ("predictor", "stages", "bpp", "psnr", "gaussians", "steps", "stored_steps", "threads")
-"""What `Image.save` passes on to `air.encode`."""
+"""Options of `Image.save` that are passed to `air.encode`."""
 
 _WRITABLE_MODES = ("RGB", "L", "1", "P", "CMYK", "YCbCr")
 _MAX_HEADER_BYTES = 256
 
 
 def draw(gaussians: Gaussians, height: int, width: int, *, scale: float = 1.0, threads: int = 1) -> Image.Image:
-    """The picture that Gaussians are, as an RGB image of 8 bits a channel, rounded to the nearest level.
+    """Draws Gaussians as an RGB image of 8 bits a channel, rounded to the nearest level.
 
     Args:
-        gaussians: What to draw.
-        height: Of the image that they were made for, pixels.
-        width: Likewise.
-        scale: How many times as large to draw it: at least one pixel in each direction.
+        gaussians: The Gaussians to draw.
+        height: Height of the image that they were made for, pixels.
+        width: Width of the image that they were made for, pixels.
+        scale: Factor on height and width, for a larger or smaller picture of at least one pixel.
         threads: CPU threads at most.
     """
     if scale != 1:
@@ -56,7 +56,7 @@ def scaled_size(height: int, width: int, scale: float) -> tuple[int, int]:
 
 
 class AirImageFile(ImageFile.ImageFile):
-    """An .air file as Pillow sees it."""
+    """Pillow's reader of .air files."""
 
     format = FORMAT
     format_description = "Sum of 2D Gaussians"
@@ -68,13 +68,13 @@ class AirImageFile(ImageFile.ImageFile):
         try:
             header = read_header(self.fp.read(_MAX_HEADER_BYTES), max_pixels=MAX_SIDE**2)
         except CodecError as error:
-            raise SyntaxError(str(error)) from error  # what Pillow takes for "not this format"
+            raise SyntaxError(str(error)) from error  # Pillow's sign for "not this format"
         self._size = header.width, header.height
         self._mode = "RGB"
         self.info = {"stages": header.num_stages, "patch_size": header.patch_size}
 
     def load(self) -> Any:
-        """Decodes and draws, the first time.
+        """Decodes and draws at the first call.
 
         Raises:
             OSError: The file is damaged or cut off.

@@ -1,4 +1,4 @@
-"""The version of the package, which needs nothing to be read."""
+"""The version of the package, in a module that imports nothing."""
 
 from __future__ import annotations
 

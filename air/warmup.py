@@ -1,8 +1,8 @@
-"""Compiling kernels ahead of use, by the name of what is about to run.
+"""Compiles kernels ahead of use, by the name of the task that will run.
 
     warm_up("encode", say=print)
 
-A library call compiles what it needs by itself. Jobs call this first, so that their users know what takes long.
+Library functions compile their kernels themselves. Jobs call `warm_up` first, to tell their users what takes long.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Literal
 from air.compute.compile import KernelSet
 
 Task = Literal["fit", "predict", "decode", "encode"]
-"""What runs: `air.fit`; stages, predictors and training; `air.decode` and drawing; `air.encode`."""
+"""In order: `air.fit`; stages, predictors and training; `air.decode` and drawing; `air.encode`."""
 
 
 def kernels_of(task: Task) -> KernelSet:
@@ -38,8 +38,8 @@ def warm_up(task: Task, say: Callable[[str], None] | None = None) -> None:
     """Compiles the kernels of a task, or loads them from numba's cache on disk.
 
     Args:
-        task: What is about to run.
-        say: Called with a sentence if this takes long: once per machine and version.
+        task: The task that will run.
+        say: Called with a sentence if compiling takes long, which happens once per machine and version.
     """
     kernels = kernels_of(task)
     if say is not None and not kernels.is_compiled():

@@ -26,7 +26,7 @@ import psutil
 from executors import make_images, timed
 
 from air.encoding import encode as encoder
-from air.encoding import refine
+from air.encoding import refine, search
 from air.warmup import warm_up
 from jobs.encode import encode
 from jobs.shard import shard
@@ -40,10 +40,10 @@ from pipeline.work.manifest import read_manifests
 # What is timed, where it is looked up, and what it is called. A part's time is without that of parts within it.
 _PARTS = (
     (encoding.images, "decode", "decode the image"),
-    (encoder, "_grown", "grow"),
-    (encoder, "_predicted", "predict and optimise"),
+    (encoder, "fit_grown", "grow"),
+    (encoder, "fit_predicted", "predict and optimise"),
     (refine.Refiner, "run", "refine as stored"),
-    (encoder, "write_stages", "entropy coding"),
+    (search, "write_stages", "entropy coding"),
     (encoding, "measure", "decode and measure the file"),
     (encoding.EncodeWriter, "add", "write"),
     (encoding.EncodeWriter, "finish", "write"),

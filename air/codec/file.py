@@ -27,7 +27,7 @@ from air.codec.sensitivity import (
     dequantize,
 )
 from air.codec.symbols import QuantizedStage, Stage, gaussians_of, lay_out, patch_size_for, quantize_stages
-from air.codec.uniform import CHANNELS, UniformQuantizer
+from air.codec.uniform import UniformQuantizer
 from air.compute.compile import KernelSet
 from air.errors import CodecError
 from air.gaussians import Gaussians
@@ -95,7 +95,7 @@ def _decode(blob: bytes, stages: int | None, max_pixels: int) -> tuple[list[NDAr
     header, sections = read_sections(blob, stages, max_pixels=max_pixels)
     if not sections:
         return [], Gaussians.empty()
-    coder = SectionCoder(*header.grid, _section_plan(header))
+    coder = SectionCoder(header)
     decoded = [QuantizedStage(*coder.decode(section.num_gaussians, section.payload)) for section in sections]
     patches = [stage.patch for stage in decoded]
     symbols = np.concatenate([stage.symbols for stage in decoded])
@@ -148,22 +148,14 @@ def write_stages(header: Header, stages: Sequence[QuantizedStage]) -> bytes:
     used = [index for index, stage in enumerate(stages) if len(stage.patch)]
     stages = stages[: used[-1] + 1 if used else 0]
     header = replace(header, num_stages=len(stages))
-    coder = SectionCoder(*header.grid, _section_plan(header))
+    coder = SectionCoder(header)
     return write_file(header, [(len(stage.patch), *coder.encode(*stage)) for stage in stages])
-
-
-def _section_plan(header: Header) -> NDArray[np.int64]:
-    """The numbers that `air.codec.sections.code_section` needs to know."""
-    own = header.quantizer
-    if isinstance(own, SensitivityQuantizer):
-        return np.array([1, header.reach_span, *own.weights(), *[0] * len(CHANNELS)], np.int64)
-    return np.array([0, 1, 1, 1, 1, *own.bits], np.int64)
 
 
 def _use_each() -> None:
     header = Header(1, 1, 1, 1, SensitivityQuantizer(1))
     nothing = QuantizedStage(np.zeros(0, np.int64), np.zeros((0, SYMBOLS), np.int32))
-    SectionCoder(1, 1, _section_plan(header)).encode(*nothing)  # the kernel that decodes, too
+    SectionCoder(header).encode(*nothing)  # the kernel that decodes, too
     draw_levels(gaussians_of(nothing, header), 1, 1, 1)
 
 

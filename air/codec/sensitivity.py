@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from air.codec.colour import BLUE_BY_CB, GREEN_BY_CB, GREEN_BY_CR, RED_BY_CR
 from air.compute.bits import bit_length
 from air.compute.compile import inline, kernel
 
@@ -35,8 +36,14 @@ SYMBOLS = 8
 SUBDIVISIONS = 64
 """The finest log-scales in an octave, and the finest positions in a pixel."""
 
+STEP_UNITS = 1 << 16
+"""Units of a quantiser's step in a strength of 1."""
+
 LOG_LEVELS = 12 * SUBDIVISIONS
 """Scales are 2^(k/64 - 3) pixels, k from 0 to LOG_LEVELS - 1: 1/8 to 507 pixels."""
+
+MIN_SCALE, MAX_SCALE = 1 / 8, 500.0
+"""Pixels; scales are moved into this range before they are quantised."""
 
 MAX_SCALE_BITS = 6  # of an octave
 OCTAVE_BITS = 4
@@ -63,7 +70,7 @@ class SensitivityQuantizer:
     """The parameters that a file carries.
 
     Attributes:
-        step: Of the strength, in units of 2^-16.
+        step: Of the strength, in units of 1 / STEP_UNITS.
         scale_weight, angle_weight, position_weight: Squared fineness of the other numbers, in units of 2^-8. The
             defaults make every number's error count as much as the strength's.
     """
@@ -222,6 +229,6 @@ def dequantize(symbols, corner, step, weights, parameters):
         luma = symbols[i, LUMA] * step / 65536.0 * amplitude
         cr = symbols[i, CR] * step / 65536.0 * amplitude
         cb = symbols[i, CB] * step / 65536.0 * amplitude
-        parameters[5, i] = luma + 1.402 * cr
-        parameters[6, i] = luma - 0.714136286201022 * cr - 0.344136286201022 * cb
-        parameters[7, i] = luma + 1.772 * cb
+        parameters[5, i] = luma + RED_BY_CR * cr
+        parameters[6, i] = luma + GREEN_BY_CR * cr + GREEN_BY_CB * cb
+        parameters[7, i] = luma + BLUE_BY_CB * cb

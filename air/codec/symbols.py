@@ -21,6 +21,8 @@ from air.codec.sensitivity import (
     LOG_RATIO,
     LOG_SCALE,
     LUMA,
+    MAX_SCALE,
+    MIN_SCALE,
     ROW,
     SUBDIVISIONS,
     SYMBOLS,
@@ -38,9 +40,6 @@ _CHANNEL_COLUMNS = [COLUMN, ROW, LOG_SCALE, LOG_RATIO, ANGLE, LUMA, CR, CB]
 
 
 _MAX_REACH_PATCHES = 4
-
-
-_THINNEST, _WIDEST = 1 / 8, 500.0
 
 
 class Stage(NamedTuple):
@@ -110,7 +109,7 @@ def quantize_stages(
 def canonical_parameters(gaussians: Gaussians) -> NDArray[np.float64]:
     """What `air.codec.sensitivity.quantize` takes, shape (8, N): the wider scale first, strengths for colours."""
     plain = gaussians.detach().to("cpu").to(torch.float64)
-    first, second = plain.scale.clamp(_THINNEST, _WIDEST).unbind(dim=1)
+    first, second = plain.scale.clamp(MIN_SCALE, MAX_SCALE).unbind(dim=1)
     swapped = first < second
     half_turns = torch.remainder(plain.angle / math.pi + 0.5 * swapped, 1.0)
     colour = channel_values(plain, plain.xy)[:, 5:8] * torch.sqrt(first * second)[:, None]

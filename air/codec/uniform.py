@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from air.codec.colour import BLUE_BY_CB, LUMA_OF_BLUE, LUMA_OF_GREEN, LUMA_OF_RED, RED_BY_CR
 from air.gaussians import Gaussians
 
 CHANNELS = ("x", "y", "scale_1", "scale_2", "angle", "luma", "red_difference", "blue_difference")
@@ -38,25 +39,20 @@ FIXED_POINT = 1 << 20
 """Steps and lows are whole multiples of 1/FIXED_POINT, so that files and machines agree on them."""
 
 
-# BT.601: Y = 0.299 R + 0.587 G + 0.114 B, Cr = (R - Y) / 1.402, Cb = (B - Y) / 1.772.
-_RED, _GREEN, _BLUE = 0.299, 0.587, 0.114
-_CR_RANGE, _CB_RANGE = 1.402, 1.772
-
-
 def channel_values(gaussians: Gaussians, anchor: Tensor) -> Tensor:
     """The quantities that are quantised, shape (N, 8) as CHANNELS, differentiable. `anchor` is (N, 2) in pixels."""
     red, green, blue = gaussians.colour.unbind(dim=1)
-    luma = _RED * red + _GREEN * green + _BLUE * blue
-    colour = torch.stack([luma, (red - luma) / _CR_RANGE, (blue - luma) / _CB_RANGE], dim=1)
+    luma = LUMA_OF_RED * red + LUMA_OF_GREEN * green + LUMA_OF_BLUE * blue
+    colour = torch.stack([luma, (red - luma) / RED_BY_CR, (blue - luma) / BLUE_BY_CB], dim=1)
     return torch.cat([gaussians.xy - anchor, gaussians.scale, gaussians.angle[:, None], colour], dim=1)
 
 
 def gaussians_from_channels(values: Tensor, anchor: Tensor) -> Gaussians:
     """The inverse of `channel_values`."""
     luma, red_difference, blue_difference = values[:, 5:8].unbind(dim=1)
-    red = luma + _CR_RANGE * red_difference
-    blue = luma + _CB_RANGE * blue_difference
-    green = (luma - _RED * red - _BLUE * blue) / _GREEN
+    red = luma + RED_BY_CR * red_difference
+    blue = luma + BLUE_BY_CB * blue_difference
+    green = (luma - LUMA_OF_RED * red - LUMA_OF_BLUE * blue) / LUMA_OF_GREEN
     colour = torch.stack([red, green, blue], dim=1)
     return Gaussians(anchor + values[:, 0:2], values[:, 2:4], values[:, ANGLE], colour)
 

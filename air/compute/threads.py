@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import pairwise
+
+import torch
 
 from air.compute.planes import BAND_ROWS, GROUP
 
@@ -24,6 +27,25 @@ def bands(height: int, parts: int) -> list[tuple[int, int]]:
 def groups(padded_count: int, parts: int) -> list[tuple[int, int]]:
     """At most `parts` ranges of whole groups of Gaussians (first, end)."""
     return _ranges(padded_count, parts, GROUP)
+
+
+@contextmanager
+def limit_torch(threads: int) -> Iterator[None]:
+    """Within, torch computes with `threads` threads on the CPU; afterwards with as many as before.
+
+    Torch rounds some sums and matrix products differently with another number of threads.
+
+    Raises:
+        ValueError: `threads` is below one.
+    """
+    if threads < 1:
+        raise ValueError(f"threads must be at least 1, got {threads}")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class Workers:

@@ -1,1 +1,3 @@
-"""An image to an .air file that meets a target of bits, decibels or Gaussians."""
+"""Encodes an image as an .air file that meets a target of bits, decibels or Gaussians. It knows nothing of folders of
+images or jobs.
+"""

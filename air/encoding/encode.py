@@ -1,11 +1,12 @@
-"""Images to .air files: fit, quantise, refine, and keep a target of bits, of quality or of Gaussians.
+"""Encodes images as .air files: fits Gaussians, quantises and refines them, and meets a target of bits or quality.
 
     blob = encode(image, bpp=0.25)
     picture = render(decode(blob), height, width)
 
-A file's size depends on how many Gaussians it has and how finely they are stored. Both are worth most where an error
-from rounding is a quarter of the error of the fit, whatever the picture (docs/format.md has the measurement), so one of
-them follows from the other: the number is searched, and the fineness gives the last percents.
+The size of a file depends on the number of Gaussians and on the fineness of the quantiser. A given size holds the best
+picture if rounding adds a quarter of the fit's squared error, for all pictures measured (docs/format.md). The number of
+Gaussians therefore decides the fineness. `air.encoding.search` searches for the number, then adjusts the fineness to
+gain the last percents.
 """
 
 from __future__ import annotations
@@ -24,13 +25,9 @@ from air.arguments import check_counts, image_tensor
 from air.codec import file
 from air.codec.bitstream import MAX_STAGES
 from air.codec.sensitivity import SYMBOLS, SensitivityQuantizer, quantize
-from air.codec.symbols import (
-    Stage,
-    lay_out,
-    patch_size_for,
-)
+from air.codec.symbols import Stage, lay_out, patch_size_for
 from air.compute.compile import KernelSet
-from air.compute.threads import Workers
+from air.compute.threads import Workers, limit_torch
 from air.defaults import (
     COMPACT,
     GRID,
@@ -44,11 +41,12 @@ from air.defaults import (
 )
 from air.encoding.search import Fit, Search
 from air.fitting.fit import fit
-from air.gaussians import RAW_CHANNELS, activate
+from air.gaussians import activate
 from air.optimization.optimize import OptimizeConfig, optimize
 from air.predictor.base import Predictor
 from air.predictor.load import load_predictor
-from air.stages.loop import run_stages, stage_kernels
+from air.stages.loop import all_predicted, stage_kernels
+from air.stages.predict import predict
 
 
 def encode(
@@ -63,37 +61,45 @@ def encode(
     stored_steps: int = STORED_STEPS,
     threads: int = 1,
 ) -> bytes:
-    """An .air file of an image: Gaussians that a predictor or `air.fit` gives, refined as they are stored.
+    """Encodes an image as an .air file: Gaussians from a predictor or from `air.fit`, refined in their quantised form.
 
-    Without a target, the default is the shipped predictor, the quickest way to a good picture. With one, it is to grow
+    Without a target, the default is the shipped predictor, which is fastest. With a target, the default is to grow
     Gaussians, which gives more decibels for the same bits (docs/format.md has the measurement).
 
     Args:
         image: As for `air.fitting.fit.fit`.
-        predictor: What to start from: "grow", to fit from scratch; "compact", "grid" or the path of a checkpoint (see
-            `air.predictor.load.load_predictor`); or a predictor, on the CPU.
-        stages: Of a predictor, at most; all that it has if not given.
-        bpp: Target: at most so many bits per pixel, the whole file counted. One target at most.
-        psnr: Target: at least so many decibels, of the decoded picture clamped to [0, 1].
-        gaussians: Target: at most so many Gaussians. Without any, growing takes one for every 48 pixels, and a
-            predictor as many as its stages ask for.
-        steps: On all Gaussians together, in each fit; a target of bits or decibels takes two to five fits. By default
-            150 to grow, and 10 after a prediction.
+        predictor: The source of the Gaussians: "grow" for a fit within a budget; "compact", "grid" or the path of a
+            checkpoint (see `air.predictor.load.load_predictor`); or a predictor, on the CPU.
+        stages: Largest number of stages of a predictor; all that it has if not given.
+        bpp: Target: largest number of bits per pixel, the whole file counted. At most one target may be given.
+        psnr: Target: least PSNR in dB of the decoded picture, clamped to [0, 1].
+        gaussians: Target: largest number of Gaussians. Without a target, growing takes one for every 48 pixels, and a
+            predictor one for every patch that its stages find bad.
+        steps: Steps on all Gaussians together in each fit; a target of bits or decibels takes two to five fits. By
+            default 150 for a growing fit and 10 after a prediction.
         stored_steps: Steps on the quantised Gaussians after each fit.
-        threads: CPU threads at most; a predicting network takes those of torch (`torch.set_num_threads`). A file of
-            grown Gaussians does not depend on it.
+        threads: CPU threads at most. The file does not depend on it: torch and predicting networks take one thread.
 
     Raises:
-        ValueError: More than one target, or one that means nothing; or stages of no predictor.
+        ValueError: More than one target was given, a target or count is out of range, or stages were given without a
+            predictor.
         TargetMissedError: The target cannot be met.
         CodecError: The format cannot hold the image.
         CheckpointError: There is no such predictor.
-        InvalidGaussiansError: What was predicted is not finite.
+        InvalidGaussiansError: A predicted number is not finite.
+
+    Example:
+        >>> import torch
+        >>> import air
+        >>> image = torch.linspace(0, 1, 48).expand(3, 32, 48)
+        >>> blob = air.encode(image, bpp=2.0, steps=20, stored_steps=10)
+        >>> 8 * len(blob) / (32 * 48) <= 2.0
+        True
     """
     has_target = any(target is not None for target in (bpp, psnr, gaussians))
     start = _find_start(predictor, has_target)
     if start is None and stages is not None:
-        raise ValueError(f"stages = {stages} is about a predictor: name one, such as predictor='compact'")
+        raise ValueError(f"stages = {stages} needs a predictor: name one, such as predictor='compact'")
     if steps is None:
         steps = GROWING_STEPS if start is None else STEPS_AFTER_PREDICTION
     check_counts(steps=(steps, 0), stored_steps=(stored_steps, 0), threads=(threads, 1))
@@ -103,21 +109,22 @@ def encode(
     if start is None and not has_target:
         gaussians = max(1, pixels[0].size // PIXELS_PER_GAUSSIAN)
     if start is not None and stages is None:
-        stages = getattr(start, "num_stages", GRID_STAGES)  # networks say how many they were trained for
-    with Workers(threads) as workers:
+        stages = getattr(start, "num_stages", GRID_STAGES)  # networks have the number that they were trained for
+    # Sums in another order would make another file on another machine.
+    with limit_torch(1), Workers(threads) as workers:
 
         def make(count: int | None) -> Fit:
             if start is None:
                 assert count is not None
-                return _grown(pixels, count, steps, stored_steps, workers)
+                return fit_grown(pixels, count, steps, stored_steps, workers)
             assert stages is not None
-            return _predicted(pixels, start, stages, count, steps, stored_steps, workers)
+            return fit_predicted(pixels, start, stages, count, steps, stored_steps, workers)
 
         return _meet(pixels, make, bpp, psnr, gaussians)
 
 
 def _find_start(predictor: Predictor | str | Path | None, has_target: bool) -> Predictor | None:
-    """The predictor to start from; None to grow."""
+    """The predictor, or None for a growing fit."""
     if predictor is None:
         predictor = start_of_encoding(has_target)
     if predictor == GROW:
@@ -139,7 +146,7 @@ def _meet(
     psnr: float | None,
     gaussians: int | None,
 ) -> bytes:
-    """The file that meets the target, of which there is one at most; `make` takes the number of Gaussians."""
+    """The file that meets the one target, if one is given. `make` makes a fit of at most a number of Gaussians."""
     if sum(target is not None for target in (bpp, psnr, gaussians)) > 1:
         raise ValueError("give one target: bpp, psnr or gaussians")
     for name, target in (("bpp", bpp), ("psnr", psnr)):
@@ -156,8 +163,8 @@ def _meet(
     return search.fit(gaussians).file()
 
 
-def _grown(pixels: NDArray[np.float32], count: int, steps: int, stored_steps: int, workers: Workers) -> Fit:
-    """Free Gaussians from `air.fit`, laid out in stages."""
+def fit_grown(pixels: NDArray[np.float32], count: int, steps: int, stored_steps: int, workers: Workers) -> Fit:
+    """A fit of `count` free Gaussians by `air.fit`, laid out in stages."""
     _, height, width = pixels.shape
     image = torch.from_numpy(pixels)
     result = fit(image, steps, num_gaussians=count, backend="cpu", device="cpu", threads=workers.count)
@@ -170,7 +177,7 @@ def _grown(pixels: NDArray[np.float32], count: int, steps: int, stored_steps: in
     return Fit(stages[:MAX_STAGES], patch_size, float(result.trajectory.psnr[-1]), pixels, stored_steps, workers)
 
 
-def _predicted(
+def fit_predicted(
     pixels: NDArray[np.float32],
     predictor: Predictor,
     num_stages: int,
@@ -179,22 +186,10 @@ def _predicted(
     stored_steps: int,
     workers: Workers,
 ) -> Fit:
-    """The stages that a predictor gives, moved together."""
+    """A fit that a predictor starts: the Gaussians of all its stages are optimised together."""
     image = torch.from_numpy(pixels)
-    found = list(
-        run_stages(
-            image,
-            predictor,
-            [OptimizeConfig(steps=0)] * num_stages,
-            canvas="predicted",
-            budget=count,
-            judge=False,
-            backend="cpu",
-            threads=workers.count,
-        )
-    )
-    raw = torch.cat([stage.predicted for stage in found] or [torch.empty(0, RAW_CHANNELS)])
-    anchor = torch.cat([stage.anchor for stage in found] or [torch.empty(0, 2)])
+    found = predict(image, predictor, num_stages, budget=count, backend="cpu", threads=1)
+    raw, anchor = all_predicted(found)
     result = optimize(
         raw,
         anchor,
@@ -214,7 +209,7 @@ def _predicted(
 
 
 def encoder_kernels() -> KernelSet:
-    """What encoding runs on the CPU: fits, predictions, refinement and the file."""
+    """The kernels that encoding runs on the CPU: of fits, predictions, refinement and the file."""
 
     def use_each() -> None:
         none, nowhere = np.zeros((SYMBOLS, 0)), np.zeros((2, 0), np.int64)

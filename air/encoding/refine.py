@@ -1,8 +1,9 @@
-"""Optimising Gaussians as they will be stored: each step draws the quantised ones and moves the exact ones.
+"""Optimises quantised Gaussians: each step draws the quantised ones and moves the exact ones.
 
-Rounding is not differentiable, so gradients pass straight through it. What the rounding of one Gaussian spoils, its
-neighbours learn to mend. The error is the squared one, which PSNR measures, and the step of each number is in
-proportion to the quantiser's there (`air.codec.sensitivity`): a coarse number must move far to matter. The CPU only.
+Rounding is not differentiable, so gradients pass straight through it. Neighbours learn to correct the rounding errors
+of a Gaussian. The loss is the squared error, which PSNR measures. Each number's step is proportional to the quantiser's
+step there (`air.codec.sensitivity`), since a coarsely stored number must move far before its symbol changes. It runs on
+the CPU only.
 """
 
 from __future__ import annotations
@@ -12,31 +13,29 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from air.codec.sensitivity import SYMBOLS, SensitivityQuantizer, dequantize, quantize
+from air.codec.colour import TO_RGB
+from air.codec.sensitivity import MAX_SCALE, MIN_SCALE, STEP_UNITS, SYMBOLS, SensitivityQuantizer, dequantize, quantize
 from air.compute.planes import FloatArray, image_planes, pixels
 from air.compute.threads import Workers
+from air.gaussians import ANGLE, CENTRE, COLOUR, SCALE
 from air.rendering.cpu import Raster
 
 _BETA_1, _BETA_2, _EPS = 0.8, 0.95, 1e-12
-RATE = 0.1
-"""Adam's step of the strength, in quantiser steps, at first; it falls linearly in the second half."""
+LEARNING_RATE = 0.1
+"""Adam's first step of the strength, in quantiser steps. It is constant in the first half of the steps and then falls
+linearly."""
 
-_FINAL_SHARE = 0.05
-_MAX_SHARE = 0.05  # of a scale, for positions; of e, for scales; of a half turn, for angles
-
-# BT.601 from (Y, Cr, Cb) to (R, G, B), as `air.codec.sensitivity.dequantize` has it.
-_TO_RGB = np.array(
-    [[1, 1.402, 0], [1, -0.714136286201022, -0.344136286201022], [1, 0, 1.772]],
-)
+_FINAL_FRACTION = 0.05  # of the learning rate, at the end
+_MAX_MOVE = 0.05  # per step: of a scale, for positions; of e, for scales; of a half turn, for angles
 
 
 class Refiner:
-    """Gaussians of all stages on their way to a file.
+    """Optimises the Gaussians of all stages for a quantiser.
 
     Args:
-        parameters: As from `air.codec.symbols.canonical_parameters`, shape (8, N); changed by `run`.
-        corner: As from `air.codec.symbols.corners`, shape (2, N).
-        span: The range of positions from there, in 64ths of a pixel.
+        parameters: As from `air.codec.symbols.canonical_parameters`, shape (8, N); `run` changes them.
+        corner: The origin of each position, as from `air.codec.symbols.corners`, shape (2, N).
+        span: The range of positions from the corner, in 64ths of a pixel.
         target: The image, float32 (3, height, width).
         workers: The threads to use.
     """
@@ -61,13 +60,13 @@ class Refiner:
         self._stored = np.empty((SYMBOLS, count))
 
     def squared_error(self, quantizer: SensitivityQuantizer) -> float:
-        """The mean squared error of the picture as it would be stored, clamped to [0, 1]."""
+        """The mean squared error of the stored picture, clamped to [0, 1]."""
         self._draw(quantizer)
         drawn = pixels(self._image, self._height, self._width)
         return float(np.square(drawn.clip(0, 1) - self._target).mean(dtype=np.float64))
 
     def run(self, quantizer: SensitivityQuantizer, steps: int) -> None:
-        """That many Adam steps."""
+        """Makes `steps` Adam steps."""
         mean = np.zeros_like(self.parameters)
         square = np.zeros_like(self.parameters)
         for step in range(steps):
@@ -77,8 +76,8 @@ class Refiner:
             square += (1 - _BETA_2) * (slope * slope - square)
             direction = mean / (1 - _BETA_1 ** (step + 1))
             direction /= np.sqrt(square / (1 - _BETA_2 ** (step + 1))) + _EPS
-            share = max(_FINAL_SHARE, min(1.0, 2 * (1 - step / steps)))
-            self._move(direction, RATE * share * quantizer.step / 65536)
+            factor = max(_FINAL_FRACTION, min(1.0, 2 * (1 - step / steps)))
+            self._move(direction, LEARNING_RATE * factor * quantizer.step / STEP_UNITS)
 
     def _draw(self, quantizer: SensitivityQuantizer) -> None:
         step, weights = quantizer.step, quantizer.weights()
@@ -86,7 +85,7 @@ class Refiner:
         dequantize(self._symbols, self._corner, step, weights, self._stored)
         table = self._raster.parameters[:, : self._stored.shape[1]]
         table[:] = self._stored
-        table[4] -= np.rint(table[4])
+        table[ANGLE] -= np.rint(table[ANGLE])
         self._raster.draw(self._image)
 
     def _slope(self) -> NDArray[np.float64]:
@@ -95,26 +94,27 @@ class Refiner:
         np.subtract(pixels(self._image, self._height, self._width), self._target, out=error)
         self._raster.gather(self._gradient)
         slope = self._raster.gradient[:, : self._stored.shape[1]].astype(np.float64)
-        scale, colour = self._stored[2:4], self._stored[5:8]
-        # Strength stays as it is when a scale changes, so the colour falls with the root of the scale.
-        through_colour = 0.5 * (slope[5:8] * colour).sum(axis=0)
-        slope[2:4] = slope[2:4] * scale - through_colour
-        slope[4] *= math.pi
-        slope[5:8] = _TO_RGB.T @ slope[5:8] / np.sqrt(scale[0] * scale[1])
+        scale, colour = self._stored[SCALE], self._stored[COLOUR]
+        # A scale changes at constant strength, so the colour is proportional to 1 / sqrt(scale).
+        through_colour = 0.5 * (slope[COLOUR] * colour).sum(axis=0)
+        slope[SCALE] = slope[SCALE] * scale - through_colour
+        slope[ANGLE] *= math.pi
+        slope[COLOUR] = TO_RGB.T @ slope[COLOUR] / np.sqrt(scale[0] * scale[1])
         return slope
 
     def _move(self, direction: NDArray[np.float64], rate: float) -> None:
-        """Moves each number by the rate over its sensitivity, and puts the wider scale first again."""
+        """Moves each number by the rate over its sensitivity. Then the wider scale becomes the first one again."""
         own = self.parameters
-        strength = np.sqrt(np.square(_TO_RGB @ own[5:8]).sum(axis=0)) + 1e-6
+        strength = np.sqrt(np.square(TO_RGB @ own[COLOUR]).sum(axis=0)) + 1e-6
         relative = rate * math.sqrt(3) / strength
-        ratio = own[2] / own[3]
-        size = np.sqrt(own[2] * own[3])
-        own[0:2] -= np.minimum(math.sqrt(2) * relative, _MAX_SHARE) * size * direction[0:2]
-        own[2:4] *= np.exp(-np.minimum(math.sqrt(4 / 3) * relative, _MAX_SHARE) * direction[2:4])
-        own[2:4] = own[2:4].clip(1 / 8, 500)
-        own[4] -= np.minimum(2 / math.pi * relative / (ratio - 1 / ratio + 0.1), _MAX_SHARE) * direction[4]
-        own[5:8] -= rate * direction[5:8]
-        swapped = own[2] < own[3]
-        own[2], own[3] = np.where(swapped, own[3], own[2]), np.where(swapped, own[2], own[3])
-        own[4] = np.mod(own[4] + 0.5 * swapped, 1.0)
+        first, second = own[SCALE]
+        ratio = first / second
+        size = np.sqrt(first * second)
+        own[CENTRE] -= np.minimum(math.sqrt(2) * relative, _MAX_MOVE) * size * direction[CENTRE]
+        own[SCALE] *= np.exp(-np.minimum(math.sqrt(4 / 3) * relative, _MAX_MOVE) * direction[SCALE])
+        own[SCALE] = own[SCALE].clip(MIN_SCALE, MAX_SCALE)
+        own[ANGLE] -= np.minimum(2 / math.pi * relative / (ratio - 1 / ratio + 0.1), _MAX_MOVE) * direction[ANGLE]
+        own[COLOUR] -= rate * direction[COLOUR]
+        swapped = first < second
+        own[SCALE] = np.where(swapped, second, first), np.where(swapped, first, second)
+        own[ANGLE] = np.mod(own[ANGLE] + 0.5 * swapped, 1.0)

@@ -1,4 +1,4 @@
-"""The search for the fit that meets a target of bits or decibels, with a bounded number of fits."""
+"""Searches for the fit that meets a target of bits or decibels, with a bounded number of fits."""
 
 from __future__ import annotations
 
@@ -11,51 +11,45 @@ from numpy.typing import NDArray
 
 from air.codec.bitstream import Header
 from air.codec.file import write_stages
-from air.codec.sensitivity import SensitivityQuantizer
+from air.codec.sensitivity import STEP_UNITS, SensitivityQuantizer
 from air.codec.symbols import QuantizedStage, Stage, canonical_parameters, corners, quantize_stage, with_reach
 from air.compute.threads import Workers
 from air.defaults import PIXELS_PER_GAUSSIAN
 from air.encoding.refine import Refiner
 from air.errors import TargetMissedError
 
-ROUNDING_SHARE = 0.25
-"""The squared error that rounding may add, as a share of the fit's."""
-
+ROUNDING_FRACTION = 0.25
+"""The squared error that rounding may add, as a fraction of the fit's."""
 
 _MIN_PIXELS_PER_GAUSSIAN = 3
 
-
-_BITS_PER_GAUSSIAN = 31  # a first guess
-
-
-_OCTAVES_PER_DECIBEL = 1 / 3  # of Gaussians: another one
-
+# First guesses: a file's bits per Gaussian, and log2 of the factor on the number of Gaussians that gains one decibel.
+_BITS_PER_GAUSSIAN = 31
+_OCTAVES_PER_DECIBEL = 1 / 3
 
 _MAX_FITS = 5
 
-
-_NEAR = 0.06  # a fit this near to its target is made to meet it by its fineness
-
-
+# Once a fit is this near to its target, a fraction of the size or decibels, only its quantiser's step is adjusted.
+_NEAR = 0.06
 _NEAR_DECIBELS = 0.25
 
-
 _STEPS = (16, 1 << 23)  # finest and coarsest quantiser steps
-
-
 _BISECTIONS = 9
 
 
 class Fit:
-    """Gaussians in stages, refined for a quantiser, ready to be stored with that one or another.
+    """Gaussians in stages, refined for a quantiser. They can be stored with this quantiser or another.
 
     Args:
         stages: The Gaussians.
         patch_size: Pixels between the anchors.
-        psnr: Of their picture, in dB; the quantiser follows from it.
+        psnr: PSNR of their picture in dB, from which the quantiser's step follows.
         pixels: The image, shape (3, height, width).
         stored_steps: Steps on the quantised Gaussians.
         workers: The threads to use.
+
+    Attributes:
+        step: The quantiser's step that they were refined for.
     """
 
     def __init__(
@@ -71,10 +65,10 @@ class Fit:
         squared_error = 10 ** (-min(psnr, 60.0) / 10)
         self._patches = [stage.patch for stage in stages]
         parameters = [canonical_parameters(stage.gaussians) for stage in stages]
-        # Rounding eight numbers each adds π Δ²/12 times three channels for each number: see `air.codec.sensitivity`.
+        # Each of a Gaussian's eight numbers adds π Δ²/12 when rounded (`air.codec.sensitivity`), summed over channels.
         count = max(1, sum(map(len, self._patches)))
         added_per_step = count * 8 * math.pi / 12 / (height * width)
-        self.step = round(65536 * math.sqrt(ROUNDING_SHARE * squared_error / added_per_step))
+        self.step = round(STEP_UNITS * math.sqrt(ROUNDING_FRACTION * squared_error / added_per_step))
         self.step = min(max(self.step, _STEPS[0]), _STEPS[1])
         header = Header(height, width, patch_size, 0, SensitivityQuantizer(self.step))
         self._header = with_reach(header, parameters, self._patches)
@@ -89,13 +83,13 @@ class Fit:
         self._refiner.run(SensitivityQuantizer(self.step), stored_steps)
 
     def file(self, step: int | None = None) -> bytes:
-        """The file with the step it was refined for, or another."""
+        """The file with a quantiser's step; by default the step that the fit was refined for."""
         header = replace(self._header, quantizer=SensitivityQuantizer(step or self.step))
         cuts = np.cumsum([len(patch) for patch in self._patches])[:-1]
         parameters: list[NDArray[np.float64]] = np.split(self._refiner.parameters, cuts, axis=1)
         stages: list[QuantizedStage] = [
             quantize_stage(header, patch, np.ascontiguousarray(own))
-            for patch, own in zip(self._patches, parameters, strict=False)
+            for patch, own in zip(self._patches, parameters, strict=False)  # np.split gives one part for no stages
         ]
         return write_stages(header, stages)
 
@@ -105,29 +99,35 @@ class Fit:
 
 
 class Search:
-    """Looks for the fit that meets a target, with a bounded number of fits."""
+    """Finds the fit that meets a target, with a bounded number of fits.
+
+    Args:
+        pixels: The image, shape (3, height, width).
+        fit: Makes a fit of at most a number of Gaussians; None for no limit.
+    """
 
     def __init__(self, pixels: NDArray[np.float32], fit: Callable[[int | None], Fit]) -> None:
         self.pixels = pixels
-        self.most = max(1, pixels[0].size // _MIN_PIXELS_PER_GAUSSIAN)
+        self.max_gaussians = max(1, pixels[0].size // _MIN_PIXELS_PER_GAUSSIAN)
         self._fit = fit
 
     def fit(self, count: int | None) -> Fit:
-        return self._fit(None if count is None else min(max(count, 1), self.most))
+        """A fit of at most `count` Gaussians, but no more than the image may have; None for no limit."""
+        return self._fit(None if count is None else min(max(count, 1), self.max_gaussians))
 
     def for_size(self, size: int) -> bytes:
-        """The best file of at most `size` bytes.
+        """The best file found of at most `size` bytes.
 
         Raises:
-            TargetMissedError: There is none.
+            TargetMissedError: Every file is larger.
         """
-        count = min(max(1, size * 8 // _BITS_PER_GAUSSIAN), self.most)
+        count = min(max(1, size * 8 // _BITS_PER_GAUSSIAN), self.max_gaussians)
         for _ in range(_MAX_FITS):
             fit = self.fit(count)
             reached = len(fit.file())
             if not size or abs(reached / size - 1) <= _NEAR:
                 break
-            better = min(max(1, round(count * size / reached)), self.most)
+            better = min(max(1, round(count * size / reached)), self.max_gaussians)
             if better == count:
                 break
             count = better
@@ -143,7 +143,7 @@ class Search:
         Raises:
             TargetMissedError: No fit reached it.
         """
-        count = min(max(1, self.pixels[0].size // (2 * PIXELS_PER_GAUSSIAN)), self.most)
+        count = min(max(1, self.pixels[0].size // (2 * PIXELS_PER_GAUSSIAN)), self.max_gaussians)
         tried: list[tuple[float, float]] = []  # (log2 of the number, decibels above the target)
         best: Fit | None = None
         for _ in range(_MAX_FITS):
@@ -154,7 +154,7 @@ class Search:
                 best = fit
             if abs(excess) <= _NEAR_DECIBELS:
                 break
-            better = min(max(1, round(2 ** _where_zero(tried))), self.most)
+            better = min(max(1, round(2 ** _where_zero(tried))), self.max_gaussians)
             if better == count:
                 break
             count = better
@@ -170,7 +170,10 @@ class Search:
 
 
 def _where_zero(tried: list[tuple[float, float]]) -> float:
-    """Where a line through the last two points meets zero; with one point, or an odd slope, the usual slope."""
+    """Where the line through the last two points is zero.
+
+    With one point the slope is the usual one. A measured slope is clamped to half to three times the usual one.
+    """
     place, excess = tried[-1]
     slope = 1 / _OCTAVES_PER_DECIBEL
     if len(tried) > 1 and place != tried[-2][0]:
@@ -180,17 +183,17 @@ def _where_zero(tried: list[tuple[float, float]]) -> float:
 
 
 def _finest(start: int, fits: Callable[[int], bool]) -> int | None:
-    """The smallest quantiser step that fits, searched around `start`; None if even the coarsest does not."""
+    """The smallest quantiser step that fits, searched around `start`; None if even the coarsest does not fit."""
     return _bisect(start, fits, finer_is_better=True)
 
 
 def _coarsest(start: int, fits: Callable[[int], bool]) -> int | None:
-    """The largest quantiser step that fits, searched around `start`; None if even the finest does not."""
+    """The largest quantiser step that fits, searched around `start`; None if even the finest does not fit."""
     return _bisect(start, fits, finer_is_better=False)
 
 
 def _bisect(start: int, fits: Callable[[int], bool], *, finer_is_better: bool) -> int | None:
-    """A step that fits and is near the border to those that do not. Steps are compared as ratios."""
+    """A step that fits, near the border to steps that do not. The bisection halves ratios of steps, not differences."""
     safe, better = _STEPS if not finer_is_better else _STEPS[::-1]
     if fits(start):
         safe, better = start, round(min(max(start * (0.25 if finer_is_better else 4), _STEPS[0]), _STEPS[1]))

@@ -1,1 +1,1 @@
-"""One image to Gaussians without a network: closed-form starts, and fits from them. It knows no files."""
+"""Fits Gaussians to one image without a network: closed-form starts, and optimisation from them. It knows no files."""

@@ -15,7 +15,7 @@ from air.compute.simd import fma, load, splat, store
 def filter_rows_and_columns(image, height, width, taps, scratch, out):
     """Convolution along both axes with taps[|distance|], of three planes whose rows are whole vectors.
 
-    `scratch` is such a row with zeros on either side, as many as the taps reach or more.
+    `scratch` is one row with zeros on either side, at least as many as the taps reach.
     """
     radius = len(taps) - 1
     margin = (len(scratch) - width) // 2
@@ -43,7 +43,7 @@ def filter_symmetrically(image: FloatArray, taps: Sequence[float]) -> FloatArray
     """Convolution of every channel along both axes with taps[|distance|], zeros beyond the border."""
     _, height, width = image.shape
     whole = -(-width // LANES) * LANES
-    # Zeros fill the last vector of a row, so that what it adds to the row's end is nothing.
+    # Zeros fill the last vector of a row: they add nothing to the pixels at the row's end.
     padded = image if width == whole else np.pad(image, ((0, 0), (0, 0), (0, whole - width)))
     out = np.empty_like(padded)
     scratch = np.zeros(whole + 2 * (len(taps) - 1), np.float32)

@@ -3,10 +3,10 @@
     result = fit(image, num_gaussians=20_000, steps=100)
     result = fit(image, patch_size=4, steps=100)
 
-With a budget, nothing is frozen, unlike in the stage loop (`air.stages.loop`): after every growth all Gaussians are
-optimised together. That is worth several decibels at the same number of Gaussians and the same time. Use it when the
-Gaussians themselves are wanted, and the stage loop when a staged network is to be trained on them.
-docs/optimizer.md has the search for the defaults.
+With a budget, all Gaussians are optimised together after every growth, whereas the stage loop (`air.stages.loop`)
+freezes those of earlier stages. This gains several decibels at the same number of Gaussians and in the same time. Fit
+with a budget to get the Gaussians of an image, and use the stage loop to make targets for a network that predicts in
+stages. docs/optimizer.md has the search for the defaults.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ class FitResult:
     """One fitted image.
 
     Attributes:
-        gaussians: What to render.
+        gaussians: The fitted Gaussians, for `air.render`.
         raw: Their raw form, shape (N, 8).
         anchor: The anchor of each, shape (N, 2), pixels; after growth several may share one.
         patch_size: Pixels between anchors, which is the range of the raw form.
-        trajectory: Loss and PSNR after every step; where the fit grew, with the new Gaussians.
+        trajectory: Loss and PSNR after every step. Where the fit grows, the entry includes the new Gaussians.
         seconds: Wall time, compilation excluded.
-        height: Of the image, pixels.
-        width: Of the image, pixels.
+        height: Height of the image, pixels.
+        width: Width of the image, pixels.
     """
 
     gaussians: Gaussians
@@ -74,33 +74,41 @@ def fit(
 
     - Start from a plain grid with a part of the budget.
     - Optimise; then add narrow Gaussians at the pixels where each removes most of the residual; repeat.
-    - Optimise all of them together with the steps that are left.
+    - Optimise all of them together with the remaining steps.
 
     With `patch_size`: start from the plain grid with one Gaussian per patch, ceil(height/p) · ceil(width/p) in all, and
     optimise these.
 
     Args:
         image: uint8 array (height, width, 3), a PIL image, or a tensor (3, height, width) with values in [0, 1].
-        steps: Adam updates in all.
-        num_gaussians: The budget, at least 1; an image that is met exactly takes fewer. If neither this nor
-            `patch_size` is given, one for every `air.defaults.PIXELS_PER_GAUSSIAN` pixels.
+        steps: Number of Adam updates.
+        num_gaussians: The budget, at least 1. The fit has fewer Gaussians if the residual becomes zero. If neither this
+            nor `patch_size` is given, one for every `air.defaults.PIXELS_PER_GAUSSIAN` pixels.
         patch_size: Pixels between the anchors of a plain grid to which nothing is added. Not with `num_gaussians`.
         optimization: Learning rates and schedule; its `steps` are not used. By default `OptimizeConfig()` for a plain
             grid, and `air.fitting.grow.OPTIMIZATION` with a budget.
         growth: How a fit within a budget grows.
         backend: As for `air.optimization.optimize.optimize`.
-        device: Where to compute: "cpu", "cuda", or "auto", which is "cuda" where there is a GPU and triton. An image
-            tensor that is on a GPU stays there. The result is on the image's device, which for arrays is the CPU.
+        device: Where to compute: "cpu", "cuda", or "auto", which is "cuda" if there is a GPU and triton. An image
+            tensor on a GPU stays there. The result is on the image's device, which for arrays is the CPU.
         threads: As for `air.optimization.optimize.optimize`.
         on_step: Called with the number of updates done, loss and PSNR in dB.
 
     Raises:
-        ValueError: The image is none of these, or an option does not fit.
-        NonFiniteLossError: The loss stopped being a number.
+        ValueError: The image is of another kind, or an option does not fit.
+        NonFiniteLossError: The loss became NaN or infinite.
 
     Example:
-        >>> fit(torch.full((3, 8, 8), 0.5), steps=0, patch_size=4).raw.shape
-        torch.Size([4, 8])
+        >>> import torch
+        >>> import air
+        >>> image = torch.linspace(0, 1, 16).expand(3, 16, 16)
+        >>> grid = air.fit(image, steps=20, patch_size=4)
+        >>> len(grid.gaussians)
+        16
+        >>> bool(grid.trajectory.loss[-1] < grid.trajectory.loss[0])
+        True
+        >>> len(air.fit(image, steps=20, num_gaussians=30).gaussians) <= 30
+        True
     """
     if num_gaussians is not None and patch_size is not None:
         raise ValueError("give num_gaussians or patch_size, not both: a grid's size follows from its patches")
@@ -132,7 +140,7 @@ def fit(
 
 
 def fit_kernels() -> KernelSet:
-    """What a fit runs on the CPU."""
+    """The kernels that a fit runs on the CPU."""
     from air.fitting import filter_cpu
     from air.optimization import cpu
 
@@ -140,10 +148,10 @@ def fit_kernels() -> KernelSet:
 
 
 def _place(image: Any, device: str, backend: str) -> tuple[Tensor, torch.device]:
-    """An image as a tensor on the device of the computation, with the kernels ready; and the device of the result.
+    """The image as a tensor on the device of the computation, and the device of the result. Compiles the kernels.
 
     Raises:
-        ValueError: It is not an image.
+        ValueError: `image` is not an image.
         BackendUnavailableError: As `choose_device`.
     """
     target = image_tensor(image)

@@ -1,6 +1,6 @@
-"""A start without a network: one round Gaussian per patch, coloured from the image in closed form.
+"""A start without a network: one round Gaussian per patch, with least-squares colours in closed form.
 
-Everything else (a predictor's output, an optimised fit) is judged by what it adds to this start.
+It is the baseline for predictions and optimised fits.
 """
 
 from __future__ import annotations
@@ -12,26 +12,27 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from air.gaussians import MIN_RAW_SCALE, RAW_CHANNELS, SUPPORT_CUTOFF, anchors, grid_shape
+from air.gaussians import COLOUR, MIN_RAW_SCALE, RAW_CHANNELS, SCALE, SUPPORT_CUTOFF, anchors, grid_shape
 
 RAW_SCALE = -0.5
-"""Raw scale of the start; docs/optimizer.md compares others."""
+"""Raw number of both scales; docs/optimizer.md compares others."""
 
 LARGEST = 0.99
-"""Colours and offsets are kept inside tanh's range by this much: its slope there still lets an optimiser move them."""
+"""The largest absolute colour and offset (in patches). There, tanh is still steep enough for the optimiser."""
 
 _RIDGE = 1e-3
-"""Share of the largest diagonal added to the normal equations: they stay solvable when Gaussians nearly coincide."""
+"""Times the largest diagonal element, this is added to the diagonal of the normal equations. They stay solvable when
+Gaussians nearly coincide."""
 
 _BLOCK, _MARGIN = 192, 32
-"""Patches along an axis that are solved for together, and those beside them that are taken into account."""
+"""Patches along an axis that are solved for together, and patches on either side that take part in the system."""
 
 
-def _solvers(size: int, patch_size: int, scale: float) -> Iterator[tuple[slice, Tensor]]:
-    """Pixels along an axis and the matrix that turns values there into the weights of the next patches, in order.
+def axis_solvers(size: int, patch_size: int, scale: float) -> Iterator[tuple[slice, Tensor]]:
+    """Slices of pixels along an axis, and for each the matrix from their values to the weights of the next patches.
 
-    One for the whole axis if it is short. What a weight owes to pixels further away than the margin is below float32's
-    rounding, so the memory for a long axis need not grow with the square of its length.
+    A short axis has one slice. In a long one, pixels further away than the margin change a weight by less than
+    float32's rounding, so the matrices leave them out: memory does not grow with the square of the length.
     """
     patches = math.ceil(size / patch_size)
     if patches <= _BLOCK + 2 * _MARGIN:
@@ -47,9 +48,9 @@ def _solvers(size: int, patch_size: int, scale: float) -> Iterator[tuple[slice, 
 @lru_cache(maxsize=8)
 @torch.inference_mode(False)
 def _solver(size: int, patch_size: int, scale: float) -> Tensor:
-    """The matrix (patches, size) that turns values along an axis into the least-squares weights of its Gaussians.
+    """The matrix (patches, size) from values along an axis to the least-squares weights of the axis' Gaussians.
 
-    It depends on no pixel, so the next image of the same size need not solve again.
+    It does not depend on pixel values, so images of one size use one solution.
     """
     centres = anchors(1, size, patch_size, torch.float64)[:, 0]
     pixels = torch.arange(size, dtype=centres.dtype)
@@ -58,19 +59,19 @@ def _solver(size: int, patch_size: int, scale: float) -> Tensor:
     normal = basis.T @ basis
     normal += _RIDGE * normal.diagonal().max() * torch.eye(len(centres), dtype=centres.dtype)
     weights = torch.linalg.solve(normal, basis.T)
-    # They die away exponentially, and products with subnormal numbers take ten times as long.
+    # Weights decay exponentially with distance, and products with subnormal numbers take ten times as long.
     return torch.where(weights.abs() > 1e-12 * weights.abs().max(), weights, 0)
 
 
 def grid_initialization(residual: Tensor, patch_size: int, *, raw_scale: float = RAW_SCALE) -> Tensor:
     """Raw Gaussians (N, 8), row-major over patches, whose sum approximates an image or a signed residual.
 
-    Each is round and sits on its anchor (method.md section 2). On a grid, round Gaussians of one size are products of
-    a function of x and one of y, so the colours that fit the residual best in the least-squares sense come from two
-    small linear systems, one per axis: C = S_y · residual · S_xᵀ.
+    Each Gaussian is round and centred on its anchor (method.md section 2). On a grid, round Gaussians of one size are
+    products of a function of x and a function of y. The least-squares colours therefore come from two small linear
+    systems, one per axis: C = S_y · residual · S_xᵀ.
 
     Args:
-        residual: What to approximate, shape (3, height, width), any sign.
+        residual: The image or residual to approximate, shape (3, height, width), any sign.
         patch_size: Pixels between anchors, at least 1.
         raw_scale: The raw number of both scales.
 
@@ -82,19 +83,21 @@ def grid_initialization(residual: Tensor, patch_size: int, *, raw_scale: float =
     rows, columns = grid_shape(height, width, patch_size)
     scale = patch_size * torch.tensor(raw_scale, dtype=torch.float64).sigmoid().item() + MIN_RAW_SCALE
     colour = torch.cat(
-        [solve_y.to(residual) @ residual[:, pixels] for pixels, solve_y in _solvers(height, patch_size, scale)], dim=1
+        [solve_y.to(residual) @ residual[:, pixels] for pixels, solve_y in axis_solvers(height, patch_size, scale)],
+        dim=1,
     )
     colour = torch.cat(
-        [colour[:, :, pixels] @ solve_x.to(residual).T for pixels, solve_x in _solvers(width, patch_size, scale)], dim=2
+        [colour[:, :, pixels] @ solve_x.to(residual).T for pixels, solve_x in axis_solvers(width, patch_size, scale)],
+        dim=2,
     )
     raw = torch.zeros(rows * columns, RAW_CHANNELS, dtype=residual.dtype, device=residual.device)
-    raw[:, 2:4] = raw_scale
-    raw[:, 5:8] = torch.atanh(colour.clamp(-LARGEST, LARGEST)).reshape(3, -1).T
+    raw[:, SCALE] = raw_scale
+    raw[:, COLOUR] = torch.atanh(colour.clamp(-LARGEST, LARGEST)).reshape(3, -1).T
     return raw
 
 
 def check_residual(residual: Tensor, patch_size: int) -> None:
-    """Raises ValueError for what is no image of shape (3, height, width), or no patch size."""
+    """Raises ValueError unless the residual has shape (3, height, width) and the patch size is at least 1."""
     if residual.ndim != 3 or residual.shape[0] != 3 or 0 in residual.shape:
         raise ValueError(f"the residual must be an image of shape (3, height, width), got {tuple(residual.shape)}")
     if patch_size < 1:

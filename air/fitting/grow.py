@@ -1,6 +1,6 @@
-"""Growth of a fit: Gaussians are added where the picture is still bad, and all of them optimised together.
+"""Growth of a fit: Gaussians are added where the residual is largest, and all of them are optimised together.
 
-`air.fitting.fit.fit` is the door; docs/optimizer.md has the search for the defaults.
+Call it through `air.fitting.fit.fit`. docs/optimizer.md has the search for the defaults.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from air.optimization.problem import StepCallback, Trajectory
 from air.rendering.render import render
 
 OPTIMIZATION = OptimizeConfig(opposed_fraction=0.0)
-"""Learning rates and schedule of every phase. Unlike elsewhere, no number moves against its gradient: new Gaussians
-beside old ones make plain Adam overshoot."""
+"""Learning rates and schedule of every phase. No number moves against its gradient, since plain Adam overshoots where
+new Gaussians appear beside old ones."""
 
-_BAND_ROWS = 8  # Gaussians are kept in reading order of bands this high, so that drawing stays in the cache
+_BAND_ROWS = 8  # Gaussians are sorted into bands of this many rows, then by x, so that drawing stays in the cache
 
 
 @dataclass(frozen=True)
 class GrowthConfig:
-    """How a fit grows.
+    """Settings of growth.
 
     Attributes:
-        start_fraction: Fraction of the budget in the grid of the start; the patch size follows from it.
-        growths: How often Gaussians are added, the same number each time.
-        growth_fraction: Fraction of the steps before the last growth; the rest refines all Gaussians.
+        start_fraction: Fraction of the budget that the grid at the start takes; the patch size follows from it.
+        growths: Number of times that Gaussians are added, the same number of Gaussians each time.
+        growth_fraction: Fraction of the steps before the last growth; the remaining steps refine all Gaussians.
     """
 
     start_fraction: float = 0.42
@@ -48,7 +48,7 @@ class GrowthConfig:
             raise ValueError(f"growths must be at least 0, got {self.growths}")
 
     def phases(self, steps: int) -> list[int]:
-        """The steps of each phase: one before every growth, and the last one."""
+        """The steps of each phase: there is a phase before every growth, and one after the last."""
         before = [round(steps * self.growth_fraction / self.growths)] * self.growths if self.growths else []
         return [*before, max(0, steps - sum(before))]
 
@@ -69,13 +69,13 @@ def grow(
     Args:
         target: The image, shape (3, height, width), values in [0, 1].
         num_gaussians: The budget.
-        steps: Adam updates in all.
-        patch_size: Pixels between the anchors of the grid that it starts from.
-        growth: When it grows.
+        steps: Adam updates of all phases together.
+        patch_size: Pixels between the anchors of the grid at the start.
+        growth: Settings of growth.
         optimization: Learning rates and schedule; `OPTIMIZATION` if not given.
         backend: As for `air.optimization.optimize.optimize`.
-        threads: The same.
-        on_step: The same; it counts the updates of all phases.
+        threads: As for `air.optimization.optimize.optimize`.
+        on_step: As for `air.optimization.optimize.optimize`; it counts the updates of all phases.
     """
     _, height, width = target.shape
     anchor = anchors(height, width, patch_size, target.dtype).to(target.device)
@@ -100,7 +100,7 @@ def grow(
 
 
 def _counting_from(done: int, on_step: StepCallback) -> StepCallback:
-    """For a phase that begins after `done` updates."""
+    """`on_step` for a phase that begins after `done` updates."""
     return lambda step, loss, psnr: on_step(done + step, loss, psnr)
 
 
@@ -113,7 +113,7 @@ def largest_grid(height: int, width: int, most: int) -> int:
 
 
 def _add(raw: Tensor, anchor: Tensor, residual: Tensor, patch_size: int, count: int) -> tuple[Tensor, Tensor]:
-    """The Gaussians with up to `count` more, where the residual is largest."""
+    """The Gaussians and up to `count` more, placed where the residual is largest."""
     new_raw, new_anchor = residual_peaks(residual, patch_size, count)
     raw, anchor = torch.cat([raw, new_raw]), torch.cat([anchor, new_anchor])
     band = torch.floor(anchor[:, 1] / _BAND_ROWS)
@@ -122,7 +122,7 @@ def _add(raw: Tensor, anchor: Tensor, residual: Tensor, patch_size: int, count: 
 
 
 def _joined(parts: list[Trajectory]) -> Trajectory:
-    """One trajectory: the last entry of a phase gives way to the first of the next, which has the new Gaussians."""
+    """One trajectory. The first entry of a phase has the new Gaussians and replaces the last of the phase before."""
     loss = np.concatenate([*(part.loss[:-1] for part in parts[:-1]), parts[-1].loss])
     psnr = np.concatenate([*(part.psnr[:-1] for part in parts[:-1]), parts[-1].psnr])
     return Trajectory(loss, psnr)

@@ -1,3 +1,3 @@
-"""Steps of Adam on raw Gaussians against an image: the definition (`reference`) and one file per backend. It knows no
-stages, networks or files.
+"""Optimises raw Gaussians against an image with Adam: the definition (`reference`), and one file for each compiled
+backend. It knows nothing of stages, networks or files.
 """

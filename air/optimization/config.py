@@ -1,4 +1,4 @@
-"""How the optimiser steps: Adam's constants and the learning rate of every raw number at every step."""
+"""Settings of the optimiser: Adam's constants, and the learning rate of every raw number at every step."""
 
 from __future__ import annotations
 
@@ -8,27 +8,29 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from air.gaussians import RAW_CHANNELS
-
-GROUPS = {"offset": slice(0, 2), "scale": slice(2, 4), "angle": slice(4, 5), "colour": slice(5, 8)}
-"""Columns of raw Gaussians that share a learning rate."""
+from air.gaussians import COLUMN_GROUPS, RAW_CHANNELS
 
 
 @dataclass(frozen=True)
 class OptimizeConfig:
-    """How to optimise. The defaults and what else was tried are in docs/optimizer.md.
+    """Steps and learning rates. docs/optimizer.md compares the defaults with other values.
 
     Attributes:
         steps: Number of Adam updates, at least 0.
         offset_learning_rate: Adam's learning rate of the raw offsets.
-        scale_learning_rate: The same, of the raw scales.
-        angle_learning_rate: The same, of the raw angle.
-        colour_learning_rate: The same, of the raw colours.
-        constant_fraction: Share of the steps, 0 to 1, at these rates; then they fall linearly.
-        final_fraction: The rates that the fall heads for, as a share of the first.
+        scale_learning_rate: Learning rate of the raw scales.
+        angle_learning_rate: Learning rate of the raw angle.
+        colour_learning_rate: Learning rate of the raw colours.
+        constant_fraction: Fraction of the steps, 0 to 1, at these rates. In the rest, the rates fall linearly.
+        final_fraction: The rates that the fall ends at, as a fraction of the first.
         beta1, beta2, eps: Adam's constants.
-        opposed_fraction: Share, 0 to 1, that is kept of an update against the present gradient, number by number: there
-            momentum has overshot. 1 is plain Adam, 0 the cautious Adam of arXiv 2411.16085 without its rescaling.
+        opposed_fraction: Where an update goes against the present gradient, momentum has overshot, and only this
+            fraction of the update, 0 to 1, is made. Each number is treated by itself. 1 is plain Adam; 0 is the
+            cautious Adam of arXiv 2411.16085 without its rescaling.
+
+    Example:
+        >>> OptimizeConfig(steps=20).learning_rates(0)[2:4]
+        array([0.3, 0.3])
     """
 
     steps: int = 50
@@ -64,28 +66,28 @@ class OptimizeConfig:
 
     @staticmethod
     def refinement(steps: int) -> OptimizeConfig:
-        """For a start that is good already, a prediction: lower rates, the fewer steps the lower, and no overshooting.
+        """Settings for a start that is good already, such as a prediction: lower rates, and no opposed updates.
 
-        The rates that suit a plain grid throw a prediction back by several decibels before they improve it;
-        docs/optimizer.md has both. A fifth of them is best for 10 steps, two fifths for 50: that is 0.06 √steps.
+        The rates that suit a plain grid first make a prediction several decibels worse; docs/optimizer.md has both.
+        A fifth of them is best for 10 steps, two fifths for 50. The formula is 0.06 √steps.
 
         Args:
-            steps: Updates, at least 0.
+            steps: Number of Adam updates, at least 0.
         """
-        share = min(1.0, 0.06 * math.sqrt(max(1, steps)))
-        return replace(OptimizeConfig(steps=steps).scaled(share), opposed_fraction=0.0)
+        factor = min(1.0, 0.06 * math.sqrt(max(1, steps)))
+        return replace(OptimizeConfig(steps=steps).scaled(factor), opposed_fraction=0.0)
 
     def scaled(self, factor: float) -> OptimizeConfig:
-        """The same with all learning rates multiplied."""
-        rates = {name: getattr(self, name) * factor for name in (f"{group}_learning_rate" for group in GROUPS)}
+        """The same settings with all learning rates multiplied by `factor`."""
+        rates = {name: getattr(self, name) * factor for name in (f"{group}_learning_rate" for group in COLUMN_GROUPS)}
         return replace(self, **rates)
 
     def learning_rates(self, step: int) -> NDArray[np.float64]:
         """Learning rate of each of the 8 raw columns for update number `step`, counted from 0."""
         done = step / self.steps
         falling = (1 - done) / (1 - self.constant_fraction) if self.constant_fraction < 1 else 1.0
-        share = self.final_fraction + (1 - self.final_fraction) * min(1.0, falling)
+        factor = self.final_fraction + (1 - self.final_fraction) * min(1.0, falling)
         rates = np.empty(RAW_CHANNELS)
-        for name, columns in GROUPS.items():
-            rates[columns] = share * getattr(self, f"{name}_learning_rate")
+        for name, columns in COLUMN_GROUPS.items():
+            rates[columns] = factor * getattr(self, f"{name}_learning_rate")
         return rates

@@ -1,4 +1,4 @@
-"""The compiled optimiser: one Adam step as a kernel, and the state around it (method.md section 5).
+"""The compiled optimiser: the loop, its state, and one Adam step as a kernel (method.md section 5).
 
 Adam's two moments are planar tables as the raw numbers are (`air.rendering.raw_cpu`).
 """
@@ -6,7 +6,9 @@ Adam's two moments are planar tables as the raw numbers are (`air.rendering.raw_
 from __future__ import annotations
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from air.compute.compile import LANES, KernelSet, kernel
 from air.compute.planes import FloatArray, image_planes, pixels, table
@@ -15,6 +17,7 @@ from air.compute.threads import Workers
 from air.gaussians import RAW_CHANNELS
 from air.loss.cpu import FusedLoss, LossValues, blur_target, sweep_loss
 from air.optimization.config import OptimizeConfig
+from air.optimization.problem import Recorder
 from air.rendering.cpu_kernels import ONE, ZERO, chain_to_parameters, derive_geometry, draw_runs, gather_runs, sweep
 from air.rendering.raw_cpu import RawRaster, activate_raw, sigmoid_slope, slope_factors
 
@@ -25,8 +28,8 @@ f32 = np.float32
 def adam_step(raw, patch_size, mean, square, gradient, rates, beta1, beta2, eps, opposed_fraction, step, first, end):
     """Adam's update number `step` (from 1) of Gaussians first .. end - 1, with a learning rate per row in `rates`.
 
-    Of what goes against the present gradient only `opposed_fraction` is done. `gradient` is with respect to the
-    parameters: `differentiate_raw` is done on the way, to touch memory once.
+    Only `opposed_fraction` of an update against the present gradient is made. `gradient` is with respect to the
+    parameters. The kernel multiplies it by the slopes of the activations itself, so that memory is read once.
     """
     row = raw.shape[1]
     keep1 = f32(beta1)
@@ -60,8 +63,8 @@ class FusedOptimizer:
         workers: The threads to use.
 
     Attributes:
-        drawing: The Gaussians as they are now.
-        loss: What the image is held against.
+        drawing: The present Gaussians.
+        loss: The loss against the target.
     """
 
     def __init__(
@@ -127,6 +130,29 @@ class FusedOptimizer:
     def raw_rows(self) -> FloatArray:
         """The raw numbers, shape (N, 8)."""
         return self.drawing.rows()
+
+
+def optimize_cpu(
+    raw: Tensor,
+    anchor: Tensor,
+    target: Tensor,
+    patch_size: int,
+    config: OptimizeConfig,
+    background: Tensor,
+    threads: int,
+    recorder: Recorder,
+) -> Tensor:
+    """The optimised raw Gaussians. Arguments are as for `air.optimization.optimize.optimize`, checked."""
+    with Workers(threads) as workers:
+        state = FusedOptimizer(raw.numpy(), anchor.numpy(), target.numpy(), patch_size, background.numpy(), workers)
+        for step in range(config.steps + 1):
+            values = state.evaluate()
+            recorder.add(values.loss, values.squared_error)
+            if step < config.steps:
+                state.update(
+                    config.learning_rates(step), config.beta1, config.beta2, config.eps, config.opposed_fraction
+                )
+        return torch.from_numpy(state.raw_rows())
 
 
 def _use_each() -> None:

@@ -1,10 +1,11 @@
 """The optimiser on CUDA: a ragged batch of images, every step four kernels, replayed as CUDA graphs.
 
-A step draws (`air.rendering.cuda_kernels`), differentiates the loss (two kernels of `air.loss.cuda`), and in one kernel
-per Gaussian gathers its gradient, takes it through the activations, makes Adam's update and activates the result for
-the next step (method.md sections 2 and 5). All buffers are allocated once. Nothing depends on the host within a run:
-what changes from step to step, rates and Adam's corrections, is a table on the device, read at the row of a clock that
-the drawing kernel advances; losses are summed into a table in the same way and fetched at the end, or when asked for.
+A step draws (`air.rendering.cuda_kernels`) and differentiates the loss (two kernels of `air.loss.cuda`). The fourth
+kernel gathers each Gaussian's gradient, multiplies it by the slopes of the activations, makes Adam's update and
+activates the result for the next step (method.md sections 2 and 5). All buffers are allocated once. A run needs nothing
+from the host: a table on the device holds the rates and Adam's corrections of every step, and kernels read the row that
+a clock points to, which the drawing kernel advances. Losses are summed into a table in the same way. The host fetches
+them at the end, or on request.
 
 Tables of Gaussians are float32 (N, 8), all images' one after another. Importing this module needs triton.
 """
@@ -19,24 +20,23 @@ import torch
 import triton
 import triton.language as tl
 from numpy.typing import NDArray
+from torch import Tensor
 
 from air.compute.launch import launch, selected
 from air.compute.ragged import IMAGE_COLUMNS, RaggedImages
 from air.gaussians import MIN_RAW_SCALE, RAW_CHANNELS
 from air.loss.cuda import SUMS, BatchLoss
 from air.optimization.config import OptimizeConfig
-from air.optimization.problem import Problem
+from air.optimization.problem import Problem, Recorder, naming_image
 from air.rendering.cuda import BLOCKS, launch_draw
 from air.rendering.cuda_kernels import COLOUR, HALF_TURNS, PARAMETERS, SCALE_1, gather_gradient
+from air.rendering.parameters import OFF_IMAGE
 
 GRAPH_STEPS = 20
 """Steps in one CUDA graph: enough that starting a graph costs little beside its steps."""
 
-OFF_IMAGE = -1e6
-"""Anchor of the Gaussian that stands in where there are none: the clock ticks in a kernel of Gaussians."""
-
 RATE_COLUMNS = 16
-"""Columns of the rate table: 8 rates, divided by Adam's first correction, and one over the root of its second."""
+"""Columns of the rate table: 8 rates, divided by Adam's first correction; one over the root of the second; padding."""
 
 _BLOCK = 64  # Gaussians per program of `activate_raw`
 _RATE_COLUMNS, _CORRECTION = tl.constexpr(RATE_COLUMNS), tl.constexpr(RAW_CHANNELS)
@@ -46,10 +46,10 @@ _TWO_PI = tl.constexpr(2 * math.pi)
 
 @triton.jit
 def activate_channels(raw, anchor, patch_size, channel):
-    """(parameter, slope) of raw numbers in their channels, whatever the shape (method.md section 2).
+    """(parameter, slope) of raw numbers in their channels, of any shape (method.md section 2).
 
-    `anchor` is the anchor's coordinate in the channels of the centre and 0 elsewhere. The slope is that of the
-    parameter by the raw number, the angle's in radians.
+    `anchor` is the anchor's coordinate in the channels of the centre and 0 elsewhere. The slope is the derivative of
+    the parameter by the raw number, with the angle in radians.
     """
     is_tanh = (channel < SCALE_1) | (channel >= COLOUR)
     # tanh(u) = 2 σ(2u) - 1
@@ -74,7 +74,7 @@ def load_anchor(anchors, gaussian, channel, exists):
 
 @triton.jit
 def activate_raw(raw, anchors, patch_size, parameters, count, BLOCK: tl.constexpr):
-    """The parameters of `count` raw Gaussians, BLOCK of them per program."""
+    """The parameters of `count` raw Gaussians; each program computes BLOCK of them."""
     gaussian = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[:, None]
     channel = tl.arange(0, PARAMETERS)[None, :]
     exists = gaussian < count
@@ -129,9 +129,9 @@ def gather_and_step(
 class BatchOptimizer:
     """Adam on the raw Gaussians of several images at once; images may differ in size and number of Gaussians.
 
-    - Create it: allocates and fills all buffers on the device of the problems.
-    - `run` it: all steps of the configuration, from the start, without waiting for the device.
-    - Read `raw`, and `trajectories`, which wait for it.
+    - The constructor allocates and fills all buffers on the device of the problems.
+    - `run` launches all steps of the configuration, from the start, without waiting for the device.
+    - Then read `raw` and `trajectories`, which wait for the device.
 
     Args:
         problems: At least one; float32, all on one device that the kernels run on.
@@ -147,6 +147,7 @@ class BatchOptimizer:
         self.device = problems[0].target.device
         self.patch_size = float(patch_size)
         self.layout = RaggedImages([(p.target.shape[1], p.target.shape[2]) for p in problems], self.device)
+        # The clock advances in a kernel over Gaussians, which needs at least one: this one ends every batch.
         stand_in = torch.full((1, 2), OFF_IMAGE, device=self.device)
         numbers = [len(problem.raw) for problem in problems]
         self._raw = torch.cat([*(p.raw for p in problems), torch.zeros(1, RAW_CHANNELS, device=self.device)])
@@ -165,7 +166,7 @@ class BatchOptimizer:
         canvases = [empty if p.canvas is None else p.canvas for p, empty in zip(problems, black, strict=True)]
         self._background = self.layout.pack(canvases)
         self._image = self.layout.buffer()
-        # Kept, so that it does not go while the device still works at it.
+        # Kept, so that it is not freed while the device still runs it.
         self._graph: torch.cuda.CUDAGraph | None = None
         with selected(self.device):
             self._loss = BatchLoss(self.layout, [problem.target for problem in problems])
@@ -183,7 +184,7 @@ class BatchOptimizer:
         launch(activate_raw, blocks, self._raw, self._anchor, self.patch_size, self._parameters, count, BLOCK=_BLOCK)
 
     def evaluate(self) -> None:
-        """Launches drawing and the loss with its gradient, two halves: three kernels."""
+        """Launches three kernels: drawing, and the two of the loss and its gradient."""
         launch_draw(self._parameters, self._image_of, self.layout, self._image, self._clock)
         self._loss.evaluate(self._image, self._background, self._sums, self._clock)
 
@@ -215,8 +216,8 @@ class BatchOptimizer:
         """Launches all steps, and the loss of the last state.
 
         Args:
-            on_launched: Called with (first, last) whenever the entries [first, last) of the trajectory are under way:
-                after every GRAPH_STEPS steps, and at the end.
+            on_launched: Called with (first, last) when the steps for the entries [first, last) of the trajectory are
+                launched: after every GRAPH_STEPS steps, and at the end.
         """
         steps = self.config.steps
         with selected(self.device):
@@ -241,15 +242,15 @@ class BatchOptimizer:
 
     def _capture(self) -> torch.cuda.CUDAGraph:
         """A graph of GRAPH_STEPS steps."""
-        # Kernels are compiled and loaded by a first run, which a capture does not allow.
+        # A first run compiles and loads the kernels, which is not allowed during a capture.
         self.reset()
         self.evaluate()
         self.update()
         graph = torch.cuda.CUDAGraph()
         stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream())
-        # Not `with torch.cuda.graph(graph)`, which also collects garbage and empties the cache of device memory: that
-        # may take longer than the steps. Nothing here allocates. Other threads may use the GPU meanwhile.
+        # `with torch.cuda.graph(graph)` would also collect garbage and empty the cache of device memory, which may take
+        # longer than the steps. Nothing here allocates, so neither is needed. Other threads may use the GPU meanwhile.
         with torch.cuda.stream(stream):
             graph.capture_begin(capture_error_mode="thread_local")
             for _ in range(GRAPH_STEPS):
@@ -262,16 +263,58 @@ class BatchOptimizer:
     def trajectories(self, first: int = 0, last: int | None = None) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """(loss, mean squared error of the clamped image) after every number of updates, each (updates, images).
 
-        All steps + 1 of them, or those of [first, last). Waits for the device.
+        All steps + 1 entries, or the entries [first, last). Waits for the device.
         """
         loss, squared_error = self._loss.values(self._sums[first:last])
         return loss.cpu().numpy(), squared_error.cpu().numpy()
 
 
 def rate_table(config: OptimizeConfig) -> NDArray[np.float32]:
-    """What update number k needs, in row k: (max(steps, 1), RATE_COLUMNS)."""
+    """Rates and correction of update number k in row k, (max(steps, 1), RATE_COLUMNS)."""
     table = np.zeros((max(config.steps, 1), RATE_COLUMNS))
     for step in range(config.steps):
         table[step, :RAW_CHANNELS] = config.learning_rates(step) / (1 - config.beta1 ** (step + 1))
         table[step, RAW_CHANNELS] = 1 / math.sqrt(1 - config.beta2 ** (step + 1))
     return table.astype(np.float32)
+
+
+def optimize_cuda(
+    raw: Tensor,
+    anchor: Tensor,
+    target: Tensor,
+    patch_size: int,
+    config: OptimizeConfig,
+    background: Tensor,
+    threads: int,
+    recorder: Recorder,
+) -> Tensor:
+    """The optimised raw Gaussians of one image: a batch of one.
+
+    Arguments are as for `air.optimization.optimize.optimize`, checked. `threads` is not used.
+    """
+    return optimize_batch_cuda([Problem(raw, anchor, target, background)], patch_size, config, [recorder])[0]
+
+
+def optimize_batch_cuda(
+    problems: Sequence[Problem], patch_size: int, config: OptimizeConfig, recorders: Sequence[Recorder]
+) -> list[Tensor]:
+    """The optimised raw Gaussians of problems whose tensors were checked; trajectories go to the recorders.
+
+    Raises:
+        NonFiniteLossError: As `air.optimization.optimize.optimize_batch`.
+    """
+    state = BatchOptimizer(problems, patch_size, config)
+
+    def record(first: int, last: int) -> None:
+        losses, squared_errors = state.trajectories(first, last)
+        for image, recorder in enumerate(recorders):
+            with naming_image(image):
+                for loss, squared_error in zip(losses[:, image], squared_errors[:, image], strict=True):
+                    recorder.add(float(loss), float(squared_error))
+
+    if any(recorder.on_step for recorder in recorders):
+        state.run(record)
+    else:  # nothing waits for the device before the end
+        state.run()
+        record(0, config.steps + 1)
+    return [raw.clone() for raw in state.raw]

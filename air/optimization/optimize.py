@@ -1,26 +1,24 @@
 """Short-horizon optimisation of raw Gaussians against an image (method.md section 5).
 
 `optimize` is the inner loop of predict-optimise-distill and the refinement after a prediction: a fixed number of Adam
-steps on 0.7 L1 + 0.3 (1 - SSIM), with earlier stages frozen in a canvas. `optimize_batch` does it for several images
-at once, which is what fills a GPU. On a CPU and on CUDA the whole step runs in compiled kernels; the same loop in
-plain torch is its definition (`air.optimization.reference`).
+steps on 0.7 L1 + 0.3 (1 - SSIM), with earlier stages frozen in a canvas. `optimize_batch` optimises several images at
+once, to fill a GPU. On a CPU and on CUDA the whole step runs in compiled kernels (`cpu`, `cuda`). The same loop in
+plain torch is its definition (`reference`).
 
 This module knows nothing of files, stages or networks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from air.compute.backends import backend_for, has_cpu_kernels, require_cuda_kernels
-from air.errors import NonFiniteLossError
 from air.gaussians import activate
 from air.optimization.config import OptimizeConfig
-from air.optimization.problem import OptimizeResult, Problem, Recorder, StepCallback
+from air.optimization.problem import OptimizeResult, Problem, Recorder, StepCallback, naming_image
 from air.optimization.reference import optimize_reference
 from air.rendering.render import render
 
@@ -38,26 +36,39 @@ def optimize(
     threads: int = 1,
     on_step: StepCallback | None = None,
 ) -> OptimizeResult:
-    """Adam on the raw numbers of the free Gaussians, against 0.7 L1 + 0.3 (1 - SSIM) of their render plus a canvas.
+    """Optimises the raw numbers of the free Gaussians with Adam.
+
+    The loss is 0.7 L1 + 0.3 (1 - SSIM) of canvas plus render against the target.
 
     Args:
-        raw: Where to start, shape (N, 8); not changed.
+        raw: The start, shape (N, 8); not changed.
         anchor: Anchors in pixels, shape (N, 2).
         target: The image to approximate, shape (3, height, width), values in [0, 1].
         patch_size: The activations' range in pixels (method.md section 2).
         config: Steps, rates and schedule.
-        canvas: What is already drawn and stays, shape (3, height, width); black if not given.
-        free: Which Gaussians may change, boolean, shape (N,); all if not given. The others are drawn once.
+        canvas: The fixed part of the picture, shape (3, height, width); black if not given.
+        free: Gaussians that may change, boolean, shape (N,); all if not given. The others are drawn once.
         backend: "cpu" (compiled, float32), "cuda" (compiled, float32, needs triton), "reference" (plain torch), or
             "auto": for float32 the compiled one of the tensors' device, else "reference".
-        threads: The most threads that "cpu" uses; its results do not depend on it.
-        on_step: Called for every entry of the trajectory, in order; with "cuda" some steps at a time, waiting for them.
+        threads: CPU threads at most, for "cpu"; the result does not depend on it.
+        on_step: Called for every entry of the trajectory, in order. With "cuda", the entries of several steps come
+            together, and each time the device is waited for.
 
     Raises:
         InvalidGaussiansError: `raw` and `anchor` do not fit each other or are not finite.
         ValueError: An image, mask or option does not fit.
-        NonFiniteLossError: The loss stopped being a number; the message names the step.
+        NonFiniteLossError: The loss became NaN or infinite; the message names the step.
         BackendUnavailableError: The backend asked for cannot be loaded here.
+
+    Example:
+        >>> import torch
+        >>> from air.gaussians import anchors
+        >>> image = torch.full((3, 8, 8), 0.5)
+        >>> result = optimize(torch.zeros(4, 8), anchors(8, 8, 4), image, 4, OptimizeConfig(steps=20))
+        >>> result.raw.shape
+        torch.Size([4, 8])
+        >>> bool(result.trajectory.loss[-1] < result.trajectory.loss[0])
+        True
     """
     backend = backend_for(raw, backend)
     _check_arguments(raw, anchor, target, patch_size, canvas, free, backend, threads)
@@ -73,7 +84,7 @@ def optimize(
         frozen = activate(raw[~free], anchor[~free], patch_size)
         background = background + render(frozen, height, width, backend=backend, threads=threads)
     recorder = Recorder(on_step)
-    run = {"reference": optimize_reference, "cpu": _optimize_cpu, "cuda": _optimize_cuda}[backend]
+    run = _backend_loop(backend, raw)
     raw[chosen] = run(raw[chosen], anchor[chosen], target, patch_size, config, background, threads, recorder)
     return OptimizeResult(raw, recorder.trajectory())
 
@@ -107,67 +118,25 @@ def _check_arguments(
         raise ValueError(f"the cpu backend optimises float32 on the CPU, got {raw.dtype} on {raw.device}")
 
 
-def _optimize_cpu(
-    raw: Tensor,
-    anchor: Tensor,
-    target: Tensor,
-    patch_size: int,
-    config: OptimizeConfig,
-    background: Tensor,
-    threads: int,
-    recorder: Recorder,
-) -> Tensor:
-    from air.compute.threads import Workers
-    from air.optimization.cpu import FusedOptimizer
+def _backend_loop(backend: str, raw: Tensor) -> Callable[..., Tensor]:
+    """The optimiser's loop in a backend. Compiled ones load on first use.
 
-    with Workers(threads) as workers:
-        state = FusedOptimizer(raw.numpy(), anchor.numpy(), target.numpy(), patch_size, background.numpy(), workers)
-        for step in range(config.steps + 1):
-            values = state.evaluate()
-            recorder.add(values.loss, values.squared_error)
-            if step < config.steps:
-                state.update(
-                    config.learning_rates(step), config.beta1, config.beta2, config.eps, config.opposed_fraction
-                )
-        return torch.from_numpy(state.raw_rows())
+    Raises:
+        BackendUnavailableError: triton does not load here.
+        ValueError: The cuda backend does not take tensors like `raw`.
+    """
+    match backend:
+        case "cpu":
+            from air.optimization.cpu import optimize_cpu
 
+            return optimize_cpu
+        case "cuda":
+            require_cuda_kernels(raw)
+            from air.optimization.cuda import optimize_cuda
 
-def _optimize_cuda(
-    raw: Tensor,
-    anchor: Tensor,
-    target: Tensor,
-    patch_size: int,
-    config: OptimizeConfig,
-    background: Tensor,
-    threads: int,
-    recorder: Recorder,
-) -> Tensor:
-    """A batch of one. `threads` is of no use here."""
-    return _run_batch([Problem(raw, anchor, target, background)], patch_size, config, [recorder])[0]
-
-
-def _run_batch(
-    problems: Sequence[Problem], patch_size: int, config: OptimizeConfig, recorders: Sequence[Recorder]
-) -> list[Tensor]:
-    """The optimised raw Gaussians of problems whose tensors were checked, by the cuda backend."""
-    require_cuda_kernels(problems[0].raw)
-    from air.optimization.cuda import BatchOptimizer
-
-    state = BatchOptimizer(problems, patch_size, config)
-
-    def record(first: int, last: int) -> None:
-        losses, squared_errors = state.trajectories(first, last)
-        for image, recorder in enumerate(recorders):
-            with _named(image):
-                for loss, squared_error in zip(losses[:, image], squared_errors[:, image], strict=True):
-                    recorder.add(float(loss), float(squared_error))
-
-    if any(recorder.on_step for recorder in recorders):
-        state.run(record)
-    else:  # nothing waits for the device before the end
-        state.run()
-        record(0, config.steps + 1)
-    return [raw.clone() for raw in state.raw]
+            return optimize_cuda
+        case _:
+            return optimize_reference
 
 
 def optimize_batch(
@@ -178,13 +147,13 @@ def optimize_batch(
     backend: str = "auto",
     threads: int = 1,
 ) -> list[OptimizeResult]:
-    """What `optimize` gives for each of several images (raw, anchor, target, canvas), in order.
+    """The results of `optimize` for several images (raw, anchor, target, canvas), in order.
 
-    Sizes and numbers of Gaussians may differ; dtype and device may not. With "cuda" all images take each step together,
-    in the same launches; otherwise they are optimised one after another.
+    Sizes and numbers of Gaussians may differ; dtype and device must be the same. With "cuda" all images take each step
+    together, in the same launches. Otherwise they are optimised one after another.
 
     Raises:
-        As `optimize`. The `image` of a NonFiniteLossError says which of the problems it was; other messages do not.
+        As `optimize`. A NonFiniteLossError gives the index of the problem in `image`; other errors do not name it.
     """
     batch = [Problem(*problem) for problem in problems]
     if not batch:
@@ -193,7 +162,7 @@ def optimize_batch(
     if backend != "cuda":
         results = []
         for image, (raw, anchor, target, canvas) in enumerate(batch):
-            with _named(image):
+            with naming_image(image):
                 results.append(
                     optimize(raw, anchor, target, patch_size, config, canvas=canvas, backend=backend, threads=threads)
                 )
@@ -205,16 +174,9 @@ def optimize_batch(
             raise ValueError(f"a batch must be on one device, got {batch[0].raw.device} and {raw.device}")
         activate(raw.detach(), anchor, patch_size).validate()
         ready.append(Problem(raw.detach(), anchor.to(raw), target, None if canvas is None else canvas.detach()))
+    require_cuda_kernels(ready[0].raw)
+    from air.optimization.cuda import optimize_batch_cuda
+
     recorders = [Recorder(None) for _ in ready]
-    optimized = _run_batch(ready, patch_size, config, recorders)
+    optimized = optimize_batch_cuda(ready, patch_size, config, recorders)
     return [OptimizeResult(raw, recorder.trajectory()) for raw, recorder in zip(optimized, recorders, strict=True)]
-
-
-@contextmanager
-def _named(image: int) -> Iterator[None]:
-    """A loss that stops being a number within is that of this image of a batch."""
-    try:
-        yield
-    except NonFiniteLossError as error:
-        error.image = image
-        raise

@@ -1,8 +1,9 @@
-"""What is optimised and what comes out: problems, trajectories, results."""
+"""Inputs and outputs of the optimiser: problems, trajectories, results."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ StepCallback = Callable[[int, float, float], None]
 
 @dataclass(frozen=True, eq=False)
 class Trajectory:
-    """What every step reached: entry k is the state after k updates, so there are steps + 1 entries.
+    """Loss and PSNR over the steps. Entry k is the state after k updates, so there are steps + 1 entries.
 
     Attributes:
         loss: 0.7 L1 + 0.3 (1 - SSIM), float64.
@@ -32,22 +33,33 @@ class Trajectory:
 
 @dataclass(frozen=True, eq=False)
 class OptimizeResult:
-    """The optimised raw Gaussians (N, 8), frozen ones unchanged, and the way there."""
+    """The result of an optimisation.
+
+    Attributes:
+        raw: Raw Gaussians (N, 8) after the last update; frozen ones are unchanged.
+        trajectory: Loss and PSNR after every update.
+    """
 
     raw: Tensor
     trajectory: Trajectory
 
     def unless_worse(self, start: Tensor) -> OptimizeResult:
-        """This, or where its loss ended above the first: the Gaussians it started from, (N, 8), with no way at all.
+        """This result, or the start if the last loss is above the first.
 
-        Adam's first steps are of full size however good the start is, so a few of them can spoil a good prediction.
+        Adam's first steps have full size however good the start is, so a few steps can make a good prediction worse.
+
+        Args:
+            start: The raw Gaussians that the optimisation started from, shape (N, 8).
+
+        Returns:
+            If the start is kept, its trajectory has one entry.
         """
         loss, psnr = self.trajectory.loss, self.trajectory.psnr
         return OptimizeResult(start, Trajectory(loss[:1], psnr[:1])) if loss[-1] > loss[0] else self
 
 
 class Problem(NamedTuple):
-    """One image of a batch; see `optimize` for the fields."""
+    """One image of a batch; the fields are arguments of `air.optimization.optimize.optimize`."""
 
     raw: Tensor
     anchor: Tensor
@@ -57,7 +69,7 @@ class Problem(NamedTuple):
 
 @dataclass
 class Recorder:
-    """Collects a trajectory and refuses a loss that is not a number."""
+    """Collects a trajectory; raises NonFiniteLossError for a loss that is NaN or infinite."""
 
     on_step: StepCallback | None
     loss: list[float] = field(default_factory=list)
@@ -77,3 +89,13 @@ class Recorder:
 
     def trajectory(self) -> Trajectory:
         return Trajectory(np.array(self.loss), np.array(self.psnr))
+
+
+@contextmanager
+def naming_image(image: int) -> Iterator[None]:
+    """Sets the `image` of a NonFiniteLossError that is raised within to this index in the batch."""
+    try:
+        yield
+    except NonFiniteLossError as error:
+        error.image = image
+        raise

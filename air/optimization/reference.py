@@ -1,13 +1,13 @@
-"""The definition of the optimiser's loop in plain torch."""
+"""The optimiser's loop in plain torch: the definition that the compiled backends are tested against."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from air.gaussians import activate
+from air.gaussians import COLUMN_GROUPS, activate
 from air.loss.reference import loss as torch_loss
-from air.optimization.config import GROUPS, OptimizeConfig
+from air.optimization.config import OptimizeConfig
 from air.optimization.problem import Recorder
 from air.rendering.render import render
 
@@ -22,9 +22,12 @@ def optimize_reference(
     threads: int,
     recorder: Recorder,
 ) -> Tensor:
-    """The definition: reference renderer, torch's autograd, torch's Adam. `threads` is torch's own business here."""
+    """Optimises with the reference renderer, torch's autograd and torch's Adam.
+
+    Arguments are as for `air.optimization.optimize.optimize`, checked. `threads` is not used: torch has its own number.
+    """
     _, height, width = target.shape
-    groups = [raw[:, columns].clone().requires_grad_() for columns in GROUPS.values()]
+    groups = [raw[:, columns].clone().requires_grad_() for columns in COLUMN_GROUPS.values()]
     adam = torch.optim.Adam(
         [{"params": [group]} for group in groups], betas=(config.beta1, config.beta2), eps=config.eps
     )
@@ -37,7 +40,7 @@ def optimize_reference(
         if step == config.steps:
             break
         rates = config.learning_rates(step)
-        for options, columns in zip(adam.param_groups, GROUPS.values(), strict=True):
+        for options, columns in zip(adam.param_groups, COLUMN_GROUPS.values(), strict=True):
             options["lr"] = float(rates[columns][0])
         adam.zero_grad()
         loss.backward()

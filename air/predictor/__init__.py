@@ -1,3 +1,3 @@
-"""Predictors: what turns the missing part of an image into Gaussians, and their checkpoints. They know no optimiser and
-no stage control.
+"""Predictors, which turn the missing part of an image into Gaussians, and their checkpoints. They know nothing of
+optimisers or stage control.
 """

@@ -1,7 +1,7 @@
-"""Checkpoints of predictors: weights as safetensors, and beside them a card, JSON that says what they are.
+"""Checkpoints of predictors: weights as safetensors, and a card beside them, JSON that describes them.
 
     NAME.safetensors    the weights, by parameter name
-    NAME.json           the card, which names the weights by their checksum
+    NAME.json           the card, which holds the checksum of the weights
 
 Loading reads numbers and text only; nothing is unpickled or run.
 """
@@ -27,18 +27,18 @@ FORMAT = "air-predictor-1"
 
 @dataclass(frozen=True)
 class Card:
-    """What a checkpoint is.
+    """The description of a checkpoint.
 
     Attributes:
         architecture: Name of the network's architecture.
-        settings: What builds the network.
-        sha256: Of the file of weights, hexadecimal: the card speaks of no other.
+        settings: Keyword arguments that build the network.
+        sha256: Checksum of the file of weights, hexadecimal. The card does not describe any other file.
         phase: The training phase that made it.
         step: Optimiser steps in that phase.
-        plan: Hash of the plan of the training data; empty where there was none.
+        plan: Hash of the plan of the training data; empty if there was no plan.
         metrics: Figures by name, such as {"valid_psnr": 31.2}.
         notes: Anything else: data and their terms, command, seed.
-        code_version: Of this package.
+        code_version: Version of this package.
     """
 
     architecture: str
@@ -53,12 +53,14 @@ class Card:
 
 
 def save_checkpoint(path: str | Path, network: PredictorNetwork, **card: Any) -> Card:
-    """Writes a checkpoint, the card last. A pair that a stop leaves half overwritten does not load: checksums differ.
+    """Writes a checkpoint, the card last.
+
+    If the process stops between the two files, the pair does not load, since the card has another checksum.
 
     Args:
         path: `NAME.safetensors`; the card is `NAME.json` beside it.
-        network: What is stored.
-        card: Fields of `Card` but for architecture, settings and sha256.
+        network: The network to store.
+        card: Fields of `Card` except architecture, settings and sha256.
     """
     path = _checked(path)
     state = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
@@ -73,7 +75,8 @@ def load_checkpoint(path: str | Path) -> tuple[PredictorNetwork, Card]:
     """The network, ready to predict, and its card.
 
     Raises:
-        CheckpointError: A file is missing, is not a checkpoint of this project, or does not fit the other.
+        CheckpointError: A file is missing or is not a checkpoint of this project, or weights and card do not belong
+            together.
     """
     path = _checked(path)
     card = read_card(path)
@@ -94,7 +97,7 @@ def read_card(path: str | Path) -> Card:
     """The card of the checkpoint `NAME.safetensors`.
 
     Raises:
-        CheckpointError: It is missing or not a card.
+        CheckpointError: The card is missing, or is not a card of this version.
     """
     path = _checked(path)
     beside = path.with_suffix(".json")
@@ -122,10 +125,10 @@ def read_card(path: str | Path) -> Card:
 
 
 def check_weights(path: str | Path, card: Card) -> None:
-    """Holds the weights `NAME.safetensors` against their card.
+    """Compares the checksum of the weights `NAME.safetensors` with their card.
 
     Raises:
-        CheckpointError: They are missing, or are not those that the card speaks of.
+        CheckpointError: The weights are missing, or the card describes another file.
     """
     path = Path(path)
     found = _checksum(path)

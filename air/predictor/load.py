@@ -1,4 +1,4 @@
-"""Predictors by name or path."""
+"""Loads predictors by name or path."""
 
 from __future__ import annotations
 
@@ -14,16 +14,20 @@ from air.predictor.base import GridPredictor, Predictor
 def load_predictor(
     name_or_path: str | Path, patch_size: int | None = None, others: Sequence[str] = (GRID,)
 ) -> Predictor:
-    """The predictor of that name.
+    """Loads a predictor.
 
     Args:
         name_or_path: "grid", the closed form; "compact", the checkpoint that this package ships; or the path of a
             checkpoint NAME.safetensors with its card beside it.
-        patch_size: Pixels between anchors; by default 7 for the grid and its own for a network, which has no other.
+        patch_size: Pixels between anchors; by default 7 for the grid. A network has a fixed patch size.
         others: As for `checkpoint_path`.
 
     Raises:
         CheckpointError: There is no such predictor, its files cannot be read, or it has another patch size.
+
+    Example:
+        >>> load_predictor("grid", patch_size=5).patch_size
+        5
     """
     if name_or_path == GRID:
         return GridPredictor(GRID_PATCH_SIZE if patch_size is None else patch_size)
@@ -31,19 +35,22 @@ def load_predictor(
 
     network, _ = load_checkpoint(checkpoint_path(name_or_path, others))
     if patch_size is not None and network.patch_size != patch_size:
-        raise CheckpointError(f"{name_or_path} has patch size {network.patch_size}, not {patch_size}: ask for its own")
+        raise CheckpointError(
+            f"{name_or_path} has patch size {network.patch_size}, not {patch_size}; leave patch_size out"
+        )
     return network
 
 
 def checkpoint_path(name_or_path: str | Path, others: Sequence[str] = (GRID,)) -> Path:
-    """Where the checkpoint of a predictor other than the grid lies.
+    """The path of a predictor's checkpoint.
 
     Args:
         name_or_path: "compact" or the path of a checkpoint.
-        others: Names beside these that the caller takes, for the message about one that it does not.
+        others: Further names that the caller accepts, which the message about an unknown name lists.
 
     Raises:
-        CheckpointError: It is neither "compact" nor the path of a checkpoint, or no "compact" is shipped.
+        CheckpointError: The name is neither "compact" nor the path of a checkpoint, or this installation does not ship
+            "compact".
     """
     if name_or_path == COMPACT:
         if not defaults.has_compact():

@@ -1,9 +1,9 @@
-"""The quantiser that a network has learned, for the Gaussians of one image (method.md section 6).
+"""The learned quantiser of a network, for the Gaussians of one image (method.md section 6).
 
     table = learned_table(network, image, stages)
     blob = air.codec.file.encode_stages(stages, height, width, network.patch_size, table)
 
-The table goes into the file, so that nobody who decodes it needs the network.
+The file holds the table, so decoding does not need the network.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from air.codec.symbols import Stage
 from air.codec.uniform import UniformQuantizer
+from air.compute.threads import limit_torch
 from air.errors import CodecError
 from air.gaussians import Gaussians
 from air.predictor.network import PredictorNetwork
@@ -29,9 +30,9 @@ def learned_table(
 
     Args:
         network: Trained by `air train --phase quantize`.
-        image: Shape (3, H, W), float32 in [0, 1], where the network is.
-        stages: All that it added Gaussians in.
-        threads: CPU threads at most.
+        image: Shape (3, H, W), float32 in [0, 1], on the network's device.
+        stages: All stages in which it added Gaussians.
+        threads: CPU threads at most, torch's included.
 
     Raises:
         CodecError: The network has learned no quantiser.
@@ -43,4 +44,6 @@ def learned_table(
     _, height, width = image.shape
     before = Gaussians.concatenate([stage.gaussians for stage in stages[:-1]]).to(image.device)
     canvas = render(before, height, width, threads=threads)
-    return network.quantizer.table(network.global_feature(image[None], canvas[None], max(0, len(stages) - 1))[0])
+    with limit_torch(threads):
+        feature = network.global_feature(image[None], canvas[None], max(0, len(stages) - 1))[0]
+        return network.quantizer.table(feature)

@@ -17,6 +17,7 @@ from torch import Tensor
 from air.compute.backends import has_cpu_kernels
 from air.compute.threads import Workers
 from air.gaussians import RAW_CHANNELS, Gaussians
+from air.rendering.parameters import half_turns
 from air.rendering.render import render
 
 
@@ -61,7 +62,7 @@ class _RenderBatch(torch.autograd.Function):
         workers: Workers,
     ) -> Tensor:
         from air.compute.planes import image_planes, pixels
-        from air.rendering.cpu import Raster, half_turns
+        from air.rendering.cpu import Raster
 
         rows = torch.cat([xy, scale, half_turns(angle)[:, None], colour], dim=1).float().numpy()
         images = np.zeros((len(counts), 3, height, width), np.float32)

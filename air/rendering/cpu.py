@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -14,15 +13,13 @@ from air.compute.planes import BAND_ROWS, PAD_ROWS, FloatArray, aligned_zeros, i
 from air.compute.threads import Workers, bands, groups
 from air.gaussians import Gaussians
 from air.rendering import cpu_kernels as kernels
-
-OFF_IMAGE = -1e6
-"""Where the Gaussians that only pad a table are centred, so that they touch no pixel."""
+from air.rendering.parameters import OFF_IMAGE, PARAMETERS, SCALE_1, SCALE_2, X, half_turns
 
 
 class Raster:
     """Buffers to draw `count` Gaussians, again and again, into images of one size.
 
-    Fill `parameters` (rows as named in `cpu_kernels`), then `draw`; `gather` uses what `draw` derived.
+    Fill `parameters` (rows as named in `air.rendering.parameters`), then `draw`; `gather` uses what `draw` derived.
 
     Attributes:
         parameters: Table (8, padded count) of x, y, scales, angle in half turns within ±½, and colour.
@@ -32,10 +29,10 @@ class Raster:
     def __init__(self, count: int, height: int, width: int, workers: Workers) -> None:
         self.height, self.width = height, width
         self.workers = workers
-        self.parameters = table(kernels.PARAMETERS, count)
-        self.parameters[kernels.X] = OFF_IMAGE
-        self.parameters[kernels.SCALE_1 : kernels.SCALE_2 + 1] = 1
-        self.gradient = table(kernels.PARAMETERS, count)
+        self.parameters = table(PARAMETERS, count)
+        self.parameters[X] = OFF_IMAGE
+        self.parameters[SCALE_1 : SCALE_2 + 1] = 1
+        self.gradient = table(PARAMETERS, count)
         self._geometry = table(kernels.GEOMETRY, count)
         self._padded = self.parameters.shape[1]
         self._moments = aligned_zeros(self._padded, kernels.MOMENTS)
@@ -127,12 +124,6 @@ class Raster:
             True,
         )
         kernels.chain_to_parameters(self.parameters, self._geometry, self._moments, self.gradient, first, end)
-
-
-def half_turns(angle: Tensor) -> Tensor:
-    """Angles in half turns within ±½. The Gaussian repeats after half a turn; float64 keeps large angles exact."""
-    turns = angle.double() / math.pi
-    return turns - turns.round()
 
 
 class _Render(torch.autograd.Function):

@@ -55,12 +55,20 @@ from air.compute.simd import (
     where_ge,
 )
 from air.gaussians import SUPPORT_CUTOFF
+from air.rendering.parameters import (
+    BLUE,
+    GREEN,
+    HALF_TURNS,
+    LARGEST_SCALE,
+    RED,
+    SCALE_1,
+    SCALE_2,
+    SMALLEST_SCALE,
+    X,
+    Y,
+)
 
 f32 = np.float32
-
-# Rows of a parameter table. An angle is held in half turns, -½ to ½: θ and θ + π are the same Gaussian.
-X, Y, SCALE_1, SCALE_2, HALF_TURNS, RED, GREEN, BLUE = range(8)
-PARAMETERS = 8
 
 # Rows of a geometry table, derived from the parameters.
 CENTRE_X, CENTRE_Y, SLOPE, ROW_PRECISION, COLUMN_PRECISION, MINUS_DECAY = range(6)  # x, y, m, c, κ, exp(-c) - 1
@@ -90,7 +98,7 @@ _SMALLEST_RATIO_BITS = f32(-126)  # 2⁻¹²⁶ is the smallest normal float
 # less than 2⁸⁰ (from 2⁻⁸⁶ to below 1/255), which leaves nothing to be seen.
 _SMALLEST_WEIGHT = f32(1e-36)
 _OUTSIDE = f32(-1e4)  # below _LOWEST_BITS
-_SMALLEST_SCALE, _LARGEST_SCALE = f32(1e-6), f32(1e8)  # their fourth powers are still normal floats
+_SMALLEST_SCALE, _LARGEST_SCALE = f32(SMALLEST_SCALE), f32(LARGEST_SCALE)
 ZERO, HALF, ONE, TWO, PI = f32(0), f32(0.5), f32(1), f32(2), f32(math.pi)
 
 
@@ -365,7 +373,7 @@ def sweep(parameters, geometry, planes, top, moments, width, first, end, first_r
 
 @kernel
 def chain_to_parameters(parameters, geometry, moments, gradient, first, end):
-    """Gradient table (PARAMETERS rows; the angle's per radian) of Gaussians first .. end - 1 from their moments.
+    """Gradient table (rows as the parameters; the angle's per radian) of Gaussians first .. end - 1 from their moments.
 
     With w = exp(-½ (κ dx² + c t²)) and M· = Σ D ·, the derivatives with respect to (x, y, κ, m, c) are
     κ Mdx - c m Mt, c Mt, -½ Mdxdx, c Mdxt and -½ Mtt; then through A = Σxx, B = Σxy to scales and angle.

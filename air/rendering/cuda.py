@@ -9,7 +9,6 @@ CPU tensors, slowly: that is how the kernels are tested without a GPU.
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal
 
 import torch
@@ -20,6 +19,7 @@ from air.compute.launch import launch, selected
 from air.compute.ragged import RaggedImages
 from air.gaussians import Gaussians
 from air.rendering import cuda_kernels as kernels
+from air.rendering.parameters import half_turns
 from air.rendering.tiles import TileLists, gsplat_tile_lists, load_gsplat, tile_lists
 
 Binning = Literal["auto", "gsplat", "own"]
@@ -30,15 +30,9 @@ BLOCKS = {"ROWS": kernels.BLOCK_ROWS, "COLUMNS": kernels.BLOCK_COLUMNS, "warps":
 """How kernels of one Gaussian per program are launched."""
 
 
-def half_turns(angle: Tensor) -> Tensor:
-    """Angles in half turns within ±½. The Gaussian repeats after half a turn; float64 keeps large angles exact."""
-    turns = angle.double() / math.pi
-    return (turns - turns.round()).float()
-
-
 def parameter_table(xy: Tensor, scale: Tensor, angle: Tensor, colour: Tensor) -> Tensor:
     """The kernels' table of Gaussians, float32 (N, 8)."""
-    return torch.cat([xy, scale, half_turns(angle)[:, None], colour], dim=1).contiguous()
+    return torch.cat([xy, scale, half_turns(angle).float()[:, None], colour], dim=1).contiguous()
 
 
 def launch_draw(parameters: Tensor, image_of: Tensor, layout: RaggedImages, planes: Tensor, clock: Tensor) -> None:

@@ -28,6 +28,7 @@ import triton.language as tl
 
 from air.compute.ragged import HEIGHT, IMAGE_COLUMNS, ORIGIN, PIXEL, STRIDE, WIDTH
 from air.gaussians import SUPPORT_CUTOFF
+from air.rendering.parameters import LARGEST_SCALE, SMALLEST_SCALE
 
 # Kernels read global numbers only as tl.constexpr.
 PARAMETERS = tl.constexpr(8)
@@ -47,7 +48,7 @@ TILE = 16
 _CUTOFF = tl.constexpr(SUPPORT_CUTOFF)
 _REACH = tl.constexpr(-2 * math.log(SUPPORT_CUTOFF))  # dᵀ Σ⁻¹ d on the border of the support
 _PI = tl.constexpr(math.pi)
-_SMALLEST_SCALE, _LARGEST_SCALE = tl.constexpr(1e-6), tl.constexpr(1e8)  # their fourth powers are still normal floats
+_SMALLEST_SCALE, _LARGEST_SCALE = tl.constexpr(SMALLEST_SCALE), tl.constexpr(LARGEST_SCALE)
 
 
 @triton.jit

@@ -13,8 +13,9 @@ from air.compute.planes import FloatArray, table
 from air.compute.simd import absolute, exp, fma, load, round_even, splat, store
 from air.compute.threads import Workers
 from air.gaussians import MIN_RAW_SCALE, RAW_CHANNELS
-from air.rendering.cpu import OFF_IMAGE, Raster
-from air.rendering.cpu_kernels import BLUE, GREEN, HALF_TURNS, ONE, PI, RED, SCALE_1, SCALE_2, TWO, ZERO
+from air.rendering.cpu import Raster
+from air.rendering.cpu_kernels import ONE, PI, TWO, ZERO
+from air.rendering.parameters import BLUE, GREEN, HALF_TURNS, OFF_IMAGE, RED, SCALE_1, SCALE_2
 
 f32 = np.float32
 

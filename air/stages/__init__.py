@@ -1,1 +1,3 @@
-"""Which patches of an image are still bad, and the loop that predicts and optimises stage after stage."""
+"""Stage control, which finds the patches that are still bad, and the loop that predicts and optimises in stages. They
+know nothing of files or training.
+"""

@@ -1,4 +1,4 @@
-"""Stage control: which patches are still bad (method.md section 3)."""
+"""Stage control: finds the patches that are still bad (method.md section 3)."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from air.loss.reference import SSIM_C1, SSIM_C2
 
 @dataclass(frozen=True)
 class StageControl:
-    """When a patch is still bad: if either error is above its bound (method.md section 3).
+    """The bounds of stage control. A patch is bad if either error is above its bound (method.md section 3).
 
     Attributes:
-        max_mse: Mean squared error over the patch's pixels and channels; 10^-3.5 is 35 dB.
-        max_dssim: 1 - SSIM from plain means and variances over the patch's pixels, averaged over channels.
+        max_mse: Bound on the mean squared error over the patch's pixels and channels; 10^-3.5 is 35 dB.
+        max_dssim: Bound on 1 - SSIM, from plain means and variances over the patch's pixels, averaged over channels.
     """
 
     max_mse: float = 10**-3.5
@@ -27,13 +27,13 @@ class StageControl:
 
 
 def active_patches(canvas: Tensor, image: Tensor, patch_size: int, control: StageControl) -> Tensor:
-    """Which patches need another Gaussian.
+    """Finds the patches that are still bad and get another Gaussian.
 
     Args:
-        canvas: Unclamped render so far, shape (3, H, W).
-        image: What it should be, shape (3, H, W).
+        canvas: Unclamped render of the Gaussians so far, shape (3, H, W).
+        image: The image, shape (3, H, W).
         patch_size: Pixels.
-        control: Bounds on the error.
+        control: Bounds on the errors.
 
     Returns:
         Boolean, shape (rows · columns,), row-major. Both images are continued by their border to whole patches.
@@ -42,27 +42,28 @@ def active_patches(canvas: Tensor, image: Tensor, patch_size: int, control: Stag
 
 
 def bad_patches(mse: Tensor, dssim: Tensor, control: StageControl) -> Tensor:
+    """Whether each patch is bad, boolean, by its two errors."""
     return (mse > control.max_mse) | (dssim > control.max_dssim)
 
 
 def worst_patches(canvas: Tensor, image: Tensor, patch_size: int, among: Tensor, count: int) -> Tensor:
-    """Those `count` of the patches `among` that have the largest squared error; all of them where there are no more.
+    """The `count` patches with the largest squared error among some patches; all of these if there are no more.
 
     Args:
         canvas: As for `active_patches`.
         image: As for `active_patches`.
         patch_size: Pixels.
-        among: Boolean, shape (rows · columns,), row-major.
-        count: How many, at least 0.
+        among: The patches to choose from, boolean, shape (rows · columns,), row-major.
+        count: Number of patches, at least 0.
 
     Returns:
-        Boolean, shape (rows · columns,). Of two with the same error, the first goes first.
+        Boolean, shape (rows · columns,). Of two patches with the same error, the first is taken.
     """
     return largest_errors(patch_errors(canvas, image, patch_size)[0], among, count)
 
 
 def largest_errors(mse: Tensor, among: Tensor, count: int) -> Tensor:
-    """Those `count` of the patches `among` whose error is largest; of two with the same, the first goes first."""
+    """The `count` patches with the largest error in the mask `among`. Of two with the same error, the first wins."""
     order = torch.where(among, mse, -1.0).argsort(descending=True, stable=True)
     kept = torch.zeros_like(among)
     kept[order[:count]] = True
@@ -72,7 +73,7 @@ def largest_errors(mse: Tensor, among: Tensor, count: int) -> Tensor:
 def patch_errors(canvas: Tensor, image: Tensor, patch_size: int) -> tuple[Tensor, Tensor]:
     """Mean squared error and 1 - SSIM of every patch (method.md section 3), both (rows · columns,), float64.
 
-    On the CPU in float32 by a compiled kernel; elsewhere in torch, which is its definition.
+    On the CPU in float32 a compiled kernel computes them; elsewhere torch, which is the definition.
     """
     if has_cpu_kernels(image, canvas):
         from air.stages import patches_cpu
@@ -95,7 +96,7 @@ def patch_errors(canvas: Tensor, image: Tensor, patch_size: int) -> tuple[Tensor
 
 
 def _patches(image: Tensor, patch_size: int) -> Tensor:
-    """(3, patches, pixels of a patch), in float64: variances are differences of large numbers."""
+    """(3, patches, pixels of a patch), in float64, since variances are differences of large numbers."""
     _, height, width = image.shape
     rows, columns = grid_shape(height, width, patch_size)
     padding = (0, columns * patch_size - width, 0, rows * patch_size - height)

@@ -1,8 +1,8 @@
-"""Stage control and the stage loop (method.md section 3), shared by distilling, encoding and training.
+"""The stage loop (method.md section 3), which distilling, encoding, evaluation and training use.
 
-Each stage looks at what the Gaussians so far leave over and adds one Gaussian to every patch that is still bad. Earlier
-ones are frozen, so they enter a stage only as their render, the canvas. Images may go through the stages together,
-which is what fills a GPU; each comes out as if it had gone alone.
+Each stage compares the image with the canvas, the render of all Gaussians so far, and adds one Gaussian to every patch
+that is still bad. Gaussians of earlier stages are frozen, so a stage sees only their render. Several images may go
+through the stages together to fill a GPU; the results are those of each image alone.
 """
 
 from __future__ import annotations
@@ -18,27 +18,30 @@ from torch import Tensor
 
 from air.compute.compile import KernelSet
 from air.errors import NonFiniteLossError
-from air.gaussians import Gaussians, activate
+from air.gaussians import RAW_CHANNELS, Gaussians, activate
 from air.optimization.optimize import OptimizeConfig, optimize_batch
 from air.optimization.problem import OptimizeResult, Problem, Trajectory
 from air.predictor.base import Predictor
 from air.rendering.render import render
 from air.stages.control import StageControl, bad_patches, largest_errors, patch_errors
 
+Canvas = Literal["target", "predicted"]
+"""Which Gaussians of a stage: as optimised, or as predicted."""
+
 
 @dataclass(frozen=True)
 class StageResult:
-    """What one stage added to an image. Its tensors are where the image is.
+    """The Gaussians that one stage added to an image. Tensors are on the image's device.
 
     Attributes:
         stage: From 0.
         patch: Row-major patch indices of its Gaussians, shape (N,), int64, ascending.
         anchor: Their anchors in pixels, shape (N, 2).
         predicted: Raw Gaussians as predicted, shape (N, 8).
-        target: Raw Gaussians as optimised, shape (N, 8); the predicted ones where the steps left the loss higher.
+        target: Raw Gaussians as optimised, shape (N, 8). The predicted ones if the steps made the loss higher.
         steps: Optimisation steps taken.
-        loss: 0.7 L1 + 0.3 (1 - SSIM) of all Gaussians so far, with this stage's as predicted and with `target`.
-        psnr: The same in dB.
+        loss: 0.7 L1 + 0.3 (1 - SSIM) of all Gaussians so far: with `predicted` in this stage, and with `target`.
+        psnr: PSNR in dB of the same two pictures.
     """
 
     stage: int
@@ -54,9 +57,22 @@ class StageResult:
         return self.patch.shape[0]
 
     def to(self, device: torch.device | str) -> StageResult:
-        """The same on another device."""
-        names = ("patch", "anchor", "predicted", "target")
-        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+        """The same result with its tensors on another device."""
+        return replace(
+            self,
+            patch=self.patch.to(device),
+            anchor=self.anchor.to(device),
+            predicted=self.predicted.to(device),
+            target=self.target.to(device),
+        )
+
+    def raw(self, canvas: Canvas) -> Tensor:
+        """Raw Gaussians (N, 8): `target` or `predicted`."""
+        return self.target if canvas == "target" else self.predicted
+
+    def gaussians(self, canvas: Canvas, patch_size: int) -> Gaussians:
+        """The Gaussians that `raw` gives at the anchors; `patch_size` is the predictor's, in pixels."""
+        return activate(self.raw(canvas), self.anchor, patch_size)
 
 
 def run_stages(
@@ -65,34 +81,45 @@ def run_stages(
     optimization: Sequence[OptimizeConfig],
     *,
     control: StageControl | None = None,
-    canvas: Literal["target", "predicted"] = "target",
+    canvas: Canvas = "target",
     budget: int | None = None,
     judge: bool = True,
     backend: str = "auto",
     threads: int = 1,
 ) -> Iterator[StageResult]:
-    """Predicts and optimises stage after stage; ends early when no patch is bad any more.
+    """Predicts and optimises stage after stage. Ends early if no patch is bad any more.
+
+    To predict without optimising, use `air.stages.predict.predict`.
 
     Args:
         image: Shape (3, H, W), float32 in [0, 1].
-        predictor: Asked once per stage.
-        optimization: One per stage; their number is the number of stages. Zero steps leave a stage as predicted.
-        control: Which patches get a Gaussian.
-        canvas: What the next stage builds on. The paper trains with `predicted`, the canvas that its network will meet;
-            `target` gives the best picture, and is right where no network is to be matched.
-        budget: Most Gaussians of an image, all stages together: where they do not suffice for all bad patches, those
-            with the largest squared error get them. No limit if not given.
-        judge: Whether stages without steps are held against the image. If not, their loss and PSNR are not numbers,
-            which saves a tenth of the time of predicting.
+        predictor: Predicts every stage.
+        optimization: Settings of each stage, so their number is the number of stages. A stage with zero steps stays as
+            predicted.
+        control: The bounds that decide which patches get a Gaussian.
+        canvas: The Gaussians that the canvas of the next stage is drawn from. "predicted" gives the canvas that a
+            network will meet, and the paper trains with it. "target" gives the best picture.
+        budget: Largest number of Gaussians of an image, all stages together. If it does not suffice for all bad patches
+            of a stage, the patches with the largest squared error get a Gaussian. No limit if not given.
+        judge: Whether loss and PSNR of stages without steps are computed. If not, they are NaN, which saves a tenth of
+            the time of predicting.
         backend: As for `air.optimization.optimize.optimize`.
-        threads: CPU threads at most.
+        threads: CPU threads at most, those of the predictor included.
 
     Yields:
         One result per stage that added Gaussians.
 
     Raises:
-        InvalidGaussiansError: What was predicted, or optimised, is not finite.
-        NonFiniteLossError: From the optimiser.
+        InvalidGaussiansError: A predicted or optimised number is not finite.
+        NonFiniteLossError: The loss of a stage became NaN or infinite.
+        ValueError: The budget is below 1.
+
+    Example:
+        >>> from air.predictor.load import load_predictor
+        >>> image = torch.linspace(0, 1, 28).expand(3, 14, 28)
+        >>> stages = list(run_stages(image, load_predictor("grid"), [OptimizeConfig(steps=5)] * 2))
+        >>> [stage.stage for stage in stages], len(stages[0])
+        ([0, 1], 8)
     """
     control = control or StageControl()
     for added in _each_stage([image], predictor, optimization, control, canvas, budget, judge, backend, threads):
@@ -105,36 +132,35 @@ def run_stages_batch(
     optimization: Sequence[OptimizeConfig],
     *,
     control: StageControl | None = None,
-    canvas: Literal["target", "predicted"] = "target",
+    canvas: Canvas = "target",
     budget: int | None = None,
     judge: bool = True,
     backend: str = "auto",
     threads: int = 1,
 ) -> list[list[StageResult]]:
-    """What `run_stages` gives for each of several images, optimised together
-    (`air.optimization.optimize.optimize_batch`).
+    """Runs the stages of several images together, optimised by `air.optimization.optimize.optimize_batch`.
 
-    On the CPU an image's results do not depend on the others, bit for bit. On CUDA the last bits differ from run to run
-    anyway (docs/cuda.md).
+    On the CPU an image's results are the same bits with any other images beside it. On CUDA the last bits differ from
+    run to run (docs/cuda.md).
 
     Args:
         images: Each of shape (3, H, W), float32 in [0, 1], of any size; all on one device.
-        predictor: As for `run_stages`, like all that follow.
-        optimization: One per stage.
-        control: Which patches get a Gaussian.
-        canvas: What the next stage builds on.
-        budget: Most Gaussians of each image.
-        judge: Whether stages without steps are held against their images.
+        predictor: As for `run_stages`, like all further arguments.
+        optimization: Settings of each stage.
+        control: The bounds that decide which patches get a Gaussian.
+        canvas: The Gaussians that the canvas of the next stage is drawn from.
+        budget: Largest number of Gaussians of each image.
+        judge: Whether loss and PSNR of stages without steps are computed.
         backend: As for `air.optimization.optimize.optimize`.
         threads: CPU threads at most.
 
     Returns:
-        For every image its results, one per stage that added Gaussians.
+        The results of every image, one per stage that added Gaussians.
 
     Raises:
         InvalidGaussiansError: As `run_stages`.
-        NonFiniteLossError: As `run_stages`; its `image` says which of the images it was. The others are lost with it:
-            run them again without that one.
+        NonFiniteLossError: As `run_stages`. Its `image` is the index of the image. The results of the other images are
+            lost too: run them again without that image.
     """
     results: list[list[StageResult]] = [[] for _ in images]
     control = control or StageControl()
@@ -149,23 +175,23 @@ def _each_stage(
     predictor: Predictor,
     optimization: Sequence[OptimizeConfig],
     control: StageControl,
-    canvas: Literal["target", "predicted"],
+    canvas: Canvas,
     budget: int | None,
     judge: bool,
     backend: str,
     threads: int,
 ) -> Iterator[dict[int, StageResult]]:
-    """After each stage, what it added to each image that still had a bad patch, by the image's place in `images`."""
+    """Yields the results of each stage by index in `images`. Images without a bad patch have none."""
     if budget is not None and budget < 1:
         raise ValueError(f"budget must be at least 1 Gaussian, got {budget}")
     patch_size = predictor.patch_size
     left = [budget] * len(images)
     backgrounds = [torch.zeros_like(image) for image in images]
-    going = list(range(len(images)))
+    unfinished = list(range(len(images)))
     for stage, config in enumerate(optimization):
         patches: dict[int, Tensor] = {}
         problems: dict[int, Problem] = {}
-        for number in going:
+        for number in unfinished:
             image, background = images[number], backgrounds[number]
             mse, dssim = patch_errors(background, image, patch_size)
             active = bad_patches(mse, dssim, control)
@@ -176,11 +202,11 @@ def _each_stage(
             patch = active.nonzero()[:, 0]
             if not len(patch):
                 continue
-            raw, anchor = predictor.predict(image, background, active, stage)
+            raw, anchor = predictor.predict(image, background, active, stage, threads)
             patches[number] = patch
             problems[number] = Problem(raw[patch].contiguous(), anchor[patch].contiguous(), image, background)
-        going = list(problems)
-        if not going:
+        unfinished = list(problems)
+        if not unfinished:
             return
         if judge or config.steps:
             try:
@@ -188,7 +214,7 @@ def _each_stage(
                     list(problems.values()), patch_size, config, backend=backend, threads=threads
                 )
             except NonFiniteLossError as error:
-                error.image = going[error.image]
+                error.image = unfinished[error.image]
                 raise
         else:
             optimized = [_unjudged(problem, patch_size) for problem in problems.values()]
@@ -209,14 +235,13 @@ def _each_stage(
         yield added
         if stage + 1 < len(optimization):
             for number, result in added.items():
-                gaussians = activate(getattr(result, canvas), result.anchor, patch_size)
                 _, height, width = images[number].shape
-                drawn = render(gaussians, height, width, backend=backend, threads=threads)
+                drawn = render(result.gaussians(canvas, patch_size), height, width, backend=backend, threads=threads)
                 backgrounds[number] = backgrounds[number] + drawn
 
 
 def _unjudged(problem: Problem, patch_size: int) -> OptimizeResult:
-    """A prediction as it is.
+    """The prediction as a result whose loss and PSNR are NaN.
 
     Raises:
         InvalidGaussiansError: It is not finite.
@@ -226,13 +251,19 @@ def _unjudged(problem: Problem, patch_size: int) -> OptimizeResult:
     return OptimizeResult(problem.raw, Trajectory(unknown, unknown))
 
 
-def all_gaussians(stages: Sequence[StageResult], patch_size: int, which: Literal["target", "predicted"]) -> Gaussians:
+def all_gaussians(stages: Sequence[StageResult], patch_size: int, canvas: Canvas) -> Gaussians:
     """The Gaussians of all stages as one table, in order of stage and patch."""
-    return Gaussians.concatenate([activate(getattr(stage, which), stage.anchor, patch_size) for stage in stages])
+    return Gaussians.concatenate([stage.gaussians(canvas, patch_size) for stage in stages])
+
+
+def all_predicted(stages: Sequence[StageResult]) -> tuple[Tensor, Tensor]:
+    """The predicted raw Gaussians (N, 8) of all stages, and their anchors (N, 2) in pixels."""
+    raw = torch.cat([stage.predicted for stage in stages] or [torch.empty(0, RAW_CHANNELS)])
+    return raw, torch.cat([stage.anchor for stage in stages] or [torch.empty(0, 2)])
 
 
 def stage_kernels() -> KernelSet:
-    """What predicting and optimising in stages runs on the CPU."""
+    """The kernels that predicting and optimising in stages runs on the CPU."""
     from air.fitting.fit import fit_kernels
     from air.predictor.compact.network import compact_kernels
     from air.stages import patches_cpu

@@ -1,6 +1,6 @@
 """The errors of an image's patches in a compiled kernel.
 
-Patches that stick out are continued by the image's border. Images are float32 arrays (3, height, width).
+Patches beyond the border are filled by replicating it. Images are float32 arrays (3, height, width).
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from air.loss.reference import SSIM_C1, SSIM_C2
 def measure_patches(drawn, image, patch_size, c1, c2, mse, dssim):
     """Mean squared error and 1 - SSIM (method.md section 3) of all patches, row-major, into two float64 arrays.
 
-    Sums are float64: a variance is the difference of large numbers.
+    Sums are float64, since a variance is a difference of large numbers.
     """
     channels, height, width = image.shape
     rows = -(-height // patch_size)
     columns = -(-width // patch_size)
-    share = 1.0 / (patch_size * patch_size)
+    weight = 1.0 / (patch_size * patch_size)
     for row in range(rows):
         for column in range(columns):
             squared = 0.0
@@ -44,15 +44,15 @@ def measure_patches(drawn, image, patch_size, c1, c2, mse, dssim):
                         sum_yy += y * y
                         sum_xy += x * y
                         squared += (x - y) * (x - y)
-                mean_x = sum_x * share
-                mean_y = sum_y * share
-                spread = (sum_xx + sum_yy) * share - mean_x * mean_x - mean_y * mean_y
-                covariance = sum_xy * share - mean_x * mean_y
+                mean_x = sum_x * weight
+                mean_y = sum_y * weight
+                spread = (sum_xx + sum_yy) * weight - mean_x * mean_x - mean_y * mean_y
+                covariance = sum_xy * weight - mean_x * mean_y
                 similar += ((2.0 * mean_x * mean_y + c1) * (2.0 * covariance + c2)) / (
                     (mean_x * mean_x + mean_y * mean_y + c1) * (spread + c2)
                 )
             patch = row * columns + column
-            mse[patch] = squared * share / channels
+            mse[patch] = squared * weight / channels
             dssim[patch] = 1.0 - similar / channels
 
 

@@ -249,14 +249,16 @@ def distill_views(
     """
     import torch
 
-    torch.set_num_threads(1)  # another number of threads sums in another order, with other values
+    from air.compute.threads import limit_torch
+
     pictures = [torch.from_numpy(rgb.astype(np.float32) / 255).permute(2, 0, 1).contiguous() for rgb in views]
-    return [
-        stages if isinstance(stages, Rejected) else _view_columns(rgb, stages, config)
-        for rgb, stages in zip(
-            views, _fit([picture.to(device) for picture in pictures], predictor, config), strict=True
-        )
-    ]
+    with limit_torch(1):  # sums of another order would make other values on another machine
+        return [
+            stages if isinstance(stages, Rejected) else _view_columns(rgb, stages, config)
+            for rgb, stages in zip(
+                views, _fit([picture.to(device) for picture in pictures], predictor, config), strict=True
+            )
+        ]
 
 
 def _fit(

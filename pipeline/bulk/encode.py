@@ -243,7 +243,6 @@ def encode_image(
 
     from air.encoding.encode import encode
 
-    torch.set_num_threads(1)  # another number of threads sums in another order, and gives another file
     start = GROW if predictor is None else load(predictor, torch.device("cpu"))
     options = {"steps": config.steps, "stored_steps": config.stored_steps, **config.target(*rgb.shape[:2])}
     with encoding_rejects():

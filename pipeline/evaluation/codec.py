@@ -13,12 +13,12 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 
 from air.arguments import image_tensor
 from air.codec.bitstream import MAX_SIDE, read_header
 from air.codec.file import decode, read_info
 from air.codec.sensitivity import SensitivityQuantizer
+from air.compute.threads import limit_torch
 from air.encoding.encode import encode
 from air.metrics import ms_ssim, psnr
 from air.rendering.cpu import draw_levels
@@ -53,16 +53,16 @@ def evaluate_codec(
     Returns:
         The rows of `pipeline.formats.tables.CODEC_EVALUATION`, and the number of rejected pictures by reason.
     """
-    torch.set_num_threads(config.threads)
     warm_up("encode")
-    # The first call has costs of its own, such as loading kernels, which belong to no picture.
-    noise = np.random.default_rng(0).integers(0, 256, (_WARM_UP_SIDE, _WARM_UP_SIDE, 3), np.uint8)
-    _draw_file(encode(noise, bpp=8.0, steps=2, stored_steps=2, threads=config.threads), config.threads)
 
     def measure(key: str, rgb: np.ndarray) -> Rows:
         return [row for target in config.bpp for row in _measure(key, rgb, target, others, config)]
 
-    return measure_pictures(pictures[: config.limit], measure, report)
+    with limit_torch(config.threads):
+        # The first call has costs of its own, such as loading kernels, which belong to no picture.
+        noise = np.random.default_rng(0).integers(0, 256, (_WARM_UP_SIDE, _WARM_UP_SIDE, 3), np.uint8)
+        _draw_file(encode(noise, bpp=8.0, steps=2, stored_steps=2, threads=config.threads), config.threads)
+        return measure_pictures(pictures[: config.limit], measure, report)
 
 
 def _measure(

@@ -21,15 +21,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from air.compute.threads import limit_torch
 from air.defaults import GRID
 from air.errors import InvalidGaussiansError, NonFiniteLossError
-from air.gaussians import RAW_CHANNELS, activate, grid_shape
+from air.gaussians import activate, grid_shape
 from air.metrics import ms_ssim, psnr
 from air.optimization.optimize import OptimizeConfig, optimize
 from air.predictor.base import GridPredictor, Predictor
 from air.rendering.render import render
 from air.stages.control import StageControl
-from air.stages.loop import run_stages
+from air.stages.loop import all_predicted
+from air.stages.predict import predict
 from air.warmup import warm_up
 from pipeline.errors import Reason, Rejected
 from pipeline.evaluation.config import EvaluateConfig
@@ -96,7 +98,6 @@ def evaluate(
         CheckpointError: The predictor cannot be loaded.
         ConfigError: The predictor has fewer stages than are asked for.
     """
-    torch.set_num_threads(config.threads)
     warm_up("predict")
     control = config.control()
     same = (reference.stages(config.stages), config.gaussians, control)
@@ -115,7 +116,8 @@ def evaluate(
             warm = True
         return _measure_all(key, image, contestants, config)
 
-    return measure_pictures(pictures[: config.limit], measure, report)
+    with limit_torch(config.threads):
+        return measure_pictures(pictures[: config.limit], measure, report)
 
 
 def measure_pictures(
@@ -177,21 +179,16 @@ def _measure(key: str, image: Tensor, contestant: _Contestant, config: EvaluateC
     _, height, width = image.shape
     predictor = contestant.predictor
     begin = time.perf_counter()
-    stages = list(
-        run_stages(
-            image,
-            predictor,
-            [OptimizeConfig(steps=0)] * contestant.stages,
-            control=contestant.control,
-            canvas="predicted",
-            budget=contestant.budget,
-            judge=False,
-            threads=config.threads,
-        )
+    stages = predict(
+        image,
+        predictor,
+        contestant.stages,
+        control=contestant.control,
+        budget=contestant.budget,
+        threads=config.threads,
     )
     predict_seconds = time.perf_counter() - begin
-    predicted = torch.cat([stage.predicted for stage in stages] or [torch.empty(0, RAW_CHANNELS)])
-    anchor = torch.cat([stage.anchor for stage in stages] or [torch.empty(0, 2)])
+    predicted, anchor = all_predicted(stages)
     for steps in config.refine:
         raw, refine_seconds = predicted, 0.0
         if steps and len(raw):

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from air.compute.threads import Workers
+from air.compute.threads import Workers, limit_torch
 from air.errors import InvalidGaussiansError, NonFiniteLossError
 from air.metrics import psnr_of
 from pipeline.errors import TrainingError
@@ -71,12 +71,11 @@ def train(
         NonFiniteLossError: A loss is not a number. The error names the keys of its batch; the last checkpoint stays.
         TrainingError: The checkpoint does not fit, or too many samples cannot be used.
     """
-    torch.set_num_threads(job.threads)
     if group.device.type == "cpu":
         from air.warmup import warm_up
 
         warm_up("predict")
-    with Workers(job.threads) as workers:
+    with limit_torch(job.threads), Workers(job.threads) as workers:
         return _Run(job, group, workers, report)(make_feed)
 
 
@@ -303,7 +302,8 @@ class _Gradients:
     def _losses(self, crops: Crops) -> BatchLosses:
         network, stages, config = self._state.network, self._state.stages, self._config
         if config.uses_targets:
-            return offline_pod_losses(network, crops.images, crops.targets[:stages], config, config.precision)
+            targets, threads = crops.targets[:stages], self._workers.count
+            return offline_pod_losses(network, crops.images, targets, config, config.precision, threads)
         if config.phase == "pod":
             horizons = config.horizons(stages)
             return online_pod_losses(network, crops.images, horizons, config, self._workers, config.precision)

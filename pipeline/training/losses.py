@@ -62,7 +62,13 @@ class BatchLosses:
 
 
 def propose(
-    network: PredictorNetwork, images: Tensor, canvas: Tensor, active: Tensor, stage: int, precision: str
+    network: PredictorNetwork,
+    images: Tensor,
+    canvas: Tensor,
+    active: Tensor,
+    stage: int,
+    precision: str,
+    threads: int,
 ) -> list[Tensor]:
     """A stage's proposals of raw Gaussians, each of shape (B, patches, 8), float32; the last one is the stage's result.
 
@@ -73,9 +79,10 @@ def propose(
         active: Which patches get a Gaussian, boolean, shape (B, patches).
         stage: Number of the stage, from 0.
         precision: "float32" or "bfloat16", for computations inside the network.
+        threads: CPU threads of the network.
     """
     with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-        proposals = network.proposals(images, canvas.detach(), active, stage)
+        proposals = network.proposals(images, canvas.detach(), active, stage, threads)
     return [raw.float() for raw in proposals]
 
 
@@ -141,7 +148,7 @@ def _draw_stages(
         active = active_batch(canvas, images, network.patch_size, control)
         drawn = [canvas]
         if bool(active.any()):
-            proposals = propose(network, images, canvas, active, stage, precision)
+            proposals = propose(network, images, canvas, active, stage, precision, workers.count)
             per_image = active.sum(dim=1).tolist()
             tables = [activate_batch(network, raw, active, height, width) for raw in proposals]
             drawn = [canvas + render_batch(table, per_image, height, width, workers) for table in tables]
@@ -241,6 +248,7 @@ def offline_pod_losses(
     targets: Sequence[StageTargets],
     config: LossConfig,
     precision: str = "float32",
+    threads: int = 1,
 ) -> BatchLosses:
     """The losses of offline pod: predictions on the stored canvases, compared with the stored targets, all stages.
 
@@ -250,11 +258,12 @@ def offline_pod_losses(
         targets: The batched targets of each stage that takes part.
         config: Weights of the loss.
         precision: "float32" or "bfloat16", for computations inside the network.
+        threads: CPU threads of the network.
     """
     total = torch.zeros(len(images), device=images.device)
     for stage, (canvas, active, target) in enumerate(targets):
         if bool(active.any()):
-            proposals = propose(network, images, canvas, active, stage, precision)
+            proposals = propose(network, images, canvas, active, stage, precision, threads)
             total = total + config.stage_weights.at(stage) * _teach(proposals, target, active, config)
     return BatchLosses(total, None)
 
@@ -287,7 +296,7 @@ def online_pod_losses(
         active = active_batch(canvas, images, network.patch_size, control)
         if not bool(active.any()):
             break
-        proposals = propose(network, images, canvas, active, stage, precision)
+        proposals = propose(network, images, canvas, active, stage, precision, workers.count)
         predicted = proposals[-1].detach()
         goal = _optimized(network, predicted, active, images, canvas, horizon, workers)
         total = total + config.stage_weights.at(stage) * _teach(proposals, goal, active, config)

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from air.codec.symbols import Stage, gaussians_of, quantize_stages
-from air.gaussians import Gaussians, activate
+from air.gaussians import Gaussians
 from air.metrics import psnr
-from air.optimization.optimize import OptimizeConfig
 from air.predictor.network import PredictorNetwork
 from air.predictor.quantized import learned_table
 from air.rendering.render import render
 from air.stages.control import StageControl
-from air.stages.loop import StageResult, all_gaussians, run_stages
+from air.stages.loop import StageResult, all_gaussians
+from air.stages.predict import predict
 from pipeline.errors import Rejected, TrainingError
 from pipeline.inputs.pictures import find_pictures
 
@@ -108,17 +108,7 @@ def validate(
     """
     score = Score(len(pictures), 0.0, [0.0] * stages)
     for number, image in enumerate(pictures):
-        results = list(
-            run_stages(
-                image,
-                network,
-                [OptimizeConfig(steps=0)] * stages,
-                control=control,
-                canvas="predicted",
-                judge=False,
-                threads=threads,
-            )
-        )
+        results = predict(image, network, stages, control=control, threads=threads)
         _, height, width = image.shape
         if quantised:
             gaussians = _as_stored(network, image, results, threads).to(image.device)
@@ -138,8 +128,7 @@ def _as_stored(network: PredictorNetwork, image: Tensor, results: Sequence[Stage
     """The Gaussians as a file stores them that is written with the network's quantiser, on the CPU."""
     _, height, width = image.shape
     stages = [
-        Stage(result.patch.cpu().numpy(), activate(result.predicted, result.anchor, network.patch_size))
-        for result in results
+        Stage(result.patch.cpu().numpy(), result.gaussians("predicted", network.patch_size)) for result in results
     ]
     table = learned_table(network, image, stages, threads=threads)
     header, quantized = quantize_stages(stages, height, width, network.patch_size, table)

@@ -1,10 +1,11 @@
-"""The best colours for given shapes: least squares by conjugate gradients, since the render is linear in the colours.
+"""Least-squares colours for given shapes by conjugate gradients: the render is linear in the colours.
 
     raw = solve_colours(raw, anchor, image, patch_size, iterations=2)
 
-With A the linear map from the colours of all Gaussians to the image, it minimises |A c - (image - canvas)|². An
-iteration draws once and gathers once, without the loss, and is preconditioned by the diagonal of AᵀA, which for a
-Gaussian alone is its integral of w², pi s1 s2. A few iterations are enough: neighbours are coupled over a patch or two.
+A is the linear map from the colours of all Gaussians to the image; the objective is |A c - (image - canvas)|². An
+iteration draws once and gathers once, without the training loss. The preconditioner is the diagonal of AᵀA, which for a
+single Gaussian is the integral of its squared weights, pi s1 s2. A few iterations are enough, since each Gaussian
+overlaps only those of a patch or two around it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 from air.compute.backends import has_cpu_kernels
 from air.compute.threads import Workers
 from air.fitting.grid import LARGEST
-from air.gaussians import Gaussians, activate
+from air.gaussians import COLOUR, Gaussians, activate
 from air.rendering.render import render
 
 
@@ -34,18 +35,18 @@ def solve_colours(
     backend: str = "auto",
     threads: int = 1,
 ) -> Tensor:
-    """The raw Gaussians with colours that fit the target better, shape (N, 8); everything else as it was.
+    """The raw Gaussians, shape (N, 8), with colours that fit the target better; all other columns as given.
 
-    The squared error of the unclamped image falls with every iteration, but for colours beyond what raw numbers can
-    hold (0.99), which are cut.
+    The squared error of the unclamped image falls with every iteration. The result's colours are then clamped to
+    ±0.99, so that raw numbers can hold them.
 
     Args:
-        raw: Shape (N, 8); not changed. Its colours are where the iteration starts.
+        raw: Shape (N, 8); not changed. The iteration starts from its colours.
         anchor: Shape (N, 2), pixels.
         target: Shape (3, H, W).
-        patch_size: Of the raw form, pixels.
-        iterations: Of conjugate gradients; 0 changes nothing.
-        canvas: What is drawn already and stays, shape (3, H, W).
+        patch_size: Patch size of the raw form, pixels.
+        iterations: Iterations of conjugate gradients; 0 changes nothing.
+        canvas: The fixed part of the picture, shape (3, H, W); black if not given.
         backend: As for `air.rendering.render.render`.
         threads: As for `air.rendering.render.render`.
 
@@ -78,7 +79,7 @@ def solve_colours(
             missing.addcmul_(change, -rate)
             before = length
         solved = raw.detach().clone()
-        solved[:, 5:8] = torch.atanh(colour.clamp(-LARGEST, LARGEST))
+        solved[:, COLOUR] = torch.atanh(colour.clamp(-LARGEST, LARGEST))
     return solved
 
 
@@ -87,10 +88,10 @@ _Map = Callable[[Tensor], Tensor]
 
 @contextmanager
 def _linear_map(shapes: Gaussians, image: Tensor, backend: str, threads: int) -> Iterator[tuple[_Map, _Map, _Map]]:
-    """Three functions: what colours (N, 3) leave of the image, colours drawn, and Aᵀ of a picture.
+    """Three functions: image - A c for colours c (N, 3); A c; and Aᵀ of a picture, (N, 3).
 
-    What is drawn is valid until the next is. Pictures are the compiled kernels' padded planes where they run, whose
-    margins stay zero; else plain images.
+    A picture of A c is valid until the next one is drawn. Pictures are padded planes with zero margins where the
+    compiled kernels run, else plain images.
     """
     _, height, width = image.shape
     if backend in ("auto", "cpu") and has_cpu_kernels(image):
@@ -107,7 +108,7 @@ def _linear_map(shapes: Gaussians, image: Tensor, backend: str, threads: int) ->
         return render(table, height, width, backend=backend, threads=threads)
 
     def gather(picture: Tensor) -> Tensor:
-        """As A is linear, the gradient of <A c, picture> at any c."""
+        """Aᵀ of a picture: the gradient of <A c, picture> at any c, since A is linear."""
         colour = torch.zeros_like(shapes.colour, requires_grad=True)
         with torch.enable_grad():
             drawn = draw(colour)

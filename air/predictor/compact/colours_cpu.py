@@ -10,17 +10,17 @@ from air.compute.planes import image_planes, pixels
 from air.compute.threads import Workers
 from air.gaussians import Gaussians
 from air.rendering.cpu import Raster
-from air.rendering.cpu_kernels import BLUE, RED
+from air.rendering.parameters import BLUE, RED
 
 
 class ColourMap:
-    """Gaussians whose shapes stay, drawn with one set of colours after another.
+    """Draws Gaussians of fixed shapes with one set of colours after another.
 
     Pictures are padded planes (`air.compute.planes`) as float32 tensors, zero around the image.
 
     Args:
         shapes: float32; their colours are not used.
-        image: What they are to come near, (3, height, width).
+        image: The image to approximate, (3, height, width).
         workers: CPU threads.
     """
 
@@ -33,7 +33,7 @@ class ColourMap:
         self._drawn = image_planes(height, width)
 
     def miss(self, colour: Tensor) -> Tensor:
-        """The image without what colours (N, 3) draw."""
+        """The image minus the picture of colours (N, 3)."""
         planes = image_planes(*self._size)
         pixels(self._drawn, *self._size)[:] = self._image.numpy()
         self._raster.parameters[RED : BLUE + 1, : self._count] = -colour.T.numpy()

@@ -11,17 +11,17 @@ from air.rendering.raw_cpu import RawRaster
 
 
 class CompiledFeedback:
-    """Buffers to look at proposals for one image, one after another.
+    """Draws proposals for one image, one after another, in buffers that all of them use.
 
     Args:
         missing: Image minus canvas, float32 (3, height, width).
-        active: Which patches' Gaussians are drawn, boolean, shape (N,).
-        anchor: Of all patches, float32 (N, 2), in pixels.
+        active: Patches whose Gaussians are drawn, boolean, shape (N,).
+        anchor: Anchors of all patches, float32 (N, 2), in pixels.
         patch_size: Pixels.
         workers: CPU threads.
 
     Attributes:
-        excess: What the last proposal drew too much, (3, height, width): canvas plus proposal minus image. A view.
+        excess: Canvas plus the last proposal minus image, (3, height, width). A view.
     """
 
     def __init__(
@@ -32,12 +32,12 @@ class CompiledFeedback:
         self._drawing = RawRaster(anchor[self._chosen], height, width, patch_size, workers)
         self._background = image_planes(height, width)
         np.negative(missing, out=pixels(self._background, height, width))
-        # Drawn upon what is missing, negated, the Gaussians leave the gradient of half the squared error.
+        # Gaussians drawn onto the negated residual give the gradient of half the squared error.
         self._slope = image_planes(height, width)
         self.excess = pixels(self._slope, height, width)
 
     def look(self, raw: FloatArray, ridge: float, steps: FloatArray) -> None:
-        """Sets `excess`, and the Gauss-Newton steps (N, 8) of those Gaussians that are drawn.
+        """Sets `excess`, and in `steps` (N, 8) the Gauss-Newton steps of the Gaussians that are drawn.
 
         `raw` holds the raw Gaussians of all patches, (N, 8).
         """

@@ -2,16 +2,17 @@
 
 In every stage:
 
-- The start is the grid's (`air.predictor.base.GridPredictor`): least-squares colours, later narrow Gaussians at the
-  largest residual.
-- A pass draws what there is and looks at it: the pixels of every patch (image, what earlier stages leave, what the
-  proposal leaves), the raw numbers, and the step that each would take by itself (`air.predictor.compact.feedback`). A
-  convolutional trunk on the patch grid predicts what to add to the raw numbers.
-- The next pass does the same to the result. Outside training, the last one may be made again.
-- Last, outside training, a few conjugate-gradient iterations solve for the stage's colours
+- The proposal starts as the grid's (`air.predictor.base.GridPredictor`): least-squares colours in stage 0, narrow
+  Gaussians at the largest residual in later stages.
+- A pass draws the proposal. Its inputs are the pixels of every patch (the image, the residual that earlier stages
+  leave, the residual that the proposal leaves), the raw numbers, and the step that each number would take by itself
+  (`air.predictor.compact.feedback`). A convolutional trunk on the patch grid predicts what to add to the raw numbers.
+- The next pass corrects the result in the same way. Outside training, the last pass may be repeated.
+- Outside training, a few conjugate-gradient iterations then solve for the stage's colours
   (`air.predictor.compact.colours`).
 
-All stages and passes share the trunk; each has its own embedding at the trunk's entry and its own last layer.
+All stages and passes share the trunk. Each stage and pass has its own embedding at the trunk's entry and its own last
+layer.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 from air.compute.backends import has_cpu_kernels
 from air.compute.compile import LANES, KernelSet
-from air.compute.threads import Workers
+from air.compute.threads import Workers, limit_torch
 from air.gaussians import RAW_CHANNELS, grid_shape
 from air.predictor.base import GridPredictor, Prediction
 from air.predictor.compact.colours import solve_colours
@@ -33,14 +34,15 @@ from air.predictor.compact.feedback import Feedback
 from air.predictor.network import PredictorNetwork
 
 _PIXEL_CHANNELS = 9
-"""Of the image, of what earlier stages leave, and of what the proposal leaves."""
+"""Three of the image, three of the residual of earlier stages, three of the residual of the proposal."""
 
 _RESIDUAL_GAIN = 2.0
-"""Residuals are small beside an image; the proposal's are smaller again."""
+"""Residuals of earlier stages are multiplied by this and residuals of the proposal by its square: residuals are smaller
+than the image."""
 
 
 class _Block(nn.Module):
-    """A residual block: depthwise 5 x 5, norm, two pointwise layers; starts as the identity. Channels come last."""
+    """A residual block: depthwise 5 x 5, norm, two pointwise layers. A new block is the identity. Channels are last."""
 
     def __init__(self, channels: int, expansion: int) -> None:
         super().__init__()
@@ -57,12 +59,12 @@ class _Block(nn.Module):
         return features + self.narrow(F.gelu(self.widen(self.norm(mixed)), approximate="tanh"))
 
 
-def _patches(pixels: Tensor, size: int) -> Tensor:
-    """The pixels of every patch, (B, rows · columns, channels · size²), continued by the border to whole patches."""
+def split_patches(pixels: Tensor, size: int) -> Tensor:
+    """The pixels of every patch, (B, rows · columns, 3 · size²), of images (B, 3, H, W) continued by their border."""
     if has_cpu_kernels(pixels) and not pixels.requires_grad:
-        from air.predictor.compact.patches_cpu import patch_pixels
+        from air.predictor.compact import patches_cpu
 
-        images = [torch.from_numpy(patch_pixels(image, size)) for image in pixels.numpy()]
+        images = [torch.from_numpy(patches_cpu.patch_pixels(image, size)) for image in pixels.numpy()]
         return images[0][None] if len(images) == 1 else torch.stack(images)
     _, _, height, width = pixels.shape
     rows, columns = grid_shape(height, width, size)
@@ -72,7 +74,7 @@ def _patches(pixels: Tensor, size: int) -> Tensor:
 
 
 def _small_head(channels: int) -> nn.Linear:
-    """A last layer that begins next to zero, so that a fresh network gives the start."""
+    """A last layer with weights near zero, so that a new network leaves the proposal almost as it starts."""
     head = nn.Linear(channels, RAW_CHANNELS)
     nn.init.normal_(head.weight, std=1e-3)
     nn.init.zeros_(head.bias)
@@ -80,17 +82,17 @@ def _small_head(channels: int) -> nn.Linear:
 
 
 class CompactPredictor(PredictorNetwork):
-    """See the module.
+    """The architecture "compact": passes over the patch grid that correct a closed-form proposal.
 
     Args:
         patch_size: Pixels between anchors.
-        num_stages: How many stages it can predict.
+        num_stages: Number of stages that it can predict.
         channels: Width of the trunk.
         depth: Blocks of the trunk.
-        expansion: Hidden width of a block, in channels.
-        passes: How often a stage looks at its proposal and corrects it.
-        extra_passes: How often more, with the weights of the last pass, where nothing is trained.
-        colour_iterations: Conjugate-gradient iterations on the colours of each stage, where nothing is trained.
+        expansion: Hidden width of a block, as a multiple of `channels`.
+        passes: Corrections of the proposal in each stage.
+        extra_passes: Further passes outside training, with the weights of the last pass.
+        colour_iterations: Conjugate-gradient iterations on the colours of each stage, outside training.
         quantizer_bits: As for `PredictorNetwork`.
 
     Raises:
@@ -138,9 +140,9 @@ class CompactPredictor(PredictorNetwork):
         self.norm = nn.LayerNorm(channels)
         self.heads = nn.ModuleList([_small_head(channels) for _ in range(num_stages * passes)])
 
-    def proposals(self, image: Tensor, canvas: Tensor, active: Tensor, stage: int) -> list[Tensor]:
+    def proposals(self, image: Tensor, canvas: Tensor, active: Tensor, stage: int, threads: int = 1) -> list[Tensor]:
         """As `PredictorNetwork`: the raw Gaussians after every pass."""
-        with Workers(torch.get_num_threads()) as workers:
+        with Workers(threads) as workers:
             return self._pass_by_pass(image, canvas, active, stage, workers)
 
     def _pass_by_pass(
@@ -149,7 +151,7 @@ class CompactPredictor(PredictorNetwork):
         _, _, height, width = image.shape
         rows, columns = grid_shape(height, width, self.patch_size)
         inputs = zip(image, canvas, active, strict=True)
-        raw = torch.stack([self._grid.predict(*each, stage).raw for each in inputs])
+        raw = torch.stack([self._grid.predict(*each, stage, workers.count).raw for each in inputs])
         look = Feedback(image, canvas, active, self.patch_size, workers)
         assert self.stem.bias is not None
         seen = self.stem.bias + self._see(image - 0.5, slice(0, 3), 1.0)
@@ -157,7 +159,7 @@ class CompactPredictor(PredictorNetwork):
         run_trunk = self._trunk_for(seen.unflatten(1, (rows, columns)), workers)
         proposals = []
         for number in [*range(self.passes), *[self.passes - 1] * (0 if self.training else self.extra_passes)]:
-            # Each pass answers for its own step: what it is given carries no gradient to the one before.
+            # Each pass is trained for its own correction: no gradient flows to the pass before.
             given = raw.detach()
             excess, steps = look(given)
             numbers = self.numbers(torch.cat([given, steps, active[..., None].to(steps)], dim=2))
@@ -172,10 +174,10 @@ class CompactPredictor(PredictorNetwork):
     def _see(self, pixels: Tensor, channels: slice, gain: float) -> Tensor:
         """The stem's convolution of three of its channels, times a gain, without its bias: (B, rows · columns, C)."""
         weight = self.stem.weight[:, channels].flatten(1) * gain
-        return F.linear(_patches(pixels, self.patch_size), weight)
+        return F.linear(split_patches(pixels, self.patch_size), weight)
 
     def _trunk_for(self, features: Tensor, workers: Workers) -> Callable[[Tensor], Tensor]:
-        """The trunk, to be applied to features (B, rows, columns, C) such as these."""
+        """The trunk as a function of features (B, rows, columns, C) of the shape, dtype and device of `features`."""
         if has_cpu_kernels(features) and not torch.is_grad_enabled():
             from air.predictor.compact import trunk_cpu
 
@@ -184,36 +186,37 @@ class CompactPredictor(PredictorNetwork):
                 return trunk_cpu.Trunk(self.trunk, rows, columns, workers)  # pyright: ignore[reportArgumentType]
         return self.trunk
 
-    def forward(self, image: Tensor, canvas: Tensor, active: Tensor, stage: int) -> Tensor:
+    def forward(self, image: Tensor, canvas: Tensor, active: Tensor, stage: int, threads: int = 1) -> Tensor:
         """As `PredictorNetwork`."""
-        return self.proposals(image, canvas, active, stage)[-1]
+        return self.proposals(image, canvas, active, stage, threads)[-1]
 
     def global_feature(self, image: Tensor, canvas: Tensor, stage: int) -> Tensor:
-        """As `PredictorNetwork`: of the stem's view of the image, its mean over the patches and how far they spread."""
+        """As `PredictorNetwork`: mean and mean absolute deviation, over patches, of the stem's output for the image."""
         seen = self._see(image - 0.5, slice(0, 3), 1.0)
         mean = seen.mean(dim=1)
         return torch.cat([mean, (seen - mean[:, None]).abs().mean(dim=1)], dim=1)
 
     @torch.no_grad()
-    def predict(self, image: Tensor, canvas: Tensor, active: Tensor, stage: int) -> Prediction:
+    def predict(self, image: Tensor, canvas: Tensor, active: Tensor, stage: int, threads: int = 1) -> Prediction:
         """As `PredictorNetwork`, with the colours solved."""
-        prediction = super().predict(image, canvas, active, stage)
+        prediction = super().predict(image, canvas, active, stage, threads)
         if self.training or not self.colour_iterations:
             return prediction
         raw = prediction.raw.clone()
-        raw[active] = solve_colours(
-            raw[active],
-            prediction.anchor[active],
-            image,
-            self.patch_size,
-            self.colour_iterations,
-            canvas=canvas,
-            threads=torch.get_num_threads(),
-        )
+        with limit_torch(threads):
+            raw[active] = solve_colours(
+                raw[active],
+                prediction.anchor[active],
+                image,
+                self.patch_size,
+                self.colour_iterations,
+                canvas=canvas,
+                threads=threads,
+            )
         return Prediction(raw, prediction.anchor)
 
     def start_stage(self, stage: int) -> None:
-        """Copies what is the stage's own from the stage before."""
+        """Copies the embeddings and last layers of the stage before."""
         with torch.no_grad():
             self.embedding[stage] = self.embedding[stage - 1]
         for number in range(self.passes):
@@ -222,7 +225,7 @@ class CompactPredictor(PredictorNetwork):
 
 
 def compact_kernels() -> KernelSet:
-    """What predicting runs on the CPU beside the kernels of an optimisation."""
+    """The kernels that predicting runs on the CPU beside those of an optimisation."""
     from air.predictor.compact import patches_cpu, trunk_cpu
     from air.rendering.raw_cpu import gauss_newton
 

@@ -13,8 +13,8 @@ from air.compute.simd import load, store
 def gather_pixels(image, row_stride, channel_stride, height, width, patch_size, end, out):
     """Writes the pixels of every patch as a row: channel, then row, then column.
 
-    `image` starts with the first pixel and may be read up to the offset `end`. Pixels are copied LANES at a time:
-    what is too much is overwritten by the next, so `out`, flat, has LANES floats more than it needs.
+    `image` starts with the first pixel and may be read up to the offset `end`. Pixels are copied LANES at a time. The
+    next copy overwrites the surplus, so `out`, flat, has LANES floats more than the pixels take.
     """
     channels = 3
     rows = -(-height // patch_size)
@@ -39,7 +39,7 @@ def gather_pixels(image, row_stride, channel_stride, height, width, patch_size, 
 def patch_pixels(image: FloatArray, patch_size: int) -> FloatArray:
     """The pixels of every patch, shape (rows · columns, 3 · patch_size²), patches row-major.
 
-    `image` is (3, height, width); a view whose pixels of a row lie together is read as it is.
+    `image` is (3, height, width). A view is read without a copy if the pixels of a row are contiguous.
     """
     if image.strides[2] != image.itemsize:
         image = np.ascontiguousarray(image)

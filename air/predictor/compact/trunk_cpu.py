@@ -1,8 +1,8 @@
-"""The compact predictor's trunk on a CPU, where nothing is trained: what torch is slow at, in kernels of our own.
+"""The compact predictor's trunk on a CPU, outside training: compiled kernels for the layers that torch is slow at.
 
-torch takes most of the time for what costs least: the depthwise convolution, the norm and the activation. Here the
-first two are one sweep, four pixels at a time, so that a weight is loaded once for four; the products of matrices
-stay torch's. Values differ from torch's in rounding only.
+In torch the depthwise convolution, the norm and the activation take most of the time, although they do the least
+arithmetic. Here convolution and norm are one sweep, four pixels at a time, so that each weight is loaded once for four
+pixels. Matrix products stay torch's. Values differ from torch's in rounding only.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ ZERO, ONE = f32(0), f32(1)
 _REACH = 2  # of the 5 x 5 convolution
 _TAPS = 2 * _REACH + 1
 _TOGETHER = 4  # pixels of a row that are convolved together
-_ROWS_TOGETHER = 8  # of a thread: 112 x 8 patches with 3 x 64 hidden channels are 0.7 MB
-_MARGIN = _REACH + _TOGETHER - 1  # columns to the right that may be read
+_ROWS_TOGETHER = 8  # rows of each thread: 112 x 8 patches with 3 x 64 hidden channels are 0.7 MB
+_MARGIN = _REACH + _TOGETHER - 1  # columns read to the right of a pixel
 
 # GELU by tanh: x/2 (1 + tanh(√(2/π) (x + 0.044715 x³))), and (1 + tanh(u))/2 is 1/(1 + exp(-2u)).
 _GELU_1 = f32(-2 * np.sqrt(2 / np.pi))
@@ -36,7 +36,7 @@ _GELU_3 = f32(-2 * np.sqrt(2 / np.pi) * 0.044715)
 
 
 class Block(Protocol):
-    """What a block of the trunk is made of."""
+    """The layers of a block of the trunk."""
 
     mix: nn.Conv2d
     norm: nn.LayerNorm
@@ -134,7 +134,7 @@ def add_and_activate(values, bias, first, end):
 
 @kernel
 def add_to_stream(padded, added, bias, columns, out, first, end):
-    """Sets pixels of rows first .. end - 1 to what `padded` holds there plus `added` plus the bias.
+    """Sets pixels of rows first .. end - 1 of `out` to `padded` + `added` + bias.
 
     `padded` and `out` are (rows + 4, columns + margin, C), `added` (rows, columns rounded up to 4, C).
     """
@@ -149,17 +149,17 @@ def add_to_stream(padded, added, bias, columns, out, first, end):
 
 
 def fits(features: Tensor) -> bool:
-    """Whether these kernels can do it: no gradient, float32 on the CPU, channels in whole vectors."""
+    """Whether the kernels take these features: no gradient, float32 on the CPU, channels in whole vectors."""
     return not torch.is_grad_enabled() and has_cpu_kernels(features) and features.shape[-1] % LANES == 0
 
 
 class Trunk:
-    """The blocks of a trunk, with buffers for features of one size that are used again and again.
+    """The blocks of a trunk, with buffers that all calls use, for features of one size.
 
     Args:
-        blocks: What it is made of.
-        rows: Of the patch grid.
-        columns: The same.
+        blocks: The blocks, first to last.
+        rows: Rows of the patch grid.
+        columns: Columns of the patch grid.
         workers: CPU threads.
     """
 
@@ -175,18 +175,18 @@ class Trunk:
         self._added = torch.empty_like(self._mixed)
 
     def __call__(self, features: Tensor) -> Tensor:
-        """What the blocks make of features (B, rows, columns, C), which `fits` has found to be suitable."""
+        """The blocks' output for features (B, rows, columns, C) for which `fits` is true, of the same shape."""
         made = torch.empty_like(features)
         for image, out in zip(features, made, strict=True):
             out.copy_(self._run(image))
         return made
 
     def _run(self, features: Tensor) -> Tensor:
-        """One image; the result is overwritten by the next call.
+        """The output for one image, (rows, columns, C), which the next call overwrites.
 
-        Some rows at a time, so that what a block makes of them stays in a core's cache from layer to layer.
+        A few rows are computed at a time, so that they stay in a core's cache from layer to layer.
         """
-        # A block reads rows above and below those that it makes, so it does not write where it reads.
+        # A block reads rows above and below its output, so it writes to another buffer than it reads.
         given, made = self._streams
         inside = (slice(_REACH, _REACH + self._rows), slice(_REACH, _REACH + self._columns))
         given[inside] = features
@@ -200,7 +200,7 @@ class Trunk:
 
 
 class _Layers:
-    """A block's weights as the kernels want them. Biases are added by kernels: products without them are faster."""
+    """A block's weights in the kernels' layout. Kernels add the biases: products without biases are faster."""
 
     def __init__(self, block: Block, columns: int, workers: Workers) -> None:
         assert block.mix.bias is not None
@@ -218,9 +218,9 @@ class _Layers:
         return self._widen.shape[0], self._widen.shape[1]
 
     def run(self, padded: FloatArray, mixed: Tensor, hidden: Tensor, added: Tensor, out: FloatArray) -> None:
-        """Sets the first rows of `out`, as many as `mixed` has, to what the block makes of those of `padded`.
+        """Writes the block's output for the first rows of `padded` to `out`; `mixed` has that number of rows.
 
-        `mixed` and `added`, (rows, columns rounded up to 4, C), and `hidden` are overwritten.
+        `mixed` and `added`, (rows, columns rounded up to 4, C), and `hidden` are scratch.
         """
         rows = len(mixed)
 
@@ -233,17 +233,17 @@ class _Layers:
         def add(first: int, end: int) -> None:
             add_to_stream(padded, added.numpy(), self._narrow_bias, self._columns, out, first, end)
 
-        self._share(mix, rows)
+        self._divide(mix, rows)
         torch.mm(mixed.flatten(0, 1), self._widen, out=hidden)
-        self._share(activate, len(hidden))
+        self._divide(activate, len(hidden))
         torch.mm(hidden, self._narrow, out=added.view(-1, added.shape[2]))
-        self._share(add, rows)
+        self._divide(add, rows)
 
-    def _share(self, function: Callable[[int, int], None], size: int) -> None:
-        self._workers.run(function, _shares(size, self._workers.count))
+    def _divide(self, function: Callable[[int, int], None], size: int) -> None:
+        self._workers.run(function, _parts(size, self._workers.count))
 
 
-def _shares(size: int, parts: int) -> list[tuple[int, int]]:
-    """0 .. size in equal parts."""
+def _parts(size: int, parts: int) -> list[tuple[int, int]]:
+    """0 .. size in equal parts, as (first, end)."""
     ends = [size * part // parts for part in range(parts + 1)]
     return [(first, end) for first, end in pairwise(ends) if end > first]

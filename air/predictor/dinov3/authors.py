@@ -1,7 +1,7 @@
 """Checkpoints that the method's authors released (method.md section 9.6), as networks of the architecture "dinov3".
 
-Their stretched pixels (9.2) become the setting `pixel_stretch`. What their stage control does where no patch is bad
-(9.4) is not a matter of weights and is not reproduced. Their quantiser is recognised and left out.
+Their stretched pixels (9.2) become the setting `pixel_stretch`. The behaviour of their stage control when no patch is
+bad (9.4) does not depend on weights and is not reproduced. The weights of their quantiser are recognised and left out.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ _HEAD_NAMES = (
 
 @dataclass(frozen=True, eq=False)
 class AuthorsCheckpoint:
-    """What a released file holds.
+    """The contents of a released file.
 
     Attributes:
-        network: With its weights, in evaluation mode.
-        epoch: Of their training.
-        left_out: Keys of the quantiser, which the network has no place for.
+        network: The network with its weights, in evaluation mode.
+        epoch: Epoch of the authors' training.
+        left_out: Keys of the quantiser, which the network does not have.
     """
 
     network: PredictorNetwork
@@ -63,10 +63,10 @@ class AuthorsCheckpoint:
 
 
 def read_authors_checkpoint(path: str | Path) -> AuthorsCheckpoint:
-    """Reads a released file. Every key is accounted for.
+    """Reads a released file. Every key must be known.
 
     Raises:
-        CheckpointError: It is not such a file, or its keys or sizes are not those of the architecture.
+        CheckpointError: It is not a released file, or its keys or sizes are not those of the architecture.
         MissingExtraError: `transformers` is not installed.
     """
     path = Path(path)
@@ -153,7 +153,7 @@ def _head_config(settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _their_name(name: str) -> str:
-    """Their name of one of the network's parameters."""
+    """The authors' name of a parameter of the network."""
     _, stage, name = name.split(".", 2)
     if name.startswith("backbone."):
         return f"gaussian_heads.{stage}.encoder.backbone.{release_name(name.removeprefix('backbone.'))}"

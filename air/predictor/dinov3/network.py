@@ -1,7 +1,8 @@
 """The authors' predictor (method.md section 4): a DINOv3 vision transformer and two convolution stacks for every stage.
 
-Its backbone is built with `transformers` (the extra `dinov3`), its weights are never fetched: `dinov3_weights` reads
-them from a file, `authors` reads whole checkpoints of the authors. This module knows nothing of either.
+The backbone is built with `transformers` (the extra `dinov3`). Weights are never downloaded:
+`air.predictor.dinov3.weights` reads them from a file, and `air.predictor.dinov3.authors` reads whole checkpoints of the
+authors. This module knows nothing of either.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from air.errors import MissingExtraError
-from air.gaussians import RAW_CHANNELS, grid_shape
+from air.gaussians import OFFSET, RAW_CHANNELS, grid_shape
 from air.predictor.network import PredictorNetwork
 
 TOKEN_SIZE = 16
 """Pixels that one token of the backbone covers along each side."""
 
 CHANNELS = (1024, 256, 128, 64, 32)
-"""The published width of the convolution stacks at each level; a level has twice the resolution of the one before."""
+"""The published width of the convolution stacks at each level. Each level doubles the resolution."""
 
 NECK_BLOCKS = (0, 2, 2, 2, 0)
 DECODER_BLOCKS = (0, 1, 1, 1, 0)
@@ -32,7 +33,7 @@ DECODER_BLOCKS = (0, 1, 1, 1, 0)
 
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
-"""Of ImageNet, by channel."""
+"""Mean and standard deviation of ImageNet's pixels, by channel."""
 
 _BACKBONE_RATE = 0.1
 
@@ -46,7 +47,7 @@ class BackboneSize:
         depth: Blocks.
         heads: Attention heads.
         mlp_ratio: Hidden channels of a block's perceptron, in tokens' channels.
-        num_register_tokens: Tokens beside the class token that stand for no patch.
+        num_register_tokens: Tokens, beside the class token, that do not belong to a patch.
     """
 
     hidden_size: int
@@ -62,9 +63,12 @@ class BackboneSize:
                 "in two dimensions need"
             )
         if self.depth < 2:
-            raise ValueError(f"depth is {self.depth}, but the outputs of two blocks are used")
+            raise ValueError(f"depth must be at least 2, since the outputs of two blocks are used, got {self.depth}")
         if self.mlp_ratio <= 0 or self.num_register_tokens < 0:
-            raise ValueError("mlp_ratio must be positive and num_register_tokens not negative")
+            raise ValueError(
+                f"mlp_ratio must be positive and num_register_tokens at least 0, got {self.mlp_ratio} and "
+                f"{self.num_register_tokens}"
+            )
 
     @property
     def used_blocks(self) -> tuple[int, int]:
@@ -77,22 +81,22 @@ BACKBONES = {
     "vitb16": BackboneSize(768, depth=12, heads=12),
     "vitl16": BackboneSize(1024, depth=24, heads=16),
 }
-"""The released sizes, by the name that the release gives them."""
+"""The released sizes by their names in the release."""
 
 
 class DinoPredictor(PredictorNetwork):
-    """See the module. Every stage has a head of its own, which sees what the earlier ones left over.
+    """The architecture "dinov3". Every stage has its own head, whose input is the residual of the earlier stages.
 
     Args:
         patch_size: Pixels between anchors; 5, 6, 7 and 14 are published.
-        num_stages: How many stages it can predict.
+        num_stages: Number of stages that it can predict.
         backbone: A name in `BACKBONES`, or the fields of a `BackboneSize`.
         channels: Width of the convolution stacks at their five levels.
         features: Channels of a patch before the last layer.
-        rope_rescale: In training, the backbone's coordinates are multiplied by a random factor between 1 / rope_rescale
-            and rope_rescale, another one in each block (method.md section 9.7; the authors: 2). None: they are not.
-        pixel_stretch: Centres P are drawn at P · W / (W - 1), P · H / (H - 1), as the authors' weights expect
-            (method.md section 9.2). Only for those.
+        rope_rescale: In training, each block multiplies the backbone's coordinates by its own random factor between
+            1 / rope_rescale and rope_rescale (method.md section 9.7; the authors: 2). None for no factor.
+        pixel_stretch: Draw centres P at P · W / (W - 1), P · H / (H - 1). Only the authors' weights expect it
+            (method.md section 9.2).
         quantizer_bits: As for `PredictorNetwork`.
 
     Raises:
@@ -117,11 +121,14 @@ class DinoPredictor(PredictorNetwork):
         quantizer_bits: Sequence[int] | None = None,
     ) -> None:
         if min(patch_size, num_stages, features, *channels) < 1:
-            raise ValueError("patch_size, num_stages, features and channels must be positive")
+            raise ValueError(
+                "patch_size, num_stages, features and channels must be positive, got "
+                f"{patch_size}, {num_stages}, {features} and {list(channels)}"
+            )
         if len(channels) != len(CHANNELS):
             raise ValueError(f"channels are {len(CHANNELS)} numbers, one per level, not {len(channels)}")
         if rope_rescale is not None and rope_rescale <= 1:
-            raise ValueError(f"rope_rescale is {rope_rescale}, but it is the largest factor and must be above 1")
+            raise ValueError(f"rope_rescale is the largest factor and must be above 1, got {rope_rescale}")
         settings: dict[str, Any] = {
             "patch_size": patch_size,
             "num_stages": num_stages,
@@ -139,8 +146,8 @@ class DinoPredictor(PredictorNetwork):
             _Head(patch_size, self.backbone_size, channels, features, rope_rescale) for _ in range(num_stages)
         )
 
-    def forward(self, image: Tensor, canvas: Tensor, active: Tensor, stage: int) -> Tensor:
-        """As `PredictorNetwork`; float32 under autocast, too."""
+    def forward(self, image: Tensor, canvas: Tensor, active: Tensor, stage: int, threads: int = 1) -> Tensor:
+        """As `PredictorNetwork`; float32 also under autocast. All of it runs in torch, so `threads` has no effect."""
         return self.heads[stage](image - canvas, self.gradient_checkpointing and torch.is_grad_enabled())
 
     def global_feature(self, image: Tensor, canvas: Tensor, stage: int) -> Tensor:
@@ -154,16 +161,16 @@ class DinoPredictor(PredictorNetwork):
         self.heads[stage].load_state_dict(self.heads[stage - 1].state_dict())
 
     def learning_rate_factor(self, name: str) -> float:
-        """The backbones learn at a tenth of the rate."""
+        """A tenth for the backbones, one for all else."""
         return _BACKBONE_RATE if ".backbone." in name else 1.0
 
     def anchors(self, raw: Tensor, height: int, width: int) -> Tensor:
-        """As `PredictorNetwork`; with `pixel_stretch` moved so that anchor + offset is the stretched centre."""
+        """As `PredictorNetwork`; `pixel_stretch` moves them so that anchor + offset is the stretched centre."""
         anchor = super().anchors(raw, height, width)
         if not self.pixel_stretch:
             return anchor
         stretch = anchor.new_tensor([width / max(width - 1, 1), height / max(height - 1, 1)])
-        return anchor + (stretch - 1) * (anchor + self.patch_size * torch.tanh(raw[:, :2]))
+        return anchor + (stretch - 1) * (anchor + self.patch_size * torch.tanh(raw[:, OFFSET]))
 
 
 class _Head(nn.Module):
@@ -189,7 +196,7 @@ class _Head(nn.Module):
         self.linear = nn.Linear(features, RAW_CHANNELS)
 
     def forward(self, residual: Tensor, checkpointing: bool) -> Tensor:
-        """Raw Gaussians (B, rows · columns, 8) for what is missing (B, 3, H, W)."""
+        """Raw Gaussians (B, rows · columns, 8) for the residual (B, 3, H, W)."""
         _, _, height, width = residual.shape
         token_rows, token_columns = _token_grid(height, width)
         maps = [
@@ -204,12 +211,12 @@ class _Head(nn.Module):
         rows, columns = grid_shape(height, width, self.patch_size)
         padding = (0, columns * self.patch_size - width, 0, rows * self.patch_size - height)
         patches = self.patch(F.pad(dense, padding, mode="replicate")).flatten(2).transpose(1, 2)
-        # Eight bits of mantissa are too few for positions: the last layers are cheap and leave autocast.
+        # Eight bits of mantissa are too few for positions. The last layers are cheap, so they run without autocast.
         with torch.autocast(residual.device.type, enabled=False):
             return self.linear(self.norm(patches.to(self.linear.weight.dtype)))
 
     def class_token(self, residual: Tensor, checkpointing: bool) -> Tensor:
-        """What the backbone makes of all of what is missing, shape (B, hidden size), in float32."""
+        """The backbone's class token for the residual, shape (B, hidden size), float32."""
         return self._encode(residual, checkpointing)[-1][:, 0].float()
 
     def _encode(self, residual: Tensor, checkpointing: bool) -> list[Tensor]:
@@ -249,12 +256,12 @@ class _Backbone(nn.Module):
         self.prefix = 1 + size.num_register_tokens
         self.rescales = rope_rescale is not None
         self.embeddings: Any = model.embeddings
-        # Nothing is masked here; the token stays because checkpoints hold it.
+        # The mask token is not used; it stays because checkpoints hold it.
         self.embeddings.mask_token.requires_grad_(False)
         self.rope: Any = model.rope_embeddings
-        # Released weights bring their own frequencies, which are rounded: they belong to the weights.
+        # Released weights have rounded frequencies of their own, so the state dict must hold them.
         self.rope.register_buffer("inv_freq", self.rope.inv_freq)
-        # Version 5 moved the blocks into an encoder of their own.
+        # Version 5 of transformers moved the blocks into an encoder.
         self.blocks: Any = getattr(model, "model", model).layer
         self.norm: Any = model.norm
 
@@ -276,7 +283,7 @@ class _Backbone(nn.Module):
 
 
 class _Stack(nn.Module):
-    """Convolutions over five levels, from coarse to fine, each given an input of its own.
+    """Convolutions over five levels, from coarse to fine. Each level has an input of its own.
 
     Args:
         given: Channels of each level's input.
@@ -310,7 +317,7 @@ class _Stack(nn.Module):
 
 
 class _ResidualBlock(nn.Module):
-    """x + conv(relu(conv(relu x))), 3 x 3, continued by the border."""
+    """x + conv(relu(conv(relu x))) with 3 x 3 kernels; the border is replicated."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -322,12 +329,14 @@ class _ResidualBlock(nn.Module):
 
 
 def _token_grid(height: int, width: int) -> tuple[int, int]:
-    """Rows and columns of tokens; an image smaller than a token still has one."""
+    """Rows and columns of tokens, each at least one."""
     return max(height // TOKEN_SIZE, 1), max(width // TOKEN_SIZE, 1)
 
 
 def _upsampler(channels: int, out: int, learned: bool) -> nn.Sequential:
-    """Twice the resolution: a transposed convolution that starts as repetition, or bilinear; then 3 x 3."""
+    """Doubles the resolution: a transposed convolution, initialised to repeat pixels, or bilinear; then a 3 x 3
+    convolution.
+    """
     if not learned:
         bilinear = nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False)
         return nn.Sequential(bilinear, nn.Conv2d(channels, out, 3, padding=1, padding_mode="replicate"))
@@ -338,7 +347,7 @@ def _upsampler(channels: int, out: int, learned: bool) -> nn.Sequential:
 
 
 def _view_plane(rows: int, columns: int, like: Tensor) -> Tensor:
-    """Coordinates (u, v) of every pixel's middle, shape (1, 2, rows, columns): half the diagonal is 1, the centre 0."""
+    """Coordinates (u, v) of all pixels, shape (1, 2, rows, columns): 0 in the centre, half the diagonal is 1."""
     diagonal = (rows**2 + columns**2) ** 0.5
     u = torch.linspace(1 - columns, columns - 1, columns, device=like.device, dtype=like.dtype) / diagonal
     v = torch.linspace(1 - rows, rows - 1, rows, device=like.device, dtype=like.dtype) / diagonal
@@ -346,7 +355,7 @@ def _view_plane(rows: int, columns: int, like: Tensor) -> Tensor:
 
 
 def _run(module: nn.Module, checkpointing: bool, *inputs: Tensor, **options: Any) -> Tensor:
-    """The module's output; its activations are computed again in the backward pass where `checkpointing`."""
+    """The module's output. With `checkpointing`, the backward pass computes the activations again."""
     if not checkpointing:
         return module(*inputs, **options)
     return checkpoint(module, *inputs, use_reentrant=False, **options)

@@ -1,7 +1,8 @@
-"""Weights of DINOv3 backbones, from files in the layout of the release or of `transformers`. Nothing is downloaded.
+"""Reads weights of DINOv3 backbones from files in the layout of the release or of `transformers`. Downloads nothing.
 
-The release fuses queries, keys and values, masks the keys' bias, and stores the periods of the rotary positions as they
-were rounded in its training; `transformers` keeps the three apart, has no keys' bias, and computes the periods.
+The release fuses queries, keys and values, masks the bias of the keys, and stores the rotary positions' periods as they
+were rounded in training. `transformers` keeps queries, keys and values apart, has no bias of the keys, and computes the
+periods.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _RELEASE_NAMES = (
     (r"\.mlp\.down_proj\.", ".mlp.fc2."),
 )
 
-# What `transformers` writes in config.json and the network must share; the shapes of the weights show the rest.
+# Keys of the config.json of `transformers` that the network must share; shapes of weights check the rest.
 _SHARED_CONFIG = (
     "model_type",
     "hidden_size",
@@ -50,7 +51,7 @@ _LISTED = 20
 
 
 def load_backbone(network: DinoPredictor, path: str | Path) -> None:
-    """Gives every stage's backbone the weights of a file: the start of a training.
+    """Loads the weights of a file into every stage's backbone, as the start of a training.
 
     Args:
         network: Changed in place.
@@ -58,7 +59,7 @@ def load_backbone(network: DinoPredictor, path: str | Path) -> None:
             (`config.json` and `*.safetensors`).
 
     Raises:
-        CheckpointError: It cannot be read, or holds another architecture or size. The network keeps its weights.
+        CheckpointError: The file cannot be read, or holds another architecture or size. The network keeps its weights.
     """
     path = Path(path)
     own = network.heads[0].get_submodule("backbone")
@@ -68,12 +69,12 @@ def load_backbone(network: DinoPredictor, path: str | Path) -> None:
 
 
 class Matched(NamedTuple):
-    """Weights found for names.
+    """Weights matched with the names of a network.
 
     Attributes:
-        weights: By the names that were asked for.
-        missing: Keys that the file should have and has not.
-        unknown: Keys that the file has and nothing asked for.
+        weights: Weights by the network's names.
+        missing: Keys that the network needs and the file lacks.
+        unknown: Keys that the file has and the network does not use.
     """
 
     weights: dict[str, Tensor]
@@ -102,13 +103,13 @@ def match(
     rename: Callable[[str], str],
     convert: Callable[[str, Tensor], Tensor] | None = None,
 ) -> Matched:
-    """Finds the weights for `names` in a state dict of other names, and accounts for each of its keys.
+    """Matches `names` with the keys of a state dict that has other names.
 
     Args:
-        names: Of the network.
-        state: What a file holds.
-        rename: The name in the file.
-        convert: The network's value from its name and the file's value; default: the same.
+        names: Names of the network's parameters.
+        state: State dict of the file.
+        rename: Gives the file's key for a name.
+        convert: Gives the network's value from its name and the file's value; by default the file's value.
     """
     weights, missing, used = {}, dict[str, None](), set[str]()
     for name in names:
@@ -140,10 +141,10 @@ def release_value(name: str, value: Tensor) -> Tensor:
 
 
 def without_masks(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """A state with the release's masks of biases applied, and without what only pre-training used.
+    """The state with the release's masks applied to biases, and without the parts that only pre-training used.
 
     Raises:
-        CheckpointError: The keys have a bias that is not masked, which no released model has.
+        CheckpointError: The bias of the keys is not masked, as it is in all released models.
     """
     plain = {}
     for key, value in state.items():
@@ -161,7 +162,7 @@ def without_masks(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
 
 
 def load_exactly(module: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
-    """`load_state_dict`, with wrong sizes as an error that names the file."""
+    """Calls `load_state_dict`. Wrong sizes are an error that names the file."""
     own = module.state_dict()
     wrong = [
         f"{name} is {tuple(value.shape)}, expected {tuple(own[name].shape)}"
@@ -174,17 +175,17 @@ def load_exactly(module: nn.Module, weights: Mapping[str, Tensor], path: Path) -
 
 
 def read_torch_file(path: Path) -> Any:
-    """What `torch.save` wrote, tensors and plain values only: nothing in the file is run.
+    """Reads a file of `torch.save` that holds tensors and plain values only. Nothing in the file is run.
 
     Raises:
-        CheckpointError: It is not such a file, or holds anything else.
+        CheckpointError: It is not such a file, or holds other objects.
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError):
-        # torch's own message advises to load the file in a way that runs what is in it.
+        # torch's own message advises to load the file in a way that runs code from it.
         raise CheckpointError(
             f"{path}: is not a torch file of tensors and plain values: it is damaged, of another kind, or holds "
             "objects, which are not loaded"
@@ -192,7 +193,7 @@ def read_torch_file(path: Path) -> Any:
 
 
 def is_state(document: Any) -> bool:
-    """Whether it maps names to tensors."""
+    """Whether a document maps names to tensors."""
     return isinstance(document, dict) and all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in document.items()
     )

@@ -2,7 +2,7 @@
 
 A folder of further pictures is named by the environment variable AIR_ROUND_TRIP_PICTURES:
 
-    AIR_ROUND_TRIP_PICTURES=kodak/ pytest tests/air/test_round_trip.py
+    AIR_ROUND_TRIP_PICTURES=kodak/ pytest tests/air/encoding/test_encode.py
 """
 
 import os
@@ -19,6 +19,7 @@ from air.codec.symbols import Stage, gaussians_of, quantize_stages
 from air.codec.uniform import UniformQuantizer, channel_values, fit_uniform_quantizer
 from air.encoding import encode, search
 from air.gaussians import Gaussians, anchors
+from air.predictor.base import GridPredictor, Prediction
 from air.rendering.render import render
 from jobs.sections import DemoConfig
 from pipeline.formats import images
@@ -146,3 +147,29 @@ def test_the_pictures_of_a_folder(check: Check) -> None:
     assert paths, f"{folder} holds no pictures"
     for path in paths:
         assert len(check(images.decode(path.read_bytes()), bpp=0.25, steps=20, stored_steps=10)) > 0
+
+
+class Watched(GridPredictor):
+    """The grid, which notes the threads it is given and those of torch."""
+
+    def __init__(self, patch_size: int) -> None:
+        super().__init__(patch_size)
+        self.threads: list[tuple[int, int]] = []
+
+    def predict(self, image, canvas, active, stage, threads=1) -> Prediction:
+        self.threads.append((threads, torch.get_num_threads()))
+        return super().predict(image, canvas, active, stage, threads)
+
+
+def test_a_file_depends_neither_on_the_threads_nor_on_those_of_torch() -> None:
+    rgb = np.random.default_rng(0).integers(0, 256, (30, 41, 3), np.uint8)
+    predictor = Watched(7)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        file = encode.encode(rgb, predictor=predictor, stages=2, steps=2, stored_steps=2, threads=2)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert set(predictor.threads) == {(1, 1)}
+    assert encode.encode(rgb, predictor=GridPredictor(7), stages=2, steps=2, stored_steps=2) == file

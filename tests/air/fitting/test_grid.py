@@ -18,7 +18,7 @@ def test_blocks_give_what_the_whole_axis_gives(patch_size: int, monkeypatch: pyt
 
 
 def test_an_axis_of_any_length_is_solved_in_matrices_of_bounded_size() -> None:
-    blocks = list(grid._solvers(700_001, 7, 3.0))
+    blocks = list(grid.axis_solvers(700_001, 7, 3.0))
     assert sum(matrix.shape[0] for _, matrix in blocks) == 100_001
     assert max(matrix.shape[0] for _, matrix in blocks) <= 192
     assert max(pixels.stop - pixels.start for pixels, _ in blocks) <= 256 * 7

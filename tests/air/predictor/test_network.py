@@ -1,4 +1,7 @@
-"""Parameter groups of a predictor network: what an optimiser gets."""
+"""What all predictor networks have in common: the parameter groups of an optimiser, and threads."""
+
+import torch
+from torch import Tensor
 
 from air.predictor.compact.network import CompactPredictor
 
@@ -46,3 +49,22 @@ def test_the_quantiser_learns_faster():
         assert groups[name] == (5.0, 0.0)
     assert groups["quantizer.adapt.weight"] == (5.0, 0.25)
     assert groups["stem.weight"] == (0.5, 0.25)
+
+
+class Watched(CompactPredictor):
+    """The compact network, which notes the threads it is given and those of torch."""
+
+    threads: tuple[int, int]
+
+    def forward(self, image: Tensor, canvas: Tensor, active: Tensor, stage: int, threads: int = 1) -> Tensor:
+        self.threads = threads, torch.get_num_threads()
+        return super().forward(image, canvas, active, stage, threads)
+
+
+def test_predicting_takes_the_threads_it_is_given_and_leaves_torchs_number() -> None:
+    network = Watched(patch_size=4, channels=8, depth=1).eval()
+    image = torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(0))
+    before = torch.get_num_threads()
+    network.predict(image, torch.zeros_like(image), torch.ones(4, dtype=torch.bool), 0, threads=3)
+    assert network.threads == (3, 3)
+    assert torch.get_num_threads() == before

@@ -11,7 +11,8 @@ from air.optimization.optimize import OptimizeConfig, optimize
 from air.predictor.base import GridPredictor, Prediction
 from air.rendering.render import render
 from air.stages.control import StageControl, active_patches, worst_patches
-from air.stages.loop import all_gaussians, run_stages, run_stages_batch
+from air.stages.loop import all_gaussians, all_predicted, run_stages, run_stages_batch
+from air.stages.predict import predict
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +195,9 @@ class GrayPredictor:
 
     patch_size = 7
 
-    def predict(self, image: torch.Tensor, canvas: torch.Tensor, active: torch.Tensor, stage: int) -> Prediction:
+    def predict(
+        self, image: torch.Tensor, canvas: torch.Tensor, active: torch.Tensor, stage: int, threads: int = 1
+    ) -> Prediction:
         return Prediction(torch.full((len(active), 8), 0.1), anchors(*image.shape[1:], 7))
 
 
@@ -229,3 +232,16 @@ def test_without_a_judge_a_prediction_is_the_same_but_not_measured() -> None:
         assert np.isnan([*other.loss, *other.psnr]).all()
     optimized = list(run_stages(image, GridPredictor(7), [OptimizeConfig(steps=2)], judge=False))
     assert np.isfinite([*optimized[0].loss, *optimized[0].psnr]).all(), "what is optimised is always measured"
+
+
+def test_predicting_without_steps_is_the_loop_without_steps() -> None:
+    image = torch.rand(3, 30, 41, generator=torch.Generator().manual_seed(2))
+    config = [OptimizeConfig(steps=0)] * 3
+    looped = list(run_stages(image, GridPredictor(7), config, canvas="predicted", budget=50))
+    predicted = predict(image, GridPredictor(7), 3, budget=50, threads=2)
+    assert sum(map(len, predicted)) == 50
+    raw, anchor = all_predicted(predicted)
+    assert torch.equal(raw, torch.cat([stage.raw("predicted") for stage in looped]))
+    assert torch.equal(anchor, torch.cat([stage.anchor for stage in looped]))
+    table = all_gaussians(predicted, 7, "predicted")
+    assert torch.equal(table.xy, torch.cat([stage.gaussians("target", 7).xy for stage in looped]))

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 
 from air.compute.planes import image_planes, pixels
 from air.fitting.filter_cpu import filter_symmetrically
-from air.fitting.residual import _symmetric_filter
-from air.predictor.compact.network import _patches
+from air.fitting.residual import symmetric_filter
+from air.predictor.compact.network import split_patches
 from air.predictor.compact.patches_cpu import patch_pixels
 from air.predictor.network import build
 from air.stages import control, patches_cpu
@@ -34,7 +34,7 @@ def test_errors_are_the_definitions(size, patch_size) -> None:
 @pytest.mark.parametrize("patch_size", [1, 5, 7, 16, 33])
 def test_pixels_are_those_of_the_patches_also_of_a_view(size, patch_size) -> None:
     image, _ = images(*size)
-    expected = _patches(image[None].double(), patch_size)[0].float().numpy()
+    expected = split_patches(image[None].double(), patch_size)[0].float().numpy()
     np.testing.assert_array_equal(patch_pixels(image.numpy(), patch_size), expected)
     planes = image_planes(*size)
     pixels(planes, *size)[:] = image.numpy()
@@ -50,7 +50,7 @@ def test_the_filter_is_the_convolution(size, radius) -> None:
     window = (both[:, None] * both[None, :])[None, None].expand(3, 1, -1, -1)
     expected = F.conv2d(image[None].double(), window, padding=radius, groups=3)[0]
     np.testing.assert_allclose(filter_symmetrically(image.numpy(), taps), expected.numpy(), rtol=1e-5)
-    plain = _symmetric_filter(_symmetric_filter(image.double(), taps, 1), taps, 2)
+    plain = symmetric_filter(symmetric_filter(image.double(), taps, 1), taps, 2)
     torch.testing.assert_close(plain, expected)
 
 

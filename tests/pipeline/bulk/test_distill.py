@@ -232,8 +232,10 @@ def test_how_work_is_done_is_no_part_of_the_plan(shards: Path, targets: Path) ->
 class Diverging(GridPredictor):
     """Predicts NaN for pictures that are red in the middle."""
 
-    def predict(self, image: torch.Tensor, canvas: torch.Tensor, active: torch.Tensor, stage: int) -> Prediction:
-        raw, anchor = super().predict(image, canvas, active, stage)
+    def predict(
+        self, image: torch.Tensor, canvas: torch.Tensor, active: torch.Tensor, stage: int, threads: int = 1
+    ) -> Prediction:
+        raw, anchor = super().predict(image, canvas, active, stage, threads)
         middle = image[:, image.shape[1] // 2, image.shape[2] // 2]
         return Prediction(raw * torch.nan if middle.tolist() == [1, 0, 0] else raw, anchor)
 

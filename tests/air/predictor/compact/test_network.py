@@ -98,7 +98,7 @@ def test_compiled_feedback_is_torchs(inputs) -> None:
         batch = (image[chosen], canvas[chosen], active[chosen])
         excess, steps = Feedback(*batch, 5, Workers(2))(raw[chosen])
         exact = Feedback(*(each.double() if each.is_floating_point() else each for each in batch), 5, Workers(1))
-        expected_excess, expected_steps = exact._reference(raw[chosen].double())
+        expected_excess, expected_steps = exact.reference(raw[chosen].double())
         torch.testing.assert_close(excess, expected_excess.float(), atol=1e-5, rtol=0)
         torch.testing.assert_close(steps, torch.asinh(3 * expected_steps).float(), atol=1e-3, rtol=1e-3)
 
