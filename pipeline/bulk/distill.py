@@ -254,8 +254,10 @@ def distill_views(
     """
     import torch
 
+    from air.arguments import image_tensor
+
     torch.set_num_threads(1)  # sums of another order would make other values on another machine
-    pictures = [torch.from_numpy(rgb.astype(np.float32) / 255).permute(2, 0, 1).contiguous() for rgb in views]
+    pictures = [image_tensor(rgb) for rgb in views]
     return [
         stages if isinstance(stages, Rejected) else _view_columns(rgb, stages, config)
         for rgb, stages in zip(

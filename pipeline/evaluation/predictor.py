@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from air.arguments import image_tensor
 from air.defaults import GRID
 from air.errors import InvalidGaussiansError, NonFiniteLossError
 from air.gaussians import RAW_CHANNELS, activate, grid_shape
@@ -104,7 +105,7 @@ def evaluate(
 
     def measure(key: str, rgb: np.ndarray) -> Rows:
         nonlocal warm
-        image = torch.from_numpy(rgb.astype(np.float32) / 255).permute(2, 0, 1).contiguous()
+        image = image_tensor(rgb)
         if not warm:  # what the first call costs, such as loading kernels, is no picture's time
             _measure_all("", image[:, :_WARM_UP_SIDE, :_WARM_UP_SIDE], contestants, config)
             warm = True
