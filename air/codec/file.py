@@ -159,5 +159,5 @@ def _use_each() -> None:
     draw_levels(gaussians_of(nothing, header), 1, 1, 1)
 
 
-KERNELS = KernelSet((code_section, dequantize, derive_geometry, sweep, round_to_levels), _use_each, seconds=10)
+KERNELS = KernelSet((code_section, dequantize, derive_geometry, sweep, round_to_levels), _use_each, seconds=11)
 """Every kernel between a file and its picture."""

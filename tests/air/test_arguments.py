@@ -11,7 +11,9 @@ from air.arguments import image_tensor, to_levels
 def test_levels_come_back() -> None:
     levels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
     image = image_tensor(levels)
-    assert image.shape == (3, 5, 7) and image.dtype == torch.float32 and image.is_contiguous()
+    assert image.shape == (3, 5, 7)
+    assert image.dtype == torch.float32
+    assert image.is_contiguous()
     assert torch.equal(image[:, 2, 3], torch.tensor(levels[2, 3].astype(np.float32) / 255))
     assert np.array_equal(to_levels(image), levels)
 
@@ -24,7 +26,8 @@ def test_a_pil_image_is_taken_as_rgb() -> None:
 def test_values_are_clamped_and_rounded_to_the_nearest_level() -> None:
     values = torch.tensor([-0.3, 0.4 / 255, 0.6 / 255, 254.4 / 255, 254.6 / 255, 1.7])
     levels = to_levels(values.expand(3, 1, 6))
-    assert levels.dtype == np.uint8 and levels.shape == (1, 6, 3)
+    assert levels.dtype == np.uint8
+    assert levels.shape == (1, 6, 3)
     assert levels[0, :, 1].tolist() == [0, 0, 1, 254, 255, 255]
 
 
