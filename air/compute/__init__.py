@@ -1,3 +1,1 @@
-"""The compiler toolbox: register vectors, planes, threads, launches, and which backend a tensor asks for. It knows no
-Gaussians.
-"""
+"""The compiler toolbox: register vectors, image planes, threads, launches, choice of a backend. It knows no Gaussians."""
