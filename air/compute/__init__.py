@@ -1,1 +1,3 @@
-"""The compiler toolbox: register vectors, image planes, threads, launches, choosing a backend. It knows no Gaussians."""
+"""The compiler toolbox: register vectors, image planes, threads, launches, choosing a backend. It knows no
+Gaussians.
+"""
