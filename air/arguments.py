@@ -1,4 +1,4 @@
-"""Checks and converts the arguments of the package's functions: images of several kinds, and counts."""
+"""Checks and converts what callers pass, images of several kinds and counts, and images that they get back."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -44,3 +45,12 @@ def image_tensor(image: Any) -> Tensor:
     if 0 in image.shape:
         raise ValueError(f"an image must have pixels, got shape {image.shape}")
     return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))).to(torch.float32) / 255
+
+
+def to_levels(image: Tensor) -> NDArray[np.uint8]:
+    """An image (3, height, width) in 8 bits a channel, shape (height, width, 3): the reverse of `image_tensor`.
+
+    Values are clamped to [0, 1] and rounded to the nearest level, as `air.rendering.cpu.draw_levels` does.
+    """
+    levels = (image.detach().clamp(0, 1) * 255 + 0.5).to(torch.uint8)
+    return levels.permute(1, 2, 0).cpu().numpy()

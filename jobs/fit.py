@@ -57,6 +57,7 @@ def fit_image(rgb: np.ndarray, target: str, config: FitConfig) -> None:
     Raises:
         StorageError: The PNG file cannot be written.
     """
+    from air.arguments import to_levels
     from air.compute.backends import choose_device
     from air.fitting.fit import fit
     from air.fitting.grow import OPTIMIZATION
@@ -98,10 +99,9 @@ def fit_image(rgb: np.ndarray, target: str, config: FitConfig) -> None:
             on_step=on_step,
         )
     drawn_by = "reference" if config.backend == "reference" else "auto"  # the result is on the CPU again
-    picture = render(result.gaussians, result.height, result.width, backend=drawn_by).clamp(0, 1)
-    pixels = (picture.permute(1, 2, 0).numpy() * 255 + 0.5).astype(np.uint8)
+    picture = render(result.gaussians, result.height, result.width, backend=drawn_by)
     try:
-        Image.fromarray(pixels).save(target)
+        Image.fromarray(to_levels(picture)).save(target)
     except OSError as error:
         raise StorageError(f"cannot write {target}: {error.strerror or error}") from None
     first, last = result.trajectory.psnr[0], result.trajectory.psnr[-1]

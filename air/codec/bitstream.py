@@ -41,15 +41,15 @@ _UNIFORM_KIND, _SENSITIVITY_KIND = 0, 1
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says before its first section.
+    """The header of a file.
 
     Attributes:
-        height, width: Of the image, pixels.
+        height, width: Size of the image in pixels.
         patch_size: Pixels between anchors.
         num_stages: Sections that follow.
-        quantizer: What symbols stand for.
-        reach_low: With a `SensitivityQuantizer`, where positions count from: this far right of and below the upper left
-            corner of the patch, in 64ths of a pixel, as a rule 0 or negative.
+        quantizer: Gives symbols their values.
+        reach_low: With a `SensitivityQuantizer`, the least position along each axis, counted from the upper left corner
+            of the patch, in 64ths of a pixel; usually 0 or negative.
         reach_span: The range of positions from there, in 64ths of a pixel.
     """
 
@@ -77,7 +77,7 @@ class Section:
 
 
 def write_file(header: Header, sections: list[tuple[int, bytes, bytes]]) -> bytes:
-    """A file of a header and, per stage, the number of Gaussians and what the payload starts and ends with.
+    """A file: a header and, per stage, the number of Gaussians, the first bytes of the payload and its last bytes.
 
     Raises:
         CodecError: A number of the header does not fit the format.
@@ -135,8 +135,9 @@ def read_header(blob: bytes, *, max_pixels: int = MAX_PIXELS) -> Header:
     """The header of a file, checked.
 
     Raises:
-        CodecError: It is no .air file, of another version, cut off, damaged, or larger than `max_pixels`.
-        TypeError: It is not bytes.
+        CodecError: The bytes are not an .air file; or the file is of another version, cut off or damaged, or its image
+            has more than `max_pixels` pixels.
+        TypeError: `blob` is not bytes.
     """
     return _parse_header(blob, max_pixels)[0]
 
@@ -187,13 +188,13 @@ def read_sections(
     """The header, and the first `stages` sections (all if not given), checked but not decoded.
 
     Raises:
-        CodecError: As `read_header`; or a section is cut off, damaged, or has more Gaussians than it can.
-        ValueError: `stages` is negative or more than the file was written with.
+        CodecError: As `read_header`; or a section is cut off, damaged, or claims more Gaussians than it can hold.
+        ValueError: `stages` is negative or above the number of stages in the file.
     """
     header, place, checksum = _parse_header(blob, max_pixels)
     wanted = header.num_stages if stages is None else stages
     if not 0 <= wanted <= header.num_stages:
-        raise ValueError(f"stages must be from 0 to {header.num_stages}, what the file has, got {stages}")
+        raise ValueError(f"stages must be from 0 to {header.num_stages}, the number in the file, got {stages}")
     rows, columns = header.grid
     sections: list[Section] = []
     for stage in range(wanted):

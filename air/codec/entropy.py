@@ -1,21 +1,22 @@
 """The entropy coder of .air files: adaptive binary models, added up, and an arithmetic coder. Whole numbers only.
 
-A symbol is cut into binary decisions. Each decision has a place in four tables of logits (logarithms of odds), three of
-which see another context: what is being coded, and views of what lies left, above and in earlier layers. The sum of the
-four is the logit of the decision; once it is known, all four move by the error of the probability, as in logistic
-regression. Where no context tells anything, the fourth table is alone. All of it adapts to the file as it is read, so
-no statistics are stored. The low bits of numbers, which nothing foretells, are stored as they are, from the end of a
-section backwards. docs/format.md is the specification.
+A symbol is cut into binary decisions. Each decision has a place in four tables of logits (logarithms of odds). Three of
+the tables have contexts: each sees other features of what lies left, above and in earlier layers. The sum of the four
+logits is the logit of the decision; once the decision is known, all four move by the error of the probability, as
+in logistic regression. Where no context helps, the fourth table is used alone. The tables adapt to the file as it is
+read, so no statistics are stored. The low bits of numbers, which cannot be predicted, are stored as they are, from the
+end of a section backwards. docs/format.md is the specification.
 
 Encoder and decoder are one kernel with a flag, so that they cannot drift apart. This module knows decisions and
-numbers; which contexts a symbol of a Gaussian has is for `air.codec.sections`.
+numbers; `air.codec.sections` chooses the contexts of a Gaussian's symbols.
 
 What kernels pass along:
 
-    coder     (low, span, code, place, raw): what is still possible starts at `low` (in the encoder) and is so wide; how
-              far above it the file is (in the decoder); the next byte; bits taken from the end
-    models    (cells, rate, data, size): pointers to those of `Models` and to the section's bytes, `MARGIN` zeros before
-              and after them included; how quickly cells learn; and where the bytes end
+    coder     (low, span, code, place, raw): the interval of numbers that are still possible starts at `low` (in the
+              encoder) and is `span` wide; the file's number is `code` above its start (in the decoder); `place` is the
+              next byte; `raw` bits were taken from the end
+    models    (cells, rate, data, size): `cells` points to those of `Models`, which learn at `rate`; `data` points to
+              the section's bytes, which have `MARGIN` zeros before and after them and end at `size`
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from air.compute.compile import inline, kernel
 from air.compute.simd import opaque
 
 CODED = 9
-"""The things that are coded: eight symbols, and whether a patch holds a Gaussian. Each has its own cells."""
+"""Kinds of numbers that are coded: eight symbols, and whether a patch has a Gaussian. Each has its own cells."""
 
 MARGIN = 4
 """Zeros before and after a section's bytes, so that four can be read at a time."""
@@ -52,10 +53,10 @@ _MIN_SPAN_BITS = 24
 
 
 class Models:
-    """What is known of probabilities, as at the start of every file; it adapts from section to section.
+    """The adaptive models of a file, as at its start; they learn from section to section.
 
     Attributes:
-        cells: Logits that a decision is 1, for each thing, table, context and node.
+        cells: Logits that a decision is 1, for each kind of number, table, context and node.
     """
 
     def __init__(self) -> None:
@@ -64,7 +65,7 @@ class Models:
 
 @inline
 def learning_rate(seen):
-    """How quickly cells learn after so many Gaussians of a file."""
+    """How quickly cells learn after `seen` Gaussians of a file."""
     return 12 + 6144 // (256 + seen)
 
 
@@ -92,7 +93,7 @@ def _four_bytes(data, place, size):
 
 @kernel
 def finish_encoding(coder, models):
-    """Writes the fewest bytes that say where the coder is, whatever comes after them. Returns the coder."""
+    """Writes the fewest bytes that lie in the coder's interval, whatever bytes follow. Returns the coder."""
     low, span, code, place, raw = coder
     data = models[2]
     length = np.int64(0)
@@ -109,7 +110,7 @@ def finish_encoding(coder, models):
 
 @kernel
 def _write_four_bytes(low, place, data):
-    """Writes the upper four of seven bytes; what is beyond them is carried into the bytes before."""
+    """Writes the upper four of the seven bytes of `low`; a carry beyond them goes into the bytes before."""
     for byte in range(4):
         data[place + byte] = (low >> (_SPAN_BITS - 8 - 8 * byte)) & 255
     carry = low >> _SPAN_BITS
@@ -134,8 +135,8 @@ def _chance(places, node, models):
 def _code(decode, bit, chance, coder, models):
     """Codes a decision that has this probability of being 1. Returns it, and the coder.
 
-    Decisions are hard to foretell, so nothing here branches on them: each branch would be guessed wrongly every few
-    times, at the cost of more than one decision. `opaque` keeps LLVM from making branches of it.
+    Decisions are hard to predict, so nothing here branches on them: the CPU would guess every few branches wrongly, and
+    a wrong guess costs more than a decision. `opaque` keeps LLVM from making branches of it.
     """
     low, span, code, place, raw = coder
     _, _, data, size = models
@@ -211,7 +212,7 @@ def where(coded, contexts):
 
 @inline
 def where_alone(coded):
-    """Where the decisions are about a symbol of which no context tells anything: in one table."""
+    """Where the table without contexts has the decisions about a symbol for which no context helps."""
     return (np.int64((coded * _ROWS + 3 * _CONTEXTS) * _NODES),)
 
 
@@ -225,8 +226,8 @@ def code_tree(decode, value, bits, known, most, places, coder, models):
     node = np.int64(1) << known
     chance = _chance(places, node, models)
     for depth in range(known, modelled):
-        # Both probabilities that may come next, so that they need not wait for this decision. Those of the last one are
-        # of no use: they lie in the rows of what is coded after trees, and are not looked at.
+        # Both probabilities that the next decision may have, so that they need not wait for this one. After the last
+        # decision they lie beyond the tree's nodes, in rows that exist, and are not used.
         chance_after_0 = _chance(places, 2 * node, models)
         chance_after_1 = _chance(places, 2 * node + 1, models)
         bit = (value >> (bits - 1 - depth)) & 1

@@ -1,14 +1,14 @@
 """The .air format: Gaussians -> bytes -> Gaussians (docs/format.md).
 
     blob = encode_gaussians(gaussians, height, width, SensitivityQuantizer(step=4000))
-    gaussians = decode(blob)                # what the encoder's own quantised Gaussians are, bit for bit
-    coarser = decode(blob, stages=2)        # the first two stages, which may be all that is there of the file
+    gaussians = decode(blob)                # the encoder's quantised Gaussians, bit for bit
+    coarser = decode(blob, stages=2)        # the first two stages; the bytes of the others may be missing
 
-A stage holds one Gaussian at most for each patch of a grid. Gaussians of a stage loop come in such stages; free ones,
-as `air.grow` makes them, are laid out in as many as the fullest patch asks for, the strongest of each patch first.
+A stage holds at most one Gaussian for each patch of a grid. The Gaussians of a stage loop come in such stages. Free
+ones, as `air.fit` makes them, are laid out in as many stages as the fullest patch needs, the strongest of each patch
+first.
 
-`air.encode`, which also fits the Gaussians to an image and keeps a target of bits or quality, is in
-`air.encoding.encode`.
+`air.encoding.encode` also fits the Gaussians to an image and meets a target of bits or quality.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class FileInfo:
-    """What is known of a file without decoding its Gaussians.
+    """The sizes of a file, known without decoding its Gaussians.
 
     Attributes:
         header: Sizes and quantiser.
@@ -73,12 +73,18 @@ def decode(blob: bytes, stages: int | None = None, *, max_pixels: int = MAX_PIXE
 
     Args:
         blob: The file.
-        stages: How many stages, from the first; all if not given. Only so much of the file need be there.
-        max_pixels: Larger images are refused.
+        stages: How many stages to decode, from the first; all if not given. The bytes of later ones may be missing.
+        max_pixels: Images of more pixels are refused.
 
     Raises:
-        CodecError: The bytes are no such file, damaged, or cut off before the end of the stages asked for.
-        ValueError: The file was not written with so many stages.
+        CodecError: The bytes are not an .air file, are damaged, or are cut off before the end of the stages asked for.
+        ValueError: `stages` is negative or above the number of stages in the file.
+
+    Example:
+        >>> white = Gaussians(torch.tensor([[2.0, 1.0]]), torch.ones(1, 2), torch.zeros(1), torch.ones(1, 3))
+        >>> blob = encode_gaussians(white, 3, 5, SensitivityQuantizer(step=4000))
+        >>> decode(blob).xy
+        tensor([[1.9375, 1.0625]])
     """
     return _decode(blob, stages, max_pixels)[1]
 
@@ -110,7 +116,14 @@ def encode_gaussians(
     *,
     patch_size: int | None = None,
 ) -> bytes:
-    """An .air file of free Gaussians, laid out in stages by `lay_out`. Arguments and errors as `encode_stages`."""
+    r"""An .air file of free Gaussians, laid out in stages by `lay_out`. Arguments and errors as `encode_stages`.
+
+    Example:
+        >>> white = Gaussians(torch.tensor([[2.0, 1.0]]), torch.ones(1, 2), torch.zeros(1), torch.ones(1, 3))
+        >>> blob = encode_gaussians(white, 3, 5, SensitivityQuantizer(step=4000))
+        >>> blob[:4], read_info(blob).num_gaussians
+        (b'\x89AIR', (1,))
+    """
     patch_size = patch_size or patch_size_for(len(gaussians), height, width)
     return encode_stages(lay_out(gaussians, height, width, patch_size), height, width, patch_size, quantizer)
 
@@ -131,7 +144,7 @@ def encode_stages(
         height: Of the image, pixels.
         width: Of the image, pixels.
         patch_size: Pixels between the anchors.
-        quantizer: What to store of them.
+        quantizer: How to quantise the Gaussians.
 
     Raises:
         CodecError: There are too many stages, or a number does not fit the format.
@@ -159,5 +172,5 @@ def _use_each() -> None:
     draw_levels(gaussians_of(nothing, header), 1, 1, 1)
 
 
-KERNELS = KernelSet((code_section, dequantize, derive_geometry, sweep, round_to_levels), _use_each, seconds=10)
+KERNELS = KernelSet((code_section, dequantize, derive_geometry, sweep, round_to_levels), _use_each, seconds=11)
 """Every kernel between a file and its picture."""

@@ -65,7 +65,7 @@ from air.compute.compile import inline, kernel
 from air.errors import CodecError
 
 PATCH = CODED - 1
-"""Among the things that are coded: whether a patch holds a Gaussian."""
+"""The kind of number that says whether a patch has a Gaussian."""
 
 # The highest bits of numbers that are worth a model.
 _MODELLED_SCALE_BITS = MAX_MODELLED_BITS

@@ -11,8 +11,8 @@ needs for an error of the same size: the scales first, then the angle, then the 
 steps as coarse as the Gaussian's whole width allows; rows then follow the axis from the column that was stored, and
 need only be as fine as the Gaussian is at that column.
 
-What decides about bits is whole-number arithmetic, so every decoder decides alike; docs/format.md specifies it. The
-wider scale is the first one. This module knows nothing of files or of entropy coding.
+The numbers of bits are computed in whole numbers, so that all decoders agree; docs/format.md specifies how. The wider
+scale is the first one. This module knows nothing of files or of entropy coding.
 """
 
 from __future__ import annotations
@@ -88,6 +88,7 @@ class SensitivityQuantizer:
                 raise ValueError(f"{name} must be from 1 to {most}, got {getattr(self, name)}")
 
     def weights(self) -> NDArray[np.int64]:
+        """The weights of scales, angle and position, shape (3,)."""
         return np.array([self.scale_weight, self.angle_weight, self.position_weight], np.int64)
 
 

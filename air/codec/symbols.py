@@ -38,8 +38,7 @@ from air.gaussians import Gaussians, anchors, grid_shape
 # Columns of symbols in the order of the uniform quantiser's channels.
 _CHANNEL_COLUMNS = [COLUMN, ROW, LOG_SCALE, LOG_RATIO, ANGLE, LUMA, CR, CB]
 
-
-_MAX_REACH_PATCHES = 4
+_MAX_REACH_PATCHES = 4  # positions may lie so many patches away, along each axis
 
 
 class Stage(NamedTuple):
@@ -50,7 +49,7 @@ class Stage(NamedTuple):
 
 
 class QuantizedStage(NamedTuple):
-    """What a file holds of a stage: ascending patches, and their symbols (N, 8)."""
+    """A stage as a file holds it: ascending patches, and their symbols (N, 8)."""
 
     patch: NDArray[np.int64]
     symbols: SymbolTable
@@ -77,7 +76,10 @@ def lay_out(gaussians: Gaussians, height: int, width: int, patch_size: int) -> l
 
 
 def patch_size_for(count: int, height: int, width: int) -> int:
-    """About one Gaussian to a patch: fewer patches cost order within a patch, more cost empty ones."""
+    """The patch size in pixels at which there is about one Gaussian a patch.
+
+    With larger patches several Gaussians share a patch, and their order costs bits; with smaller ones empty patches do.
+    """
     return min(max(1, round(math.sqrt(height * width / max(count, 1)))), 1 << 12)
 
 
@@ -88,7 +90,7 @@ def quantize_stages(
     patch_size: int,
     quantizer: SensitivityQuantizer | UniformQuantizer,
 ) -> tuple[Header, list[QuantizedStage]]:
-    """What the file of these stages holds; `gaussians_of` gives what it decodes to. As `encode_stages`."""
+    """The header and the symbols of the file of these stages; arguments and errors as `encode_stages`."""
     stages = [Stage(stage.patch, stage.gaussians.detach().to("cpu")) for stage in stages]
     for stage in stages:
         stage.gaussians.validate()
@@ -107,7 +109,7 @@ def quantize_stages(
 
 
 def canonical_parameters(gaussians: Gaussians) -> NDArray[np.float64]:
-    """What `air.codec.sensitivity.quantize` takes, shape (8, N): the wider scale first, strengths for colours."""
+    """Parameters for `air.codec.sensitivity.quantize`, shape (8, N): the wider scale first, strengths for colours."""
     plain = gaussians.detach().to("cpu").to(torch.float64)
     first, second = plain.scale.clamp(MIN_SCALE, MAX_SCALE).unbind(dim=1)
     swapped = first < second
@@ -118,7 +120,7 @@ def canonical_parameters(gaussians: Gaussians) -> NDArray[np.float64]:
 
 
 def corners(header: Header, patch: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Where positions in these patches count from, in 64ths of a pixel, shape (2, N)."""
+    """The origin of positions in these patches, in 64ths of a pixel, shape (2, N)."""
     _, columns = header.grid
     first_pixel = np.stack([patch % columns, patch // columns]) * (header.patch_size * SUBDIVISIONS)
     return first_pixel - SUBDIVISIONS // 2 + header.reach_low
@@ -127,7 +129,7 @@ def corners(header: Header, patch: NDArray[np.int64]) -> NDArray[np.int64]:
 def with_reach(
     header: Header, parameters: Sequence[NDArray[np.float64]], patches: Sequence[NDArray[np.int64]]
 ) -> Header:
-    """The header with the range that the positions of all stages have, within a few patches."""
+    """The header with the range of positions that all stages need, at most a few patches each way."""
     patch = header.patch_size * SUBDIVISIONS
     plain = replace(header, reach_low=0, reach_span=patch)
     offsets = [
@@ -170,7 +172,11 @@ def _uniform_symbols(quantizer: UniformQuantizer, gaussians: Gaussians, anchor: 
 
 
 def gaussians_of(stage: QuantizedStage, header: Header) -> Gaussians:
-    """What the symbols of a stage, or of several, stand for, float32; the same bits on every machine."""
+    """The Gaussians that the symbols of one or more stages stand for, float32; the same bits on every machine.
+
+    Raises:
+        CodecError: With a uniform quantiser, a colour has no level or a scale is not positive.
+    """
     if isinstance(header.quantizer, UniformQuantizer):
         levels = stage.symbols[:, _CHANNEL_COLUMNS] + _zero_levels(header.quantizer)
         if ((levels < 0) | (levels >> np.array(header.quantizer.bits) > 0)).any():

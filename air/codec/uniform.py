@@ -1,9 +1,8 @@
 """Uniform quantisers of Gaussians, one step per channel (method.md section 6).
 
-`ImageAdaptiveQuantizer` is the learned one: its steps and lows follow from a network's global feature of the image, and
-gradients pass through it. `fit_uniform_quantizer` takes the ranges from the Gaussians themselves, for those that no
-network predicted. Both come down to the same `UniformQuantizer`, whole numbers that a file can carry, from which every
-machine computes the same float32 values.
+A `UniformQuantizer` is whole numbers, which a file can hold and from which every machine computes the same float32
+values. `fit_uniform_quantizer` takes the ranges from the Gaussians. `air.predictor.quantizer.ImageAdaptiveQuantizer` is
+the learned one: steps and lows follow from a network's global feature of the image.
 
     quantizer = fit_uniform_quantizer(channel_values(gaussians, anchor))
     symbols = quantizer.symbols(channel_values(gaussians, anchor))
@@ -27,8 +26,7 @@ from air.codec.colour import BLUE_BY_CB, LUMA_OF_BLUE, LUMA_OF_GREEN, LUMA_OF_RE
 from air.gaussians import Gaussians
 
 CHANNELS = ("x", "y", "scale_1", "scale_2", "angle", "luma", "red_difference", "blue_difference")
-"""What is quantised: offset from the anchor and scales in pixels, angle in radians, colour as BT.601 Y, Cr, Cb."""
-
+"""The numbers that are quantised: offset from the anchor and scales in pixels, angle in radians, BT.601 Y, Cr, Cb."""
 
 ANGLE = CHANNELS.index("angle")
 
@@ -40,7 +38,7 @@ FIXED_POINT = 1 << 20
 
 
 def channel_values(gaussians: Gaussians, anchor: Tensor) -> Tensor:
-    """The quantities that are quantised, shape (N, 8) as CHANNELS, differentiable. `anchor` is (N, 2) in pixels."""
+    """The numbers that are quantised, shape (N, 8) as CHANNELS, differentiable. `anchor` is (N, 2) in pixels."""
     red, green, blue = gaussians.colour.unbind(dim=1)
     luma = LUMA_OF_RED * red + LUMA_OF_GREEN * green + LUMA_OF_BLUE * blue
     colour = torch.stack([luma, (red - luma) / RED_BY_CR, (blue - luma) / BLUE_BY_CB], dim=1)
@@ -58,6 +56,7 @@ def gaussians_from_channels(values: Tensor, anchor: Tensor) -> Gaussians:
 
 
 def check_bits(bits: Sequence[int]) -> None:
+    """Raises ValueError unless there is a whole number from 1 to MAX_BITS for each channel."""
     if len(bits) != len(CHANNELS) or not all(isinstance(b, int) and 1 <= b <= MAX_BITS for b in bits):
         raise ValueError(f"bits must be {len(CHANNELS)} whole numbers from 1 to {MAX_BITS}, got {tuple(bits)}")
 
@@ -83,7 +82,7 @@ class UniformQuantizer:
 
     @staticmethod
     def rounded(bits: Sequence[int], low: Sequence[float], step: Sequence[float]) -> UniformQuantizer:
-        """From real lows and steps, taken to the next multiple of 1/FIXED_POINT."""
+        """From real lows and steps, rounded to the nearest multiple of 1/FIXED_POINT."""
         return UniformQuantizer(
             tuple(bits),
             tuple(round(value * FIXED_POINT) for value in low),
@@ -106,11 +105,12 @@ class UniformQuantizer:
 
 
 def last_levels(bits: Sequence[int]) -> Tensor:
+    """The number of each channel's last level, float64 (8,)."""
     return torch.tensor([2**b - 1 for b in bits], dtype=torch.float64)
 
 
 def unwind(values: Tensor, low: Tensor, step: Tensor, last: Tensor) -> Tensor:
-    """The values, angles moved by whole half turns to where plain rounding finds the level nearest around the circle.
+    """The values, with angles moved by whole half turns so that plain rounding finds the nearest level on the circle.
 
     That is between low and low + π, or just below low if the first level is nearer from there than the last one.
     """
@@ -132,11 +132,11 @@ def fit_uniform_quantizer(values: Tensor, bits: Sequence[int] = DEFAULT_BITS) ->
     """The quantiser whose levels span exactly what these values span; the angle's span half a turn.
 
     Args:
-        values: As from `channel_values`, shape (N, 8). None at all give a quantiser that no symbol needs.
+        values: As from `channel_values`, shape (N, 8). With N = 0 the range of each channel is 0 to 0.
         bits: Per channel.
 
     Raises:
-        ValueError: The bits are none, or a value is not finite.
+        ValueError: The bits are not eight whole numbers from 1 to MAX_BITS, or a value is not finite.
     """
     check_bits(bits)
     exact = values.detach().cpu().double()

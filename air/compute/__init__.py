@@ -1,3 +1,3 @@
-"""The compiler toolbox: register vectors, planes, threads, launches, and which backend a tensor asks for. It knows no
+"""The compiler toolbox: register vectors, image planes, threads, launches, choosing a backend. It knows no
 Gaussians.
 """

@@ -1,4 +1,4 @@
-"""Which backend a tensor asks for, and whether it can be had here."""
+"""Choosing a backend and a device, and checking that this machine has them."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def backend_for(tensor: Tensor, backend: str = "auto") -> str:
     """The backend that works on a tensor: "reference", "cpu" or "cuda".
 
     Args:
-        tensor: Of the dtype and on the device in question.
-        backend: What was asked for. "auto" is for float32 the compiled backend of the tensor's device (on CUDA where
-            triton is installed), else "reference"; anything else is taken as it is.
+        tensor: Its dtype and device decide.
+        backend: The caller's choice. "auto" is the compiled backend of the tensor's device for float32 (on CUDA if
+            triton is installed), else "reference". Any other name is returned as it is.
 
     Raises:
         ValueError: There is no backend of that name.
@@ -65,9 +65,9 @@ def require_cuda_kernels(tensor: Tensor) -> None:
 
 
 def choose_device(device: str, backend: str = "auto") -> torch.device:
-    """The device that "auto", "cpu" or "cuda" (or "cuda:1") means for a backend.
+    """The device that "auto", "cpu", "cuda" or "cuda:1" names for a backend.
 
-    "auto" is CUDA where there is a GPU and triton is installed, unless the backend is one of the CPU.
+    "auto" is CUDA if there is a GPU, triton is installed and the backend is "auto" or "cuda"; else it is the CPU.
 
     Raises:
         BackendUnavailableError: CUDA was asked for and there is none.

@@ -1,4 +1,4 @@
-"""What kernels that work bit by bit need and numba has no quick word for: lengths of numbers, and bare pointers."""
+"""Bit lengths and bare pointers for kernels that work bit by bit; numba has no fast way to either."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def bit_length(value):
 def pointer_to(typing_context, array):
     """The address of an array's first element, which can be indexed.
 
-    Kernels that pass arrays on in tuples count references, at a cost that shows where a call takes nanoseconds; with a
-    pointer they do not. Nothing checks the index, and the caller keeps the array alive.
+    Kernels that pass arrays on count references, which costs time where a call takes nanoseconds; pointers are not
+    counted. Nothing checks the index, and the caller keeps the array alive.
     """
 
     def generate(context, builder, signature, values):

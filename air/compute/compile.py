@@ -1,4 +1,10 @@
-"""Compiling with numba: one cache for the package, and kernels that are compiled ahead of use."""
+"""Compiling with numba: one cache for the package, and kernels that are compiled ahead of use.
+
+This relies on private parts of numba: a dispatcher's `_cache`, the `_cache_file` of that, and the attributes
+`_source_stamp`, `_cache_path` and `_load_index` of the cache file. `air.compute.simd`, `stencil` and `bits` rely on
+`numba.core`. pyproject.toml therefore caps numba's version; whoever raises the cap runs tests/air/compute, which fail
+where one of these parts has changed.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +23,11 @@ from numba.extending import intrinsic as numba_intrinsic
 
 _FORCED_LANES = os.environ.get("AIR_LANES")
 
-
 LANES = int(_FORCED_LANES) if _FORCED_LANES else (16 if llvm.get_host_cpu_features().get("avx512f") else 8)
 """Numbers in a vector: 16 where the CPU has AVX-512, else 8; the environment variable AIR_LANES overrides it."""
 
+LOCK = "compiling.lock"
+"""The file in a cache's folder that a process locks while it compiles."""
 
 KERNEL_OPTIONS: dict[str, Any] = {
     "nogil": True,
@@ -29,8 +36,6 @@ KERNEL_OPTIONS: dict[str, Any] = {
     # The cache has one place per function, so a forced number of lanes would evict the usual code.
     "cache": _FORCED_LANES is None,
 }
-
-
 INLINE_OPTIONS: dict[str, Any] = {**KERNEL_OPTIONS, "inline": "always", "cache": False}
 
 
@@ -42,12 +47,8 @@ def _source_fingerprint() -> str:
     return digest.hexdigest()
 
 
-_FINGERPRINT = _source_fingerprint()
-
-
-def _cache_file(dispatcher: Any) -> Any:
-    """The index that numba keeps of the compiled versions of a function on disk; None if it keeps none."""
-    return getattr(getattr(dispatcher, "_cache", None), "_cache_file", None)
+FINGERPRINT = _source_fingerprint()
+"""Compiled code of another fingerprint is not loaded from disk."""
 
 
 def kernel(function: Callable[..., Any]) -> Any:
@@ -59,32 +60,18 @@ def kernel(function: Callable[..., Any]) -> Any:
     dispatcher = numba.njit(**KERNEL_OPTIONS)(function)
     cache_file = _cache_file(dispatcher)
     if cache_file is not None:
-        cache_file._source_stamp = _FINGERPRINT
+        cache_file._source_stamp = FINGERPRINT
     return dispatcher
 
 
-def is_compiled(dispatcher: Any) -> bool:
-    """Whether a kernel is loaded, or compiled code for it lies on disk."""
-    cache_file = _cache_file(dispatcher)
-    return bool(dispatcher.signatures) or (cache_file is not None and bool(cache_file._load_index()))
+def inline(function: Callable[..., Any]) -> Any:
+    """Decorator of a piece of a kernel that is copied into each caller."""
+    return numba.njit(**INLINE_OPTIONS)(function)
 
 
-@contextmanager
-def compiling(dispatchers: Iterable[Any]) -> Iterator[None]:
-    """While kernels are compiled by being used: the other processes of this machine that need them wait, and then load.
-
-    Without a cache on disk, or where it lies on a file system without locks, nobody waits.
-    """
-    missing = [dispatcher for dispatcher in dispatchers if not is_compiled(dispatcher)]
-    cache_file = _cache_file(missing[0]) if missing else None
-    if cache_file is None:
-        yield
-        return
-    with ExitStack() as stack:
-        with suppress(OSError):
-            lock = stack.enter_context((Path(cache_file._cache_path) / "compiling.lock").open("w"))
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+def intrinsic(function: Callable[..., Any]) -> Any:
+    """Decorator of a function that emits LLVM code. Callers leave out its first argument, the typing context."""
+    return numba_intrinsic(function)
 
 
 @dataclass(frozen=True)
@@ -93,8 +80,10 @@ class KernelSet:
 
     Attributes:
         kernels: All of them, as `kernel` made them.
-        use: Calls each once, with arguments of the types that it is always called with.
+        use: Calls each kernel with arguments of the types that it always has; they may be empty.
         seconds: About how long compiling takes, once per machine and version; loading takes under a second.
+
+    Sets add up: `first + second` compiles both.
     """
 
     kernels: tuple[Any, ...]
@@ -109,25 +98,50 @@ class KernelSet:
         return KernelSet((*self.kernels, *other.kernels), use, self.seconds + other.seconds)
 
     def is_compiled(self) -> bool:
-        """Whether all of them are loaded, or in numba's cache on disk, so that `compile` is quick."""
+        """Whether every kernel is loaded or lies in numba's cache on disk, so that `compile` is quick."""
         return all(map(is_compiled, self.kernels))
 
     def compile(self) -> None:
-        """Compiles them, or loads them from numba's cache on disk.
+        """Compiles the kernels, or loads them from numba's cache on disk; does nothing once they are loaded.
 
-        Another process of this machine that wants the same waits meanwhile.
+        While one process compiles, others on this machine that want the same kernels wait, and then load them.
         """
         if all(dispatcher.signatures for dispatcher in self.kernels):
             return
-        with compiling(self.kernels):
+        with _compiling(self.kernels):
             self.use()
 
 
-def inline(function: Callable[..., Any]) -> Any:
-    """Decorator of a piece of a kernel that is copied into each caller."""
-    return numba.njit(**INLINE_OPTIONS)(function)
+def is_compiled(dispatcher: Any) -> bool:
+    """Whether a kernel is loaded, or compiled code for it lies on disk."""
+    cache_file = _cache_file(dispatcher)
+    return bool(dispatcher.signatures) or (cache_file is not None and bool(cache_file._load_index()))
 
 
-def intrinsic(function: Callable[..., Any]) -> Any:
-    """Decorator of a function that emits LLVM code. Callers leave out its first argument, the typing context."""
-    return numba_intrinsic(function)
+@contextmanager
+def _compiling(dispatchers: Iterable[Any]) -> Iterator[None]:
+    """Holds the lock under which missing kernels are compiled by being used; waits for a process that holds it.
+
+    Without a cache on disk, or where the cache lies on a file system without locks, nobody waits.
+    """
+    missing = [dispatcher for dispatcher in dispatchers if not is_compiled(dispatcher)]
+    folder = cache_folder(missing[0]) if missing else None
+    if folder is None:
+        yield
+        return
+    with ExitStack() as stack:
+        with suppress(OSError):
+            lock = stack.enter_context((folder / LOCK).open("w"))
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def cache_folder(dispatcher: Any) -> Path | None:
+    """The folder in which numba keeps the compiled versions of a function; None if it keeps none."""
+    cache_file = _cache_file(dispatcher)
+    return None if cache_file is None else Path(cache_file._cache_path)
+
+
+def _cache_file(dispatcher: Any) -> Any:
+    """The index that numba keeps of the compiled versions of a function on disk; None if it keeps none."""
+    return getattr(getattr(dispatcher, "_cache", None), "_cache_file", None)

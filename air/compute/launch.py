@@ -1,4 +1,4 @@
-"""How Triton kernels are started: by whom the tensors allow it, on the tensors' device.
+"""Launching Triton kernels on the device of their tensors.
 
 Importing this module needs triton.
 """
@@ -29,12 +29,12 @@ def runs_on(device: torch.device) -> bool:
 
 
 def selected(device: torch.device) -> AbstractContextManager[Any]:
-    """Kernels are launched on the current device, which this makes the tensors' own."""
+    """A context in which kernels are launched on this device: it is made the current one."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def launch(kernel: Any, programs: int, *arguments: Any, warps: int = _WARPS, **constants: int) -> None:
-    """Starts so many programs of a kernel, if any, each of so many warps."""
+    """Launches `programs` programs of a kernel, each of `warps` warps; with 0 programs, nothing."""
     if programs:
-        # A product and a sum become one instruction: said here, since the default depends on triton's version.
+        # Products and sums fuse into one instruction; stated here, since the default depends on triton's version.
         kernel[(programs,)](*arguments, num_warps=warps, enable_fp_fusion=True, **constants)

@@ -2,7 +2,7 @@
 
 A pixel is four floats, red, green, blue and an unused zero, so that one 16-byte access moves it whole. Around every
 image lie zeros as far as the SSIM window reaches: rows above and below, columns to the left. The right margin of a row
-is the left margin of the next. So convolutions run over the border without a test, and their zero padding is there.
+is the left margin of the next. So convolutions need no test at the border: the zeros are their padding.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ PIXEL = tl.constexpr(_FLOATS)
 """Floats of a pixel."""
 
 MARGIN = 5
-"""Pixels of margin: as far as the SSIM window reaches (`air.loss.cuda` checks it)."""
+"""Pixels of margin, the reach of the SSIM window; `air.loss.cuda` checks that its window fits."""
 
 TAIL = 256
 """Pixels behind the last image: a block of lanes that starts inside an image may read, never write, that far."""

@@ -10,6 +10,8 @@ LLVM turns that into AVX-512, AVX2 or NEON code; no compiler is needed. Arithmet
 reordered, and a multiplication is fused with an addition only where `fma` says so. Two calls with the same numbers
 therefore give the same bits wherever they stand, which the renderer's promise about thread counts rests on.
 
+The type and its operators are built on `numba.core`, which is private: see `air.compute.compile`.
+
 This module knows nothing of Gaussians or images. Offsets are in floats from an array's first element; loads and
 stores are not bounds-checked.
 """
@@ -29,7 +31,7 @@ if LANES not in (8, 16):
     raise ValueError(f"AIR_LANES must be 8 or 16, got {LANES}")
 
 
-# Of 2ᶠ on |f| <= ½, the highest power first: relative error 2e-9, before rounding. The last is exactly one.
+# The polynomial for 2ᶠ on |f| <= ½, highest power first: relative error 2e-9 before rounding. The last is exactly 1.
 _EXP2_POLYNOMIAL = (
     1.5345810970757157e-4,
     1.3399930903688073e-3,
@@ -244,7 +246,7 @@ def exp(typing_context, x):
 
 @intrinsic
 def exp2_unclipped(typing_context, x):
-    """Two to the power x, to about 1e-7 relative, for x within ±126; any number at all for other x."""
+    """Two to the power x, to about 1e-7 relative, for x within ±126; an arbitrary number for other x."""
 
     def generate(context, builder, signature, values):
         # x = n + f with |f| <= ½, by adding a number that leaves no bits for a fraction; see `exp`.
@@ -322,10 +324,11 @@ def store_bytes_in_turn(typing_context, array, offset, x0, x1, x2):
 
 @intrinsic
 def opaque(typing_context, number):
-    """The same integer, of which LLVM knows nothing.
+    """The same integer, hidden from LLVM's analysis.
 
     A loop whose counter has passed through here is compiled as it is written. LLVM would otherwise unroll it and give
-    every address its own counter, which suits long loops: a dozen rows are over before those counters are set up.
+    every address its own counter, which suits long loops; a loop over a dozen rows would end before those counters are
+    set up.
     """
 
     def generate(context, builder, signature, values):

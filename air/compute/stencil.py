@@ -1,6 +1,6 @@
-"""Symmetric convolutions of image planes with register vectors: pieces that kernels are put together from.
+"""Symmetric convolutions of image planes with register vectors: building blocks of kernels.
 
-Written as emitted LLVM code rather than as numba source, since they are unrolled over the window's weights.
+They emit LLVM code, since they are unrolled over the window's weights.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def multiply_rows(typing_context, left, right):
 
 
 def define_column_convolution(weights: tuple[float, ...]):
-    """An intrinsic that convolves down the rows of a tuple and stores every result that the tuple suffices for.
+    """An intrinsic that convolves down the rows of a tuple and stores every result that has all its rows in the tuple.
 
     `store_convolved(array, offset, stride, rows)` stores len(rows) - len(weights) + 1 vectors, `stride` floats apart.
     """
@@ -91,7 +91,7 @@ def define_column_convolution(weights: tuple[float, ...]):
 def define_row_convolution(weights: tuple[float, ...], shuffled: int):
     """An intrinsic `convolve(array, offset)`: convolution along a row, for the vector at an aligned offset.
 
-    Of the shifted neighbours, the `shuffled` nearest on each side are cut out of registers and the others loaded.
+    The `shuffled` nearest neighbours on each side are cut out of registers; those farther away are loaded.
     A load that straddles two cache lines occupies the load ports twice, a shuffle one of the arithmetic ports once:
     sharing the work keeps both busy.
     """

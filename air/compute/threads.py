@@ -49,7 +49,7 @@ def limit_torch(threads: int) -> Iterator[None]:
 
 
 class Workers:
-    """Up to `count` threads that run a function over a list of arguments. One means: no thread but the caller's.
+    """Up to `count` threads that run a function over a list of arguments; the caller's thread is one of them.
 
     Raises:
         ValueError: `count` is below one.
@@ -62,13 +62,13 @@ class Workers:
         self._pool = ThreadPoolExecutor(count - 1) if count > 1 else None
 
     def run(self, function: Callable[..., None], tasks: Iterable[tuple[int, ...]]) -> None:
-        """Calls function(*task) for every task and waits; the caller's thread takes its share of the tasks."""
+        """Calls function(*task) for every task and waits; the caller's thread does a part of the tasks."""
         tasks = list(tasks)
         if self._pool is None or len(tasks) < 2:
             for task in tasks:
                 function(*task)
             return
-        # Tasks are of about equal size: deal them out, the first hand to this thread.
+        # Tasks are of about equal size, so they are dealt out like cards; the caller's thread takes the first hand.
         hands = [tasks[k :: self.count] for k in range(self.count)]
 
         def play(hand: list[tuple[int, ...]]) -> None:

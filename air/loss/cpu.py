@@ -9,7 +9,7 @@ SSIM needs the windowed moments of x (the image) and y (the target): with G* the
 
 That is three convolutions before and three after a pointwise formula, each split into columns and rows. The sweep goes
 down the image four rows at a time; the three derivative maps live in a ring of 16 rows that never leaves the cache.
-What depends on the target alone is computed once per target.
+The moments of the target alone are computed once per target.
 
 Images are padded planes (`air.compute.planes`), whose zero margins are the loss's zero padding. Results do not depend
 on how the rows are split into bands: every row's numbers are computed alike and added up in order.
@@ -224,7 +224,7 @@ def sweep_loss(image, target, mean, variance, gradient, sums, channel, first_row
 
 @dataclass(frozen=True)
 class LossValues:
-    """What one sweep measures.
+    """The loss and the squared error that one sweep measures.
 
     Attributes:
         loss: 0.7 L1 + 0.3 (1 - SSIM).

@@ -55,11 +55,11 @@ if WINDOW_SIZE // 2 > MARGIN:
 
 @triton.jit
 def _load_strip(work, images, STRIP: tl.constexpr, ROWS: tl.constexpr):
-    """What a program's row (image, first row, first column · 3) of the work table means.
+    """Reads a program's row (image, first row, first column · 3) of the work table.
 
-    Returns the image's number, the first row and the end of its rows, the offset of each lane's column and channel from
-    the first pixel of its row, whether that is inside the image, where the image starts in a buffer, and the floats
-    from row to row.
+    Returns the image's number; the first row and the end of the rows; for each lane the offset of its column and
+    channel from the first pixel of a row, and whether the lane is inside the image; where the image starts in a buffer;
+    and the floats from row to row.
     """
     row = work + tl.program_id(0) * 3
     image = tl.load(row)
@@ -81,9 +81,10 @@ def _no_rows(like):
 
 @triton.jit
 def _add_row(rows, blurred):
-    """Adds a row to the 11 rows around it; returns the uppermost, complete now, and the others with a new one below.
+    """Adds a row to the 11 rows around it; returns the uppermost, now complete, and the others with a new one below.
 
-    The row is the lowest that the uppermost waits for, and so on down. The window is symmetric.
+    The added row is the lowest in the window of the uppermost, the second lowest in that of the next, and so on; the
+    window is symmetric.
     """
     done = rows[0] + _WINDOW[0] * blurred
     waiting = (
@@ -150,7 +151,7 @@ def differentiate_ssim(
     STRIP: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """The derivatives of SSIM by μx, (twice) by E[x²], and by E[x y] into the three maps of `slopes`; sums SSIM."""
+    """Writes ∂S/∂μx, twice ∂S/∂E[x²] and ∂S/∂E[x y] of SSIM to the three maps of `slopes`; sums SSIM."""
     number, first_row, end_row, offset, inside, origin, stride = _load_strip(work, images, STRIP, ROWS)
     x_rows = _no_rows(offset)
     xx_rows = _no_rows(offset)
@@ -208,9 +209,9 @@ def finish_gradient(
     STRIP: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """The loss's gradient from the maps of `differentiate_ssim`; sums |x - y| and squares.
+    """Writes the loss's gradient from the maps of `differentiate_ssim`; sums |x - y| and squares.
 
-    Then resets the image to the background, for the next time it is drawn: nobody else reads it after this.
+    Then resets the image to the background, onto which it is drawn next; no other kernel reads the image after this.
     """
     number, first_row, end_row, offset, inside, origin, stride = _load_strip(work, images, STRIP, ROWS)
     table = images + number * IMAGE_COLUMNS
@@ -272,7 +273,7 @@ class BatchLoss:
         self._mean = layout.buffer()
         self._variance = layout.buffer()
         self._slopes = layout.buffer(maps=3)
-        self._rows, work = _share_work(layout.sizes)
+        self._rows, work = _divide_work(layout.sizes)
         self._work = torch.tensor(work, dtype=torch.int32, device=layout.device)
         strips = {"STRIP": LANES, "ROWS": self._rows}
         launch(blur_targets, len(work), self._work, layout.table, self.target, self._mean, self._variance, **strips)
@@ -330,7 +331,7 @@ class BatchLoss:
         return L1_WEIGHT * l1 + SSIM_WEIGHT * (1 - ssim), squares
 
 
-def _share_work(sizes: tuple[tuple[int, int], ...]) -> tuple[int, list[tuple[int, int, int]]]:
+def _divide_work(sizes: tuple[tuple[int, int], ...]) -> tuple[int, list[tuple[int, int, int]]]:
     """Rows per program, and the programs' (image, first row, first column · 3)."""
     strips = [-(-3 * width // LANES) for _, width in sizes]
 

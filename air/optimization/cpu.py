@@ -177,6 +177,6 @@ KERNELS = KernelSet(
         sweep_loss,
     ),
     _use_each,
-    seconds=10,
+    seconds=6,
 )
 """Every kernel of an optimisation."""

@@ -1,7 +1,7 @@
-"""Rendering and loss of a batch of images of one size, for training networks: one autograd node, a thread per image.
+"""Rendering of a batch of images of one size, for training networks: one autograd node, a thread per image.
 
-On the CPU in float32 both run in the compiled kernels; elsewhere image by image through `air.render` and
-`air.loss.reference`, which are their definitions. This module knows nothing of networks or stages.
+In float32 on the CPU the compiled kernels draw; elsewhere `air.render` draws one image after another. This module knows
+nothing of networks or stages.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from air.rendering.render import render
 
 
 def render_batch(gaussians: Gaussians, counts: Sequence[int], height: int, width: int, workers: Workers) -> Tensor:
-    """Images (B, 3, height, width), the k-th the plain sum of the k-th run of Gaussians; differentiable.
+    """Images (B, 3, height, width), each the plain sum of its run of Gaussians; differentiable.
 
     Args:
-        gaussians: Those of all images, one image after another.
-        counts: How many of them each image has, shape (B,); may be 0.
+        gaussians: The Gaussians of all images, one image after another.
+        counts: The number of Gaussians of each image, B numbers; may be 0.
         height: Rows.
         width: Columns.
         workers: CPU threads.
@@ -36,7 +36,9 @@ def render_batch(gaussians: Gaussians, counts: Sequence[int], height: int, width
         ValueError: The counts do not add up to the Gaussians.
     """
     if sum(counts) != len(gaussians):
-        raise ValueError(f"{len(gaussians)} Gaussians cannot be {sum(counts)} in {len(counts)} images")
+        raise ValueError(
+            f"the counts of {len(counts)} images add up to {sum(counts)}, but there are {len(gaussians)} Gaussians"
+        )
     if has_cpu_kernels(gaussians.xy):
         gaussians.validate()
         columns = (gaussians.xy, gaussians.scale, gaussians.angle, gaussians.colour)

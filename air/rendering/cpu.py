@@ -43,7 +43,7 @@ class Raster:
 
     @staticmethod
     def of(gaussians: Gaussians, height: int, width: int, workers: Workers) -> Raster:
-        """Ready to draw these float32 Gaussians."""
+        """A raster whose parameters are those of float32 Gaussians on the CPU."""
         count = len(gaussians)
         raster = Raster(count, height, width, workers)
         columns = (gaussians.xy, gaussians.scale, half_turns(gaussians.angle)[:, None], gaussians.colour)

@@ -19,8 +19,8 @@ rows, at whose borders runs start afresh, so every pixel's value is the same in 
 The backward pass gathers instead of scattering: it walks such runs over the image's gradient and sums moments in
 registers, so there are no atomics and no dependence on the order of threads.
 
-Most runs are a dozen rows long. What precedes and follows those rows takes as long as they do, hence the care for it:
-lists of runs made without branches, short exponentials, and loops that LLVM leaves as they are (`opaque`).
+Most runs are a dozen rows long, so that starting and ending a run takes as long as its rows. Hence lists of runs are
+made without branches, exponentials are short, and LLVM leaves loops as they are (`opaque`).
 
 Tables are planar as `air.compute.planes` lays them out. Nothing here checks its arguments.
 """
@@ -177,7 +177,10 @@ def touches_rows(geometry, i, first_row, end_row):
 
 @inline
 def column_range(geometry, i, width):
-    """Leftmost columns of Gaussians i .. i + LANES - 1 and their numbers of strips, zero for what is not finite."""
+    """Leftmost columns of Gaussians i .. i + LANES - 1, and their numbers of strips.
+
+    Both are zero for a Gaussian that is not finite.
+    """
     row = geometry.shape[1]
     x = load(geometry, CENTRE_X * row + i)
     reach = load(geometry, HALF_WIDTH * row + i) + load(geometry, MARGIN * row + i)
@@ -213,7 +216,7 @@ def row_range(geometry, i, left, first_row, end_row):
     above = sqrt(maximum(splat(_REACH) - kappa * high * high, ZERO) * row_variance)
     last = floor(fma(slope, low, y) + below + margin)
     first = ceil(fma(slope, high, y) - above - margin)
-    # A bound replaces what is not finite.
+    # A bound replaces a number that is not finite.
     last = minimum(maximum(last, f32(-1)), f32(end_row - 1))
     return maximum(minimum(first, f32(end_row)), f32(first_row)), last
 
@@ -335,7 +338,7 @@ def sweep(parameters, geometry, planes, top, moments, width, first, end, first_r
     if gather:
         moments[first:end] = ZERO
     for i in range(first, end, LANES):
-        # Neighbours in the table mostly are in the image: a band skips most of the others' Gaussians here.
+        # Neighbours in the table are mostly neighbours in the image: a band skips most Gaussians of other bands here.
         if not touches_rows(geometry, i, first_row, end_row):
             continue
         most_rows = load(geometry, RUN_ROWS * padded + i)
@@ -348,7 +351,7 @@ def sweep(parameters, geometry, planes, top, moments, width, first, end, first_r
                 store_as_int(columns, 0, left)
                 store_as_int(firsts, 0, row)
                 store_as_int(counts, 0, run_rows)
-                # Every lane is written, and the next overwrites those without rows: no branch to guess wrongly.
+                # Every lane is written, and the next one overwrites a lane without rows: no branch to guess wrongly.
                 for lane in range(LANES):
                     runs[pending, 0] = i + lane
                     runs[pending, 1] = columns[lane]

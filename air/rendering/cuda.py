@@ -79,9 +79,9 @@ def render_cuda(gaussians: Gaussians, height: int, width: int) -> Tensor:
 
 
 def render_tiles(gaussians: Gaussians, height: int, width: int, binning: Binning = "auto") -> Tensor:
-    """The same image without gradients, bit for bit the same in every run and with either binning.
+    """The image without gradients, bit for bit the same in every run and with either binning.
 
-    Waits for the GPU once, to learn how long the lists are.
+    Waits for the GPU once, since the length of the lists is known only there.
     """
     parameters = parameter_table(gaussians.xy, gaussians.scale, gaussians.angle, gaussians.colour)
     count = len(parameters)

@@ -99,7 +99,7 @@ def pixel_range(centre, half, size):
 
 @triton.jit
 def load_support(row, image):
-    """What a program needs of the Gaussian at `row` of a table in the image at `image` of an image table."""
+    """Centre, m, κ, c and range of pixels of the Gaussian at `row` of a table, in the image at `image` of another."""
     x = tl.load(row + X)
     y = tl.load(row + Y)
     sigma_xx, sigma_yy, m, kappa, c = shear(tl.load(row + SCALE_1), tl.load(row + SCALE_2), tl.load(row + HALF_TURNS))
@@ -179,7 +179,7 @@ def gather_gradient(row, image, gradient, ROWS: tl.constexpr, COLUMNS: tl.conste
             weight, dx, t = weigh(x, y, m, kappa, c, rows, columns)
             inside = (weight > 0) & (rows <= bottom) & (columns <= right)
             place = (rows * stride + columns)[:, :, None] * PIXEL + channel
-            # Where the mask is off, the gradient is 0, and so is all that is added.
+            # Where the mask is off, the gradient is 0, so nothing is added.
             weighted = weight[:, :, None] * tl.load(pixels + place, mask=inside[:, :, None], other=0.0)
             by_colour += weighted
             along = tl.sum(weighted * colour, axis=2)

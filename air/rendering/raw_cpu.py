@@ -1,7 +1,7 @@
 """Raw Gaussians in the CPU kernels: raw numbers -> parameters, gradients back, Gauss-Newton steps, and `RawRaster`.
 
-Raw numbers and what belongs to them are planar tables (`air.compute.planes`) with the rows of `air.gaussians`: offset
-x, y; scale 1, 2; angle; red, green, blue.
+Raw numbers, their gradients and their steps are planar tables (`air.compute.planes`) with the rows of `air.gaussians`:
+offset x, y; scale 1, 2; angle; red, green, blue.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ class RawRaster:
 
     Attributes:
         raw: Table (8, padded count), zero where it only pads; set it, then `draw`.
-        raster: What draws; `raster.parameters` are set by `activate`, which `draw` calls.
+        raster: Draws the parameters that `activate` sets; `draw` calls both.
     """
 
     def __init__(self, anchor: FloatArray, height: int, width: int, patch_size: int, workers: Workers) -> None:
@@ -135,11 +135,11 @@ class RawRaster:
         self._anchor[:, : self.count] = anchor.T
 
     def set_rows(self, raw: FloatArray) -> None:
-        """Takes raw numbers of shape (N, 8)."""
+        """Sets the raw numbers from rows, shape (N, 8)."""
         self.raw[:, : self.count] = raw.T
 
     def rows(self) -> FloatArray:
-        """The raw numbers, shape (N, 8)."""
+        """The raw numbers as rows, shape (N, 8)."""
         return np.ascontiguousarray(self.raw[:, : self.count].T)
 
     def activate(self) -> None:

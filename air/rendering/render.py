@@ -20,8 +20,8 @@ from air.gaussians import Gaussians
 def render(gaussians: Gaussians, height: int, width: int, *, backend: str = "auto", threads: int = 1) -> Tensor:
     """The plain sum of the Gaussians (method.md section 1), an unclamped image of shape (3, height, width).
 
-    Differentiable once with respect to xy, scale, angle and colour; the cut at 1/255 has no gradient. Gaussians may
-    be of any number (none give zeros), off the image, or larger than it.
+    Differentiable once with respect to xy, scale, angle and colour; the cut at 1/255 has no gradient. There may be any
+    number of Gaussians, also none, which give zeros; they may be off the image or larger than it.
 
     The "cpu" backend agrees with float64 to about 1e-5 of the largest colour where scales are 0.05 px or more and
     coordinates below 1e4 px. Thinner Gaussians are limited by float32 itself: a centre near x = 1000 px is known to
@@ -36,12 +36,20 @@ def render(gaussians: Gaussians, height: int, width: int, *, backend: str = "aut
         width: Columns, at least 1.
         backend: "auto" takes "cpu" for float32 on the CPU, "cuda" for float32 on CUDA where triton is installed, else
             "reference".
-        threads: The most threads that "cpu" uses.
+        threads: CPU threads at most.
 
     Raises:
         InvalidGaussiansError: A number is not finite or a scale is not positive.
         ValueError: The size, the number of threads or the backend is not one of those allowed.
         BackendUnavailableError: The compiled renderer cannot be loaded here.
+
+    Example:
+        >>> white = Gaussians(torch.tensor([[2.0, 1.0]]), torch.ones(1, 2), torch.zeros(1), torch.ones(1, 3))
+        >>> image = render(white, height=3, width=5)
+        >>> image.shape
+        torch.Size([3, 3, 5])
+        >>> [round(value, 3) for value in image[0, 1].tolist()]  # exp(-½ dx²) along the middle row
+        [0.135, 0.607, 1.0, 0.607, 0.135]
     """
     if height < 1 or width < 1:
         raise ValueError(f"an image needs at least one row and column, got height {height}, width {width}")

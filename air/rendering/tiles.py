@@ -1,9 +1,9 @@
 """Which Gaussians touch which tile of an image: the lists that the deterministic forward pass reads.
 
-Two ways to make them. gsplat's `isect_tiles` and `isect_offset_encode` (1.5.3), where its extension loads, which needs
-nvcc once to build it; and `tile_lists`, a sort in torch, everywhere. Within a tile both list Gaussians in ascending
-order. gsplat rounds supports up to whole pixels and so may list a Gaussian in a tile that it does not touch; it adds
-exactly 0 there. So both give the same image, bit for bit.
+There are two ways to make them: `tile_lists`, a sort in torch, works everywhere; gsplat's `isect_tiles` and
+`isect_offset_encode` (1.5.3) work where its extension loads, which needs nvcc once to build it. Within a tile both list
+Gaussians in ascending order. gsplat rounds supports up to whole pixels and so may list a Gaussian in a tile that the
+Gaussian does not touch, where it adds exactly 0. So both give the same image, bit for bit.
 
 gsplat is imported only when a list is asked for. This module knows nothing of kernels.
 """
@@ -51,8 +51,8 @@ def tile_lists(centre: Tensor, half: Tensor, height: int, width: int, tile: int)
     """
     columns, rows = -(-width // tile), -(-height // tile)
     last_pixel = torch.tensor([width - 1, height - 1], dtype=centre.dtype, device=centre.device)
-    # Whole pixels first: a box between two pixels of neighbouring tiles touches neither. The clamps keep what lies
-    # far outside within an int64, on its side.
+    # Boxes are rounded to whole pixels before tiles are found: a box between two pixels of neighbouring tiles touches
+    # neither. The clamps keep boxes that lie far off the image on their side of it, and within int64.
     first = torch.ceil(centre - half).clamp(min=0).minimum(last_pixel + 1).long()
     last = torch.floor(centre + half).clamp(min=-1).minimum(last_pixel).long()
     touches = (first <= last).all(dim=1)
@@ -70,12 +70,12 @@ def tile_lists(centre: Tensor, half: Tensor, height: int, width: int, tile: int)
 
 
 def gsplat_tile_lists(centre: Tensor, half: Tensor, height: int, width: int, tile: int, gsplat: Any) -> TileLists:
-    """The same through gsplat; arguments as `tile_lists`, and what provides isect_tiles and isect_offset_encode."""
+    """The same lists from `gsplat`, which has isect_tiles and isect_offset_encode; other arguments as `tile_lists`."""
     columns, rows = -(-width // tile), -(-height // tile)
     count = len(centre)
-    # Radii are whole pixels there, and the pixel on the far border of a box is left out: hence one more.
+    # gsplat takes radii in whole pixels and leaves out the pixel on the far border of a box: hence one more.
     radii = (half.ceil() + 1).int()
-    # Tiles are sorted by the bits of the depth: the index itself, read as a float.
+    # gsplat sorts a tile's Gaussians by the bits of their depth, which here are the index, read as a float.
     depths = torch.arange(count, dtype=torch.int32, device=centre.device).view(torch.float32)
     _, keys, members = gsplat.isect_tiles(centre[None], radii[None], depths[None], tile, columns, rows)
     starts = gsplat.isect_offset_encode(keys, 1, columns, rows).flatten().int()
@@ -85,7 +85,7 @@ def gsplat_tile_lists(centre: Tensor, half: Tensor, height: int, width: int, til
 
 @functools.cache
 def load_gsplat() -> ModuleType | None:
-    """gsplat, if its CUDA extension works here, else None. The first call on a machine may build it, for minutes."""
+    """The module if its CUDA extension loads here, else None. The first call on a machine may build it, for minutes."""
     if shutil.which("nvcc") is None:
         return None
     try:

@@ -247,11 +247,10 @@ def distill_views(
     Returns:
         For each view its columns, or Rejected `non_finite` if its optimisation diverged.
     """
-    import torch
-
+    from air.arguments import image_tensor
     from air.compute.threads import limit_torch
 
-    pictures = [torch.from_numpy(rgb.astype(np.float32) / 255).permute(2, 0, 1).contiguous() for rgb in views]
+    pictures = [image_tensor(rgb) for rgb in views]
     with limit_torch(1):  # sums of another order would make other values on another machine
         return [
             stages if isinstance(stages, Rejected) else _view_columns(rgb, stages, config)

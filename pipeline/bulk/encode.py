@@ -269,14 +269,13 @@ def measure(blob: bytes, rgb: np.ndarray) -> dict[str, Any]:
         blob: The .air file.
         rgb: The image, shape (H, W, 3), uint8.
     """
-    import torch
-
     import air
+    from air.arguments import image_tensor
     from air.codec.file import read_info
     from air.metrics import ms_ssim, psnr
 
     height, width = rgb.shape[:2]
-    image = torch.from_numpy(rgb.astype(np.float32) / 255).permute(2, 0, 1).contiguous()
+    image = image_tensor(rgb)
     drawn = air.render(air.decode(blob, max_pixels=height * width), height, width)
     return {
         "height": height,

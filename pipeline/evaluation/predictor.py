@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from air.arguments import image_tensor
 from air.compute.threads import limit_torch
 from air.defaults import GRID
 from air.errors import InvalidGaussiansError, NonFiniteLossError
@@ -110,7 +111,7 @@ def evaluate(
 
     def measure(key: str, rgb: np.ndarray) -> Rows:
         nonlocal warm
-        image = torch.from_numpy(rgb.astype(np.float32) / 255).permute(2, 0, 1).contiguous()
+        image = image_tensor(rgb)
         if not warm:  # the first call has costs of its own, such as loading kernels
             _measure_all("", image[:, :_WARM_UP_SIDE, :_WARM_UP_SIDE], contestants, config)
             warm = True

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image, ImageDraw, ImageFont
 
+from air.arguments import to_levels
 from air.gaussians import Gaussians, grid_shape
 from air.rendering.render import render
 from pipeline.formats import images
@@ -119,5 +120,4 @@ def _cells(row: Mapping[str, Any], canvas: str) -> list[tuple[Image.Image, str]]
 
 
 def _picture(gaussians: Gaussians, height: int, width: int) -> Image.Image:
-    image = render(gaussians, height, width).clamp(0, 1)
-    return Image.fromarray((image.permute(1, 2, 0).numpy() * 255 + 0.5).astype(np.uint8))
+    return Image.fromarray(to_levels(render(gaussians, height, width)))

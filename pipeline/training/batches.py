@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from air.arguments import image_tensor
 from pipeline.errors import Rejected
 from pipeline.identity import seed_of
 from pipeline.inputs.blocks import BlockReader, RawSample
@@ -112,9 +113,8 @@ class Feed:
                 continue
             sizes.setdefault(crop.shape, []).append((crop, targets))
         for members in sizes.values():
-            pixels = torch.from_numpy(np.stack([crop for crop, _ in members])).permute(0, 3, 1, 2)
             stages = [StageTargets.stack(parts) for parts in zip(*(targets for _, targets in members), strict=True)]
-            batch.groups.append(Crops(pixels.to(torch.float32).contiguous() / 255, stages))
+            batch.groups.append(Crops(torch.stack([image_tensor(crop) for crop, _ in members]), stages))
         return batch
 
     def close(self) -> None:

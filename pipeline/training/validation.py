@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from air.arguments import image_tensor
 from air.codec.symbols import Stage, gaussians_of, quantize_stages
 from air.gaussians import Gaussians
 from air.metrics import psnr
@@ -62,7 +63,7 @@ def load_images(uri: str, count: int, max_side: int, rank: int, size: int) -> li
     for rgb in _decode(uri, range(rank, count, size)):
         top, left = max(0, rgb.shape[0] - max_side) // 2, max(0, rgb.shape[1] - max_side) // 2
         middle = rgb[top : top + max_side, left : left + max_side]
-        decoded.append(torch.from_numpy(middle.astype(np.float32) / 255).permute(2, 0, 1).contiguous())
+        decoded.append(image_tensor(middle))
     if not decoded and rank == 0:
         raise TrainingError(f"{uri} holds no image to validate on")
     return decoded

@@ -1,7 +1,7 @@
 """Compiles every kernel of the cuda backend for GPUs that need not be here; prints one line for each.
 
 Run by test_cuda_interpreter.py in a process of its own, since kernels that were imported for triton's interpreter
-cannot be compiled. Also: python tests/air/compile_cuda_kernels.py [--resources]
+cannot be compiled. Also: python tests/support/compile_cuda_kernels.py [--resources]
 """
 
 import subprocess

@@ -236,4 +236,4 @@ def compact_kernels() -> KernelSet:
         network.predict(image, image, torch.ones(1, dtype=torch.bool), 0)
 
     trunk = (trunk_cpu.mix_and_normalise, trunk_cpu.add_and_activate, trunk_cpu.add_to_stream)
-    return KernelSet((*trunk, gauss_newton), use_each, seconds=5) + patches_cpu.KERNELS
+    return KernelSet((*trunk, gauss_newton), use_each, seconds=1) + patches_cpu.KERNELS
