@@ -208,39 +208,7 @@ class File:
         )
         if not mask:
             return None
-        luma = reader.signed(
-            0,
-            (
-                min(bits(own["Y"]), 7) + 8 * held,
-                min((bits(a["Y"]) + bits(b["Y"]) + 1) >> 1, 15) + 16 * (s > 0),
-                min(bits(a["Y"]), 7) + 8 * min(s, 3),
-            ),
-            1,
-            (9 * sign(a["Y"]) + 3 * sign(b["Y"]) + sign(own["Y"]) + 13, 27, 28 + min(s, 3)),
-        )
-        strong = bits(luma)
-        m = (bits(a["R"]) + bits(b["R"]) + 1) >> 1
-        cr = reader.signed(
-            1,
-            (
-                min(strong, 7) + 8 * min(m, 3),
-                min(m, 7) + 8 * min(bits(own["R"]), 3),
-                min(strong, 15) + 16 * (s > 0),
-            ),
-            luma,
-            (9 * same(a["Y"], a["R"]) + 3 * same(b["Y"], b["R"]) + same(own["Y"], own["R"]), 27, 28),
-        )
-        m = (bits(a["B"]) + bits(b["B"]) + 1) >> 1
-        cb = reader.signed(
-            2,
-            (
-                min(strong, 7) + 8 * min(m, 3),
-                min(m, 7) + 8 * min(bits(own["B"]), 3),
-                min(bits(cr), 7) + 8 * min(strong >> 1, 3),
-            ),
-            luma,
-            (9 * same(a["Y"], a["B"]) + 3 * same(b["Y"], b["B"]) + same(own["Y"], own["B"]), 27 + same(luma, cr), 30),
-        )
+        luma, cr, cb = self.strengths(reader, own, a, b, held, s)
         energy = min(6 * luma**2 + 5 * cr**2 + 7 * cb**2, 2**26)
         strength = min(bits(energy) >> 1, 15)
         around2 = (a["count"] > 0) + (b["count"] > 0)
@@ -303,6 +271,43 @@ class File:
         if by_sensitivity:
             return self.by_sensitivity(row, column, (x_symbol, xb), (y_symbol, yb), scale, ratio, turn, (luma, cr, cb))
         return self.uniform(row, column, [x_symbol, y_symbol, log_scale, log_ratio, angle, luma, cr, cb])
+
+    def strengths(self, reader: Reader, own: dict, a: dict, b: dict, held: int, s: int) -> tuple[int, int, int]:
+        """Section 5: luma, Cr and Cb of a Gaussian; `own` is its patch, `a` that to the left, `b` the one above."""
+        luma = reader.signed(
+            0,
+            (
+                min(bits(own["Y"]), 7) + 8 * held,
+                min((bits(a["Y"]) + bits(b["Y"]) + 1) >> 1, 15) + 16 * (s > 0),
+                min(bits(a["Y"]), 7) + 8 * min(s, 3),
+            ),
+            1,
+            (9 * sign(a["Y"]) + 3 * sign(b["Y"]) + sign(own["Y"]) + 13, 27, 28 + min(s, 3)),
+        )
+        strong = bits(luma)
+        m = (bits(a["R"]) + bits(b["R"]) + 1) >> 1
+        cr = reader.signed(
+            1,
+            (
+                min(strong, 7) + 8 * min(m, 3),
+                min(m, 7) + 8 * min(bits(own["R"]), 3),
+                min(strong, 15) + 16 * (s > 0),
+            ),
+            luma,
+            (9 * same(a["Y"], a["R"]) + 3 * same(b["Y"], b["R"]) + same(own["Y"], own["R"]), 27, 28),
+        )
+        m = (bits(a["B"]) + bits(b["B"]) + 1) >> 1
+        cb = reader.signed(
+            2,
+            (
+                min(strong, 7) + 8 * min(m, 3),
+                min(m, 7) + 8 * min(bits(own["B"]), 3),
+                min(bits(cr), 7) + 8 * min(strong >> 1, 3),
+            ),
+            luma,
+            (9 * same(a["Y"], a["B"]) + 3 * same(b["Y"], b["B"]) + same(own["Y"], own["B"]), 27 + same(luma, cr), 30),
+        )
+        return luma, cr, cb
 
     def by_sensitivity(self, row, column, x, y, scale, ratio, turn, strengths) -> list[float]:
         """Section 6, quantiser 1."""
