@@ -23,14 +23,16 @@ GRID_PATCH_SIZE, GRID_STAGES = 7, 4
 """Pixels between the grid's anchors, and its number of stages."""
 
 GROWING_STEPS, STEPS_AFTER_PREDICTION = 150, 10
-"""Encoding's steps on all Gaussians together before it quantises them: in a growing fit, and after a prediction.
-"""
+"""Encoding's steps on all Gaussians before it quantises them: in a growing fit, and after a prediction."""
 
 STORED_STEPS = 60
 """Steps that encoding makes on the quantised Gaussians."""
 
-PIXELS_PER_GAUSSIAN = 48
-"""Pixels for each Gaussian of a growing fit, in `air.fit` and in encoding, if no number is given."""
+PIXELS_PER_GAUSSIAN = 16
+"""Pixels for each Gaussian of `air.fit`, if no number is given."""
+
+PIXELS_PER_STORED_GAUSSIAN = 48
+"""Pixels for each Gaussian that encoding grows, if no target is given."""
 
 
 def has_compact() -> bool:

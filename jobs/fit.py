@@ -20,8 +20,6 @@ from pipeline.errors import Rejected, StorageError
 from pipeline.formats import images
 from pipeline.inputs.sources import find_file
 
-_PIXELS_PER_GAUSSIAN = 16
-
 
 def main(arguments: Sequence[str]) -> int:
     """The command."""
@@ -86,11 +84,10 @@ def fit_image(rgb: np.ndarray, target: str, config: FitConfig) -> None:
                 progress.update(task, completed=step, description=f"loss {loss:.4f}, {psnr:.2f} dB")
 
         adam = OptimizeConfig() if config.patch_size else OPTIMIZATION
-        budget = config.gaussians or max(1, rgb.shape[0] * rgb.shape[1] // _PIXELS_PER_GAUSSIAN)
         result = fit(
             rgb,
             config.steps,
-            num_gaussians=None if config.patch_size else budget,
+            num_gaussians=config.gaussians,
             patch_size=config.patch_size,
             optimization=adam.scaled(config.learning_rate_factor),
             backend=config.backend,

@@ -10,6 +10,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from air.defaults import PIXELS_PER_GAUSSIAN
 from pipeline.config import Config, RunnerConfig
 from pipeline.formats import images
 from pipeline.inputs.packaged import PICTURES
@@ -25,7 +26,7 @@ class FitConfig(Config):
     """How `air fit` fits an image."""
 
     gaussians: int | None = Field(
-        None, ge=1, le=100_000_000, description="most Gaussians; default: one for every 16 pixels"
+        None, ge=1, le=100_000_000, description=f"most Gaussians; default: one for every {PIXELS_PER_GAUSSIAN} pixels"
     )
     patch_size: int | None = Field(
         None,

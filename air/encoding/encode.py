@@ -34,7 +34,7 @@ from air.defaults import (
     GRID_STAGES,
     GROW,
     GROWING_STEPS,
-    PIXELS_PER_GAUSSIAN,
+    PIXELS_PER_STORED_GAUSSIAN,
     STEPS_AFTER_PREDICTION,
     STORED_STEPS,
     start_of_encoding,
@@ -107,7 +107,7 @@ def encode(
         check_counts(stages=(stages, 1))
     pixels = image_tensor(image).float().cpu().contiguous().numpy()
     if start is None and not has_target:
-        gaussians = max(1, pixels[0].size // PIXELS_PER_GAUSSIAN)
+        gaussians = max(1, pixels[0].size // PIXELS_PER_STORED_GAUSSIAN)
     if start is not None and stages is None:
         stages = getattr(start, "num_stages", GRID_STAGES)  # networks have the number that they were trained for
     # Sums in another order would make another file on another machine.

@@ -14,7 +14,7 @@ from air.codec.file import write_stages
 from air.codec.sensitivity import STEP_UNITS, SensitivityQuantizer
 from air.codec.symbols import QuantizedStage, Stage, canonical_parameters, corners, quantize_stage, with_reach
 from air.compute.threads import Workers
-from air.defaults import PIXELS_PER_GAUSSIAN
+from air.defaults import PIXELS_PER_STORED_GAUSSIAN
 from air.encoding.refine import Refiner
 from air.errors import TargetMissedError
 
@@ -143,7 +143,7 @@ class Search:
         Raises:
             TargetMissedError: No fit reached it.
         """
-        count = min(max(1, self.pixels[0].size // (2 * PIXELS_PER_GAUSSIAN)), self.max_gaussians)
+        count = min(max(1, self.pixels[0].size // (2 * PIXELS_PER_STORED_GAUSSIAN)), self.max_gaussians)
         tried: list[tuple[float, float]] = []  # (log2 of the number, decibels above the target)
         best: Fit | None = None
         for _ in range(_MAX_FITS):
