@@ -373,7 +373,7 @@ def test_the_shipped_predictor_starts_without_a_target_and_growing_with_one(phot
     assert grown == encode(photograph, predictor="grow", gaussians=100, **quick)
     assert grown != encode(photograph, predictor="compact", gaussians=100, **quick)
     assert read_info(encode(photograph, predictor="grid", stages=1, **quick)).header.num_stages == 1
-    with pytest.raises(ValueError, match="about a predictor"):
+    with pytest.raises(ValueError, match="needs a predictor"):
         encode(photograph, gaussians=100, stages=1)
     with pytest.raises(ValueError, match="stages must be a whole number, at least 1, got 0"):
         encode(photograph, stages=0)
