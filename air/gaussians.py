@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 
 from air.errors import InvalidGaussiansError
+from air.vector_math import settle
+
+settle()  # before any thread of torch computes with Gaussians
 
 RAW_CHANNELS = 8
 """Raw numbers per Gaussian: offset x, y; scale 1, 2; angle; red, green, blue."""

@@ -17,6 +17,7 @@ ORDER = [
     "air.version",
     "air.errors",
     "air.defaults",
+    "air.vector_math",
     "air.gaussians",
     "air.arguments",
     "air.compute",
