@@ -14,11 +14,10 @@ Names load on first use, so `import air` imports neither torch, numpy nor numba.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from air.version import __version__
-
 _EXPORTS = {
     "AirError": "air.errors",
     "Gaussians": "air.gaussians",
+    "__version__": "air.version",
     "decode": "air.codec.file",
     "encode": "air.encoding.encode",
     "fit": "air.fitting.fit",
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
     from air.fitting.fit import fit
     from air.gaussians import Gaussians
     from air.rendering.render import render
+    from air.version import __version__
 
 
 def __getattr__(name: str) -> Any:
