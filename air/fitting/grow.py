@@ -16,7 +16,7 @@ from air.fitting.residual import residual_peaks
 from air.gaussians import activate, anchors, grid_shape
 from air.optimization.config import OptimizeConfig
 from air.optimization.optimize import optimize
-from air.optimization.problem import StepCallback, Trajectory
+from air.optimization.problem import Moments, StepCallback, Trajectory
 from air.rendering.render import render
 
 OPTIMIZATION = OptimizeConfig(opposed_fraction=0.0)
@@ -82,18 +82,22 @@ def grow(
     raw = grid_initialization(target, patch_size)
     trajectories: list[Trajectory] = []
     phases = growth.phases(steps)
+    moments = Moments.fresh(raw)
     done = 0
     for phase, count in enumerate(phases):
         if phase:
             canvas = render(activate(raw, anchor, patch_size), height, width, backend=backend, threads=threads)
             growths_left = len(phases) - phase
             addition = -(-(num_gaussians - len(raw)) // growths_left)
-            raw, anchor = _add(raw, anchor, target - canvas, patch_size, addition)
+            raw, anchor, moments = _add(raw, anchor, moments, target - canvas, patch_size, addition)
 
         adam = replace(optimization or OPTIMIZATION, steps=count)
         report = on_step and _counting_from(done, on_step)
-        result = optimize(raw, anchor, target, patch_size, adam, backend=backend, threads=threads, on_step=report)
-        raw = result.raw
+        result = optimize(
+            raw, anchor, target, patch_size, adam, moments=moments, backend=backend, threads=threads, on_step=report
+        )
+        assert result.moments is not None
+        raw, moments = result.raw, result.moments
         trajectories.append(result.trajectory)
         done += count
     return raw, anchor, _joined(trajectories)
@@ -112,13 +116,16 @@ def largest_grid(height: int, width: int, most: int) -> int:
     return patch_size
 
 
-def _add(raw: Tensor, anchor: Tensor, residual: Tensor, patch_size: int, count: int) -> tuple[Tensor, Tensor]:
-    """The Gaussians and up to `count` more, placed where the residual is largest."""
+def _add(
+    raw: Tensor, anchor: Tensor, moments: Moments, residual: Tensor, patch_size: int, count: int
+) -> tuple[Tensor, Tensor, Moments]:
+    """The Gaussians and up to `count` more, which had no update yet, placed where the residual is largest."""
     new_raw, new_anchor = residual_peaks(residual, patch_size, count)
     raw, anchor = torch.cat([raw, new_raw]), torch.cat([anchor, new_anchor])
+    moments = Moments.concatenate([moments, Moments.fresh(new_raw)])
     band = torch.floor(anchor[:, 1] / _BAND_ROWS)
     order = torch.argsort(band * residual.shape[2] + anchor[:, 0], stable=True)
-    return raw[order].contiguous(), anchor[order].contiguous()
+    return raw[order].contiguous(), anchor[order].contiguous(), moments[order]
 
 
 def _joined(parts: list[Trajectory]) -> Trajectory:

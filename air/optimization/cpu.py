@@ -17,7 +17,7 @@ from air.compute.threads import Workers
 from air.gaussians import RAW_CHANNELS
 from air.loss.cpu import FusedLoss, LossValues, blur_target, sweep_loss
 from air.optimization.config import OptimizeConfig
-from air.optimization.problem import Recorder
+from air.optimization.problem import Moments, Recorder
 from air.rendering.cpu_kernels import ONE, ZERO, chain_to_parameters, derive_geometry, draw_runs, gather_runs, sweep
 from air.rendering.raw_cpu import RawRaster, activate_raw, sigmoid_slope, slope_factors
 
@@ -25,8 +25,12 @@ f32 = np.float32
 
 
 @kernel
-def adam_step(raw, patch_size, mean, square, gradient, rates, beta1, beta2, eps, opposed_fraction, step, first, end):
-    """Adam's update number `step` (from 1) of Gaussians first .. end - 1, with a learning rate per row in `rates`.
+def adam_step(raw, patch_size, mean, square, bias, gradient, rates, beta1, beta2, eps, opposed_fraction, first, end):
+    """Adam's update of Gaussians first .. end - 1, with a learning rate per row in `rates`.
+
+    `bias` has four rows. The first two hold the bias of each Gaussian's moments towards zero: beta1 and beta2 to the
+    power of the updates that it has had. They differ between Gaussians, as a fit adds Gaussians on its way. The last
+    two are scratch for the corrections that follow from them, which all rows of raw numbers need.
 
     Only `opposed_fraction` of an update against the present gradient is made. `gradient` is with respect to the
     parameters. The kernel multiplies it by the slopes of the activations itself, so that memory is read once.
@@ -35,18 +39,25 @@ def adam_step(raw, patch_size, mean, square, gradient, rates, beta1, beta2, eps,
     keep1 = f32(beta1)
     keep2 = f32(beta2)
     kept = f32(opposed_fraction)
-    correction = f32(1.0 / np.sqrt(1.0 - beta2**step))
+    for i in range(first, end, LANES):
+        bias_of_mean = load(bias, i) * keep1
+        bias_of_square = load(bias, row + i) * keep2
+        store(bias, i, bias_of_mean)
+        store(bias, row + i, bias_of_square)
+        store(bias, 2 * row + i, splat(ONE) / (splat(ONE) - bias_of_mean))
+        store(bias, 3 * row + i, splat(ONE) / sqrt(splat(ONE) - bias_of_square))
     for k in range(RAW_CHANNELS):
         a, b = slope_factors(k, patch_size)
-        rate = f32(-rates[k] / (1.0 - beta1**step))
-        for i in range(k * row + first, k * row + end, LANES):
+        rate = f32(-rates[k])
+        for j in range(first, end, LANES):
+            i = k * row + j
             old = load(raw, i)
             slope = load(gradient, i) * (sigmoid_slope(old * a) * b)
             new_mean = fma(load(mean, i), keep1, slope * (ONE - keep1))
             new_square = fma(load(square, i), keep2, slope * slope * (ONE - keep2))
             store(mean, i, new_mean)
             store(square, i, new_square)
-            scale = splat(ONE) / fma(sqrt(new_square), correction, f32(eps))
+            scale = load(bias, 2 * row + j) / fma(sqrt(new_square), load(bias, 3 * row + j), splat(f32(eps)))
             scale = where_ge(new_mean * slope, ZERO, scale, scale * kept)
             store(raw, i, fma(new_mean * rate, scale, old))
 
@@ -61,6 +72,7 @@ class FusedOptimizer:
         target, background: float32 (3, height, width); the Gaussians are added to the background.
         patch_size: Range of the activations in pixels.
         workers: The threads to use.
+        moments: Adam's moments to go on from; None: those of Gaussians that had no update.
 
     Attributes:
         drawing: The present Gaussians.
@@ -75,6 +87,7 @@ class FusedOptimizer:
         patch_size: int,
         background: FloatArray,
         workers: Workers,
+        moments: Moments | None = None,
     ) -> None:
         _, height, width = target.shape
         self.drawing = RawRaster(anchor, height, width, patch_size, workers)
@@ -82,7 +95,12 @@ class FusedOptimizer:
         self.loss = FusedLoss(target, workers)
         self._mean = table(RAW_CHANNELS, len(raw))
         self._square = table(RAW_CHANNELS, len(raw))
-        self._updates = 0
+        self._age = np.zeros(len(raw), np.int32)
+        if moments is not None:
+            self._mean[:, : len(raw)] = moments.mean.numpy().T
+            self._square[:, : len(raw)] = moments.square.numpy().T
+            self._age[:] = moments.age.numpy()
+        self._bias: FloatArray | None = None
         self.background = None
         if background.any():
             self.background = image_planes(height, width)
@@ -102,7 +120,12 @@ class FusedOptimizer:
         self, rates: NDArray[np.float64], beta1: float, beta2: float, eps: float, opposed_fraction: float = 1.0
     ) -> None:
         """One Adam step from the gradient that `evaluate` left; `rates` holds one rate per raw column."""
-        self._updates += 1
+        bias = self._bias
+        if bias is None:
+            bias = self._bias = table(4, len(self._age))
+            bias[0, : len(self._age)] = beta1 ** self._age.astype(np.float64)
+            bias[1, : len(self._age)] = beta2 ** self._age.astype(np.float64)
+        self._age += 1
         drawing = self.drawing
         raster = drawing.raster
 
@@ -114,18 +137,24 @@ class FusedOptimizer:
                 drawing.patch_size,
                 self._mean,
                 self._square,
+                bias,
                 raster.gradient,
                 rates,
                 beta1,
                 beta2,
                 eps,
                 opposed_fraction,
-                self._updates,
                 first,
                 end,
             )
 
         raster.workers.run(step, raster.ranges)
+
+    def moments(self) -> Moments:
+        """Adam's moments after the updates so far."""
+        count = len(self._age)
+        mean, square = (torch.from_numpy(rows[:, :count].T.copy()) for rows in (self._mean, self._square))
+        return Moments(mean, square, torch.from_numpy(self._age.copy()))
 
     def raw_rows(self) -> FloatArray:
         """The raw numbers, shape (N, 8)."""
@@ -139,12 +168,14 @@ def optimize_cpu(
     patch_size: int,
     config: OptimizeConfig,
     background: Tensor,
+    moments: Moments,
     threads: int,
     recorder: Recorder,
-) -> Tensor:
-    """The optimised raw Gaussians. Arguments are as for `air.optimization.optimize.optimize`, checked."""
+) -> tuple[Tensor, Moments]:
+    """The optimised raw Gaussians and their moments; arguments as for `air.optimization.optimize.optimize`, checked."""
     with Workers(threads) as workers:
-        state = FusedOptimizer(raw.numpy(), anchor.numpy(), target.numpy(), patch_size, background.numpy(), workers)
+        arrays = (raw.numpy(), anchor.numpy(), target.numpy(), patch_size, background.numpy())
+        state = FusedOptimizer(*arrays, workers, moments)
         for step in range(config.steps + 1):
             values = state.evaluate()
             recorder.add(values.loss, values.squared_error)
@@ -152,7 +183,7 @@ def optimize_cpu(
                 state.update(
                     config.learning_rates(step), config.beta1, config.beta2, config.eps, config.opposed_fraction
                 )
-        return torch.from_numpy(state.raw_rows())
+        return torch.from_numpy(state.raw_rows()), state.moments()
 
 
 def _use_each() -> None:

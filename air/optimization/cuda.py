@@ -27,7 +27,7 @@ from air.compute.ragged import IMAGE_COLUMNS, RaggedImages
 from air.gaussians import MIN_RAW_SCALE, RAW_CHANNELS
 from air.loss.cuda import SUMS, BatchLoss
 from air.optimization.config import OptimizeConfig
-from air.optimization.problem import Problem, Recorder, naming_image
+from air.optimization.problem import Moments, Problem, Recorder, naming_image
 from air.rendering.cuda import BLOCKS, launch_draw
 from air.rendering.cuda_kernels import COLOUR, HALF_TURNS, PARAMETERS, SCALE_1, gather_gradient
 from air.rendering.parameters import OFF_IMAGE
@@ -35,11 +35,7 @@ from air.rendering.parameters import OFF_IMAGE
 GRAPH_STEPS = 20
 """Steps in one CUDA graph: enough that starting a graph costs little beside its steps."""
 
-RATE_COLUMNS = 16
-"""Columns of the rate table: 8 rates, divided by Adam's first correction; one over the root of the second; padding."""
-
 _BLOCK = 64  # Gaussians per program of `activate_raw`
-_RATE_COLUMNS, _CORRECTION = tl.constexpr(RATE_COLUMNS), tl.constexpr(RAW_CHANNELS)
 _MIN_SCALE = tl.constexpr(MIN_RAW_SCALE)
 _TWO_PI = tl.constexpr(2 * math.pi)
 
@@ -89,6 +85,7 @@ def gather_and_step(
     raw,
     mean,
     square,
+    bias,
     anchors,
     patch_size,
     parameters,
@@ -116,12 +113,19 @@ def gather_and_step(
     by_raw = by_parameter * slope
     new_mean = beta1 * tl.load(mean + place) + (1 - beta1) * by_raw
     new_square = beta2 * tl.load(square + place) + (1 - beta2) * by_raw * by_raw
-    row = rates + (tl.load(clock) - 1) * _RATE_COLUMNS
+    # The bias of the moments towards zero: beta to the power of the updates that this Gaussian has had.
+    bias_of_mean = beta1 * tl.load(bias + gaussian * 2)
+    bias_of_square = beta2 * tl.load(bias + gaussian * 2 + 1)
+    corrected_mean = new_mean / (1 - bias_of_mean)
+    corrected_square = new_square / (1 - bias_of_square)
+    rate = tl.load(rates + (tl.load(clock) - 1) * PARAMETERS + channel)
     kept = tl.where(new_mean * by_raw < 0, opposed_fraction, 1.0)
-    value -= kept * tl.load(row + channel) * new_mean / (tl.sqrt(new_square) * tl.load(row + _CORRECTION) + eps)
+    value -= kept * rate * corrected_mean / (tl.sqrt(corrected_square) + eps)
     parameter, _ = activate_channels(value, anchor, patch_size, channel)
     tl.store(mean + place, new_mean)
     tl.store(square + place, new_square)
+    tl.store(bias + gaussian * 2, bias_of_mean)
+    tl.store(bias + gaussian * 2 + 1, bias_of_square)
     tl.store(raw + place, value)
     tl.store(parameters + place, parameter)
 
@@ -155,9 +159,14 @@ class BatchOptimizer:
         image_of = np.repeat(np.arange(len(problems), dtype=np.int32), numbers)
         self._image_of = torch.from_numpy(np.append(image_of, np.int32(0))).to(self.device)
         self.raw = self._raw[:-1].split(numbers)
+        moments = [Moments.fresh(p.raw) if p.moments is None else p.moments for p in problems]
+        self._numbers = numbers
+        self._first_moments = Moments.concatenate([*moments, Moments.fresh(self._raw[:1])])
+        self._first_bias = bias_of(self._first_moments.age, config)
         self._start = self._raw.clone()
         self._mean = torch.zeros_like(self._raw)
         self._square = torch.zeros_like(self._raw)
+        self._bias = torch.zeros_like(self._first_bias)
         self._parameters = torch.zeros_like(self._raw)
         self._rates = torch.from_numpy(rate_table(config)).to(self.device)
         self._clock = torch.zeros(1, dtype=torch.int32, device=self.device)
@@ -174,8 +183,9 @@ class BatchOptimizer:
     def reset(self) -> None:
         """Back to the start of the run."""
         self._raw.copy_(self._start)
-        self._mean.zero_()
-        self._square.zero_()
+        self._mean.copy_(self._first_moments.mean)
+        self._square.copy_(self._first_moments.square)
+        self._bias.copy_(self._first_bias)
         self._clock.zero_()
         self._sums.zero_()
         self._image.copy_(self._background)
@@ -197,6 +207,7 @@ class BatchOptimizer:
             self._raw,
             self._mean,
             self._square,
+            self._bias,
             self._anchor,
             self.patch_size,
             self._parameters,
@@ -260,6 +271,12 @@ class BatchOptimizer:
         torch.cuda.current_stream().wait_stream(stream)
         return graph
 
+    def moments(self) -> list[Moments]:
+        """Adam's moments of each problem after all steps."""
+        parts = (self._mean[:-1], self._square[:-1], self._first_moments.age[:-1] + self.config.steps)
+        columns = zip(*(part.split(self._numbers) for part in parts), strict=True)
+        return [Moments(mean.clone(), square.clone(), age) for mean, square, age in columns]
+
     def trajectories(self, first: int = 0, last: int | None = None) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """(loss, mean squared error of the clamped image) after every number of updates, each (updates, images).
 
@@ -269,13 +286,18 @@ class BatchOptimizer:
         return loss.cpu().numpy(), squared_error.cpu().numpy()
 
 
+def bias_of(age: Tensor, config: OptimizeConfig) -> Tensor:
+    """The bias towards zero of the two moments of Gaussians that had `age` (N,) updates, float32 (N, 2)."""
+    betas = torch.tensor([config.beta1, config.beta2], dtype=torch.float64, device=age.device)
+    return (betas ** age[:, None]).to(torch.float32)
+
+
 def rate_table(config: OptimizeConfig) -> NDArray[np.float32]:
-    """Rates and correction of update number k in row k, (max(steps, 1), RATE_COLUMNS)."""
-    table = np.zeros((max(config.steps, 1), RATE_COLUMNS))
+    """The learning rates of update number k in row k, (max(steps, 1), 8)."""
+    table = np.zeros((max(config.steps, 1), RAW_CHANNELS), np.float32)
     for step in range(config.steps):
-        table[step, :RAW_CHANNELS] = config.learning_rates(step) / (1 - config.beta1 ** (step + 1))
-        table[step, RAW_CHANNELS] = 1 / math.sqrt(1 - config.beta2 ** (step + 1))
-    return table.astype(np.float32)
+        table[step] = config.learning_rates(step)
+    return table
 
 
 def optimize_cuda(
@@ -285,20 +307,21 @@ def optimize_cuda(
     patch_size: int,
     config: OptimizeConfig,
     background: Tensor,
+    moments: Moments,
     threads: int,
     recorder: Recorder,
-) -> Tensor:
-    """The optimised raw Gaussians of one image: a batch of one.
+) -> tuple[Tensor, Moments]:
+    """The optimised raw Gaussians of one image and their moments: a batch of one.
 
     Arguments are as for `air.optimization.optimize.optimize`, checked. `threads` is not used.
     """
-    return optimize_batch_cuda([Problem(raw, anchor, target, background)], patch_size, config, [recorder])[0]
+    return optimize_batch_cuda([Problem(raw, anchor, target, background, moments)], patch_size, config, [recorder])[0]
 
 
 def optimize_batch_cuda(
     problems: Sequence[Problem], patch_size: int, config: OptimizeConfig, recorders: Sequence[Recorder]
-) -> list[Tensor]:
-    """The optimised raw Gaussians of problems whose tensors were checked; trajectories go to the recorders.
+) -> list[tuple[Tensor, Moments]]:
+    """The optimised raw Gaussians and moments of problems whose tensors were checked; trajectories go to the recorders.
 
     Raises:
         NonFiniteLossError: As `air.optimization.optimize.optimize_batch`.
@@ -317,4 +340,4 @@ def optimize_batch_cuda(
     else:  # nothing waits for the device before the end
         state.run()
         record(0, config.steps + 1)
-    return [raw.clone() for raw in state.raw]
+    return [(raw.clone(), moments) for raw, moments in zip(state.raw, state.moments(), strict=True)]

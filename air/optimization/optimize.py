@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from air.compute.backends import backend_for, has_cpu_kernels, require_cuda_kernels
-from air.gaussians import activate
+from air.gaussians import RAW_CHANNELS, activate
 from air.optimization.config import OptimizeConfig
-from air.optimization.problem import OptimizeResult, Problem, Recorder, StepCallback, naming_image
+from air.optimization.problem import Moments, OptimizeResult, Problem, Recorder, StepCallback, naming_image
 from air.optimization.reference import optimize_reference
 from air.rendering.render import render
 
@@ -32,6 +32,7 @@ def optimize(
     *,
     canvas: Tensor | None = None,
     free: Tensor | None = None,
+    moments: Moments | None = None,
     backend: str = "auto",
     threads: int = 1,
     on_step: StepCallback | None = None,
@@ -48,6 +49,8 @@ def optimize(
         config: Steps, rates and schedule.
         canvas: The fixed part of the picture, shape (3, height, width); black if not given.
         free: Gaussians that may change, boolean, shape (N,); all if not given. The others are drawn once.
+        moments: Adam's moments of the free Gaussians, from an earlier optimisation; if not given, those of Gaussians
+            that had no update.
         backend: "cpu" (compiled, float32), "cuda" (compiled, float32, needs triton), "reference" (plain torch), or
             "auto": for float32 the compiled one of the tensors' device, else "reference".
         threads: CPU threads at most, for "cpu"; the result does not depend on it.
@@ -71,7 +74,7 @@ def optimize(
         True
     """
     backend = backend_for(raw, backend)
-    _check_arguments(raw, anchor, target, patch_size, canvas, free, backend, threads)
+    _check_arguments(raw, anchor, target, patch_size, canvas, free, moments, backend, threads)
     start = activate(raw.detach(), anchor, patch_size)
     start.validate()
     raw = raw.detach().clone()
@@ -85,8 +88,12 @@ def optimize(
         background = background + render(frozen, height, width, backend=backend, threads=threads)
     recorder = Recorder(on_step)
     run = _backend_loop(backend, raw)
-    raw[chosen] = run(raw[chosen], anchor[chosen], target, patch_size, config, background, threads, recorder)
-    return OptimizeResult(raw, recorder.trajectory())
+    if moments is None:
+        moments = Moments.fresh(raw[chosen])
+    raw[chosen], moments = run(
+        raw[chosen], anchor[chosen], target, patch_size, config, background, moments, threads, recorder
+    )
+    return OptimizeResult(raw, recorder.trajectory(), moments)
 
 
 def _check_arguments(
@@ -96,6 +103,7 @@ def _check_arguments(
     patch_size: int,
     canvas: Tensor | None,
     free: Tensor | None,
+    moments: Moments | None,
     backend: str,
     threads: int,
 ) -> None:
@@ -110,6 +118,13 @@ def _check_arguments(
         raise ValueError(f"the canvas must be shaped as the target {tuple(target.shape)}, got {tuple(canvas.shape)}")
     if free is not None and (free.shape != raw.shape[:1] or free.dtype != torch.bool):
         raise ValueError(f"free must be boolean of shape {tuple(raw.shape[:1])}, got {free.dtype} {tuple(free.shape)}")
+    if moments is not None:
+        count = len(raw) if free is None else int(free.sum())
+        if moments.mean.shape != (count, RAW_CHANNELS) or moments.mean.device != raw.device:
+            raise ValueError(
+                f"moments must be of the {count} free Gaussians on {raw.device}, got {tuple(moments.mean.shape)} on "
+                f"{moments.mean.device}"
+            )
     if patch_size < 1:
         raise ValueError(f"patch_size must be at least 1, got {patch_size}")
     if threads < 1:
@@ -118,7 +133,7 @@ def _check_arguments(
         raise ValueError(f"the cpu backend optimises float32 on the CPU, got {raw.dtype} on {raw.device}")
 
 
-def _backend_loop(backend: str, raw: Tensor) -> Callable[..., Tensor]:
+def _backend_loop(backend: str, raw: Tensor) -> Callable[..., tuple[Tensor, Moments]]:
     """The optimiser's loop in a backend. Compiled ones load on first use.
 
     Raises:
@@ -140,14 +155,14 @@ def _backend_loop(backend: str, raw: Tensor) -> Callable[..., Tensor]:
 
 
 def optimize_batch(
-    problems: Sequence[Problem | tuple[Tensor, Tensor, Tensor, Tensor | None]],
+    problems: Sequence[Problem],
     patch_size: int,
     config: OptimizeConfig,
     *,
     backend: str = "auto",
     threads: int = 1,
 ) -> list[OptimizeResult]:
-    """The results of `optimize` for several images (raw, anchor, target, canvas), in order.
+    """The results of `optimize` for several images, in order.
 
     Sizes and numbers of Gaussians may differ; dtype and device must be the same. With "cuda" all images take each step
     together, in the same launches. Otherwise they are optimised one after another.
@@ -155,28 +170,42 @@ def optimize_batch(
     Raises:
         As `optimize`. A NonFiniteLossError gives the index of the problem in `image`; other errors do not name it.
     """
-    batch = [Problem(*problem) for problem in problems]
+    batch = list(problems)
     if not batch:
         return []
     backend = backend_for(batch[0].raw, backend)
     if backend != "cuda":
         results = []
-        for image, (raw, anchor, target, canvas) in enumerate(batch):
+        for image, (raw, anchor, target, canvas, moments) in enumerate(batch):
             with naming_image(image):
                 results.append(
-                    optimize(raw, anchor, target, patch_size, config, canvas=canvas, backend=backend, threads=threads)
+                    optimize(
+                        raw,
+                        anchor,
+                        target,
+                        patch_size,
+                        config,
+                        canvas=canvas,
+                        moments=moments,
+                        backend=backend,
+                        threads=threads,
+                    )
                 )
         return results
     ready = []
-    for raw, anchor, target, canvas in batch:
-        _check_arguments(raw, anchor, target, patch_size, canvas, None, backend, threads)
+    for raw, anchor, target, canvas, moments in batch:
+        _check_arguments(raw, anchor, target, patch_size, canvas, None, moments, backend, threads)
         if raw.device != batch[0].raw.device:
             raise ValueError(f"a batch must be on one device, got {batch[0].raw.device} and {raw.device}")
         activate(raw.detach(), anchor, patch_size).validate()
-        ready.append(Problem(raw.detach(), anchor.to(raw), target, None if canvas is None else canvas.detach()))
+        background = None if canvas is None else canvas.detach()
+        ready.append(Problem(raw.detach(), anchor.to(raw), target, background, moments))
     require_cuda_kernels(ready[0].raw)
     from air.optimization.cuda import optimize_batch_cuda
 
     recorders = [Recorder(None) for _ in ready]
     optimized = optimize_batch_cuda(ready, patch_size, config, recorders)
-    return [OptimizeResult(raw, recorder.trajectory()) for raw, recorder in zip(optimized, recorders, strict=True)]
+    return [
+        OptimizeResult(raw, recorder.trajectory(), moments)
+        for (raw, moments), recorder in zip(optimized, recorders, strict=True)
+    ]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -32,16 +33,48 @@ class Trajectory:
 
 
 @dataclass(frozen=True, eq=False)
+class Moments:
+    """Adam's moments of raw Gaussians, with which an optimisation goes on where another one ended.
+
+    Attributes:
+        mean: Running mean of the gradients, shape (N, 8), its bias towards zero not corrected.
+        square: Running mean of their squares, the same.
+        age: Updates that each Gaussian has had, int32, shape (N,): the bias follows from it.
+    """
+
+    mean: Tensor
+    square: Tensor
+    age: Tensor
+
+    @staticmethod
+    def fresh(raw: Tensor) -> Moments:
+        """Those of raw Gaussians (N, 8) that had no update."""
+        age = torch.zeros(len(raw), dtype=torch.int32, device=raw.device)
+        return Moments(torch.zeros_like(raw), torch.zeros_like(raw), age)
+
+    def __getitem__(self, chosen: Tensor | slice) -> Moments:
+        """Those of some of the Gaussians."""
+        return Moments(self.mean[chosen], self.square[chosen], self.age[chosen])
+
+    @staticmethod
+    def concatenate(parts: Sequence[Moments]) -> Moments:
+        """Those of several sets of Gaussians, in order."""
+        return Moments(*(torch.cat([getattr(part, name) for part in parts]) for name in ("mean", "square", "age")))
+
+
+@dataclass(frozen=True, eq=False)
 class OptimizeResult:
     """The result of an optimisation.
 
     Attributes:
         raw: Raw Gaussians (N, 8) after the last update; frozen ones are unchanged.
         trajectory: Loss and PSNR after every update.
+        moments: Adam's moments of the free Gaussians after the last update; None if there was no optimisation.
     """
 
     raw: Tensor
     trajectory: Trajectory
+    moments: Moments | None = None
 
     def unless_worse(self, start: Tensor) -> OptimizeResult:
         """This result, or the start if the last loss is above the first.
@@ -65,6 +98,7 @@ class Problem(NamedTuple):
     anchor: Tensor
     target: Tensor
     canvas: Tensor | None = None
+    moments: Moments | None = None
 
 
 @dataclass

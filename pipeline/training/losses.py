@@ -329,7 +329,7 @@ def _optimized(
         results: list[Any] = [None] * len(problems)
 
         def run(index: int) -> None:
-            start, place, image, background = problems[index]
+            start, place, image, background, _ = problems[index]
             results[index] = optimize(start, place, image, patch_size, horizon, canvas=background)
 
         workers.run(run, [(index,) for index in range(len(problems))])

@@ -20,7 +20,7 @@ from air.fitting.grid import grid_initialization
 from air.gaussians import SUPPORT_CUTOFF, Gaussians, activate, anchors
 from air.loss.reference import loss
 from air.optimization.optimize import OptimizeConfig, optimize, optimize_batch
-from air.optimization.problem import Problem
+from air.optimization.problem import Moments, Problem
 from air.predictor.base import GridPredictor
 from air.rendering.render import render
 from air.stages.control import StageControl
@@ -290,6 +290,19 @@ def test_a_ragged_batch_gives_what_single_images_give():
             assert (result.raw.cpu() - expected.raw).abs().max() < 1e-4
 
 
+def test_a_step_goes_on_from_moments_of_gaussians_of_different_ages():
+    raw, anchor, target = problem(6, 9)[:3]
+    config = OptimizeConfig(steps=1, opposed_fraction=0.0)
+    kept = optimize(raw, anchor, target, PATCH, config, backend="cuda").moments
+    moments = Moments.concatenate([kept[:2], Moments.fresh(raw[2:])])
+    found = optimize(raw, anchor, target, PATCH, config, moments=moments, backend="cuda")
+    exact = Moments(moments.mean.cpu().double(), moments.square.cpu().double(), moments.age.cpu())
+    expected = optimize(*(part.cpu().double() for part in (raw, anchor, target)), PATCH, config, moments=exact)
+    assert (found.raw.cpu() - expected.raw).abs().max() < 1e-4
+    assert found.moments.age.tolist() == expected.moments.age.tolist() == [2] * 2 + [1] * (len(raw) - 2)
+    torch.testing.assert_close(found.moments.square.cpu().double(), expected.moments.square, rtol=1e-3, atol=1e-12)
+
+
 def test_images_go_through_the_stages_together_as_they_do_alone():
     """Beside the cpu backend: equal patches, and equal numbers up to rounding. A black image has no stage."""
     images = [smooth_image(5, 9, 1), torch.zeros(3, 5, 5), smooth_image(6, 4, 2)]
@@ -325,7 +338,7 @@ def test_a_batch_of_nothing_but_black_images_is_evaluated():
 
 
 def test_frozen_gaussians_do_not_move_and_are_drawn():
-    raw, anchor, target, _ = problem(11, 9)
+    raw, anchor, target = problem(11, 9)[:3]
     free = torch.arange(len(raw), device=DEVICE) % 2 == 0
     result = optimize(raw, anchor, target, PATCH, OptimizeConfig(steps=1), free=free, backend="cuda")
     assert torch.equal(result.raw[~free], raw[~free])
@@ -336,13 +349,13 @@ def test_frozen_gaussians_do_not_move_and_are_drawn():
 
 
 def test_a_loss_that_is_not_a_number_names_the_step_and_the_image():
-    raw, anchor, target, _ = problem(6, 9)
+    raw, anchor, target = problem(6, 9)[:3]
     target[1, 3, 4] = math.nan
     with pytest.raises(NonFiniteLossError, match="after 0 updates"):
         optimize(raw, anchor, target, PATCH, OptimizeConfig(steps=2), backend="cuda")
     with pytest.raises(NonFiniteLossError) as caught:
         optimize_batch(
-            [problem(4, 5), problem(6, 9), (raw, anchor, target, None)], PATCH, OptimizeConfig(steps=0), backend="cuda"
+            [problem(4, 5), problem(6, 9), Problem(raw, anchor, target)], PATCH, OptimizeConfig(steps=0), backend="cuda"
         )
     assert caught.value.image == 2
 

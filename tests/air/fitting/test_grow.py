@@ -9,6 +9,7 @@ from air.fitting.grow import GrowthConfig
 from air.fitting.residual import GAIN, residual_peaks
 from air.gaussians import activate
 from air.metrics import psnr
+from air.optimization.problem import Moments
 from air.rendering.render import render
 
 
@@ -32,6 +33,15 @@ def test_the_result_renders_to_its_psnr(photograph: np.ndarray) -> None:
     picture = render(result.gaussians, result.height, result.width, backend="reference")
     assert psnr(picture, target) == pytest.approx(result.trajectory.psnr[-1], abs=5e-3)
     assert len(result.gaussians) == len(result.raw) == len(result.anchor)
+
+
+def test_moments_survive_growth_and_are_worth_a_decibel(
+    photograph: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = fit(photograph, num_gaussians=700, steps=20).trajectory.psnr[-1]
+    monkeypatch.setattr(Moments, "__getitem__", lambda self, order: Moments.fresh(self.mean[order]))
+    forgotten = fit(photograph, num_gaussians=700, steps=20).trajectory.psnr[-1]
+    assert kept > forgotten + 1
 
 
 @pytest.mark.parametrize("steps", [0, 1, 7, 50])
