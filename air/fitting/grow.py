@@ -19,9 +19,19 @@ from air.optimization.optimize import optimize
 from air.optimization.problem import Moments, StepCallback, Trajectory
 from air.rendering.render import render
 
-OPTIMIZATION = OptimizeConfig(opposed_fraction=0.0)
-"""Learning rates and schedule of every phase. No number moves against its gradient, since plain Adam overshoots where
-new Gaussians appear beside old ones."""
+OPTIMIZATION = OptimizeConfig(
+    offset_learning_rate=0.04,
+    scale_learning_rate=0.2,
+    angle_learning_rate=0.1,
+    colour_learning_rate=0.025,
+    beta1=0.85,
+    opposed_fraction=0.0,
+)
+"""Learning rates and schedule of every phase.
+
+Adam's moments survive growth, so these rates are lower than those of a plain grid. No number moves against its gradient,
+since plain Adam overshoots where new Gaussians appear beside old ones.
+"""
 
 _BAND_ROWS = 8  # Gaussians are sorted into bands of this many rows, then by x, so that drawing stays in the cache
 
@@ -36,8 +46,8 @@ class GrowthConfig:
         growth_fraction: Fraction of the steps before the last growth; the remaining steps refine all Gaussians.
     """
 
-    start_fraction: float = 0.42
-    growths: int = 3
+    start_fraction: float = 0.27
+    growths: int = 4
     growth_fraction: float = 0.42
 
     def __post_init__(self) -> None:

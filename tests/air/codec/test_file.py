@@ -355,8 +355,8 @@ def test_decibels_are_a_lower_bound_that_is_nearly_met(photograph: np.ndarray):
 
 def test_refining_the_quantised_gaussians_pays(photograph: np.ndarray):
     target = torch.from_numpy(photograph).permute(2, 0, 1) / 255
-    plain = encode(photograph, gaussians=400, steps=60, stored_steps=0)
-    refined = encode(photograph, gaussians=400, steps=60, stored_steps=40)
+    plain = encode(photograph, gaussians=1500, steps=60, stored_steps=0)
+    refined = encode(photograph, gaussians=1500, steps=60, stored_steps=40)
     gain = psnr(render(decode(refined), 120, 150), target) - psnr(render(decode(plain), 120, 150), target)
     assert gain > 0.15
     assert len(refined) < 1.03 * len(plain)

@@ -38,9 +38,9 @@ def test_the_result_renders_to_its_psnr(photograph: np.ndarray) -> None:
 def test_moments_survive_growth_and_are_worth_a_decibel(
     photograph: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept = fit(photograph, num_gaussians=700, steps=20).trajectory.psnr[-1]
+    kept = fit(photograph, num_gaussians=2000, steps=20).trajectory.psnr[-1]
     monkeypatch.setattr(Moments, "__getitem__", lambda self, order: Moments.fresh(self.mean[order]))
-    forgotten = fit(photograph, num_gaussians=700, steps=20).trajectory.psnr[-1]
+    forgotten = fit(photograph, num_gaussians=2000, steps=20).trajectory.psnr[-1]
     assert kept > forgotten + 1
 
 
