@@ -29,8 +29,8 @@ OPTIMIZATION = OptimizeConfig(
 )
 """Learning rates and schedule of every phase.
 
-Adam's moments survive growth, so these rates are lower than those of a plain grid. No number moves against its gradient,
-since plain Adam overshoots where new Gaussians appear beside old ones.
+Adam's moments survive growth, so these rates are lower than those of a plain grid. No number moves against its
+gradient, since plain Adam overshoots where new Gaussians appear beside old ones.
 """
 
 _BAND_ROWS = 8  # Gaussians are sorted into bands of this many rows, then by x, so that drawing stays in the cache
