@@ -13,8 +13,8 @@ def test_import_air_loads_nothing_heavy():
     assert run(code).strip() == "[]"
 
 
-def test_import_air_render_does_not_load_numba():
-    assert run("import air.render, sys; print('numba' in sys.modules)").strip() == "False"
+def test_importing_the_renderer_does_not_load_numba():
+    assert run("import air.rendering.render, sys; print('numba' in sys.modules)").strip() == "False"
 
 
 def test_rendering_and_fitting_need_no_ray_and_no_arrow():
