@@ -30,8 +30,16 @@ def image_tensor(image: Any) -> Tensor:
         ValueError: It is none of these.
     """
     if isinstance(image, Tensor):
-        if image.ndim != 3 or image.shape[0] != 3 or 0 in image.shape or not image.is_floating_point():
-            raise ValueError(f"an image tensor must be floating, (3, height, width), got {image.dtype} {image.shape}")
+        if (
+            image.ndim != 3
+            or image.shape[0] != 3
+            or 0 in image.shape
+            or image.dtype not in (torch.float32, torch.float64)
+        ):
+            raise ValueError(
+                f"an image tensor must be float32 or float64 of shape (3, height, width), got {image.dtype} "
+                f"{tuple(image.shape)}"
+            )
         image = image.detach()
         low, high = image.min().item(), image.max().item()
         if not (low >= 0 and high <= 1):

@@ -24,7 +24,7 @@ from air.compute.threads import Workers
 from air.gaussians import SUPPORT_CUTOFF, Gaussians, activate
 from air.loss.reference import loss as torch_loss
 from air.optimization import cpu
-from air.optimization.optimize import OptimizeConfig
+from air.optimization.config import OptimizeConfig
 from air.rendering import raw_cpu
 
 PARTS = ("activate", "draw", "loss", "gather", "Adam")

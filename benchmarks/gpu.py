@@ -27,7 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from workload import PATCH_SIZE, SIZES, Size, count_support, workload
 
-from air.optimization.optimize import OptimizeConfig, optimize_batch
+from air.optimization.config import OptimizeConfig
+from air.optimization.optimize import optimize_batch
 from air.optimization.problem import Problem
 from air.predictor.base import GridPredictor
 from air.stages.loop import run_stages, run_stages_batch

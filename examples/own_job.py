@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import Field
 
 from pipeline.config import Config, RunnerConfig
 from pipeline.formats import images, tables
@@ -34,7 +35,7 @@ SCHEMA = pa.schema([("key", pa.string()), ("red", pa.float64()), ("green", pa.fl
 class ColourConfig(Config):
     """All that the rows depend on, beside the images. It is part of the plan."""
 
-    max_pixels: int = images.MAX_PIXELS
+    max_pixels: int = Field(images.MAX_PIXELS, ge=1, description="larger images are refused")
 
 
 @dataclass(frozen=True)

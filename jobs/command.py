@@ -30,7 +30,10 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         unknown = [word.partition("=")[0] for word in message.split() if word.startswith("--")]
-        hint = self._hint(unknown[0]) if "unrecognized" in message and unknown else ""
+        hint = ""
+        if "unrecognized" in message and unknown:
+            message = f"unrecognized arguments: {' '.join(unknown)}"
+            hint = self._hint(unknown[0])
         self.exit(2, f"{self.prog}: {message}{hint}\nSee `{self.prog} --help`.\n")
 
     def _hint(self, flag: str) -> str:

@@ -154,8 +154,9 @@ def _describe(problem: Any, known: Iterable[str], renamed: Mapping[str, str]) ->
 
 def suggestion(word: str, known: Iterable[str]) -> str:
     """` (did you mean 'x'?)` if a known word is close to this one, else an empty string."""
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean '{close[0]}'?)" if close else ""
+    names = {name.lstrip("-"): name for name in known}  # dashes would make any two options look alike
+    close = difflib.get_close_matches(word.lstrip("-"), list(names), n=1)
+    return f" (did you mean '{names[close[0]]}'?)" if close else ""
 
 
 def read_sections(file: str | Path, sections: Mapping[str, type[Config]]) -> dict[str, dict[str, Any]]:

@@ -42,7 +42,8 @@ from air.defaults import (
 from air.encoding.search import Fit, Search
 from air.fitting.fit import fit
 from air.gaussians import activate
-from air.optimization.optimize import OptimizeConfig, optimize
+from air.optimization.config import OptimizeConfig
+from air.optimization.optimize import optimize
 from air.predictor.base import Predictor
 from air.predictor.load import load_predictor
 from air.stages.loop import all_predicted, stage_kernels

@@ -59,8 +59,10 @@ class GrowthConfig:
 
     def phases(self, steps: int) -> list[int]:
         """The steps of each phase: there is a phase before every growth, and one after the last."""
-        before = [round(steps * self.growth_fraction / self.growths)] * self.growths if self.growths else []
-        return [*before, max(0, steps - sum(before))]
+        if not self.growths:
+            return [steps]
+        before = min(round(steps * self.growth_fraction / self.growths), steps // self.growths)
+        return [*[before] * self.growths, steps - before * self.growths]
 
 
 def grow(

@@ -61,8 +61,8 @@ class OptimizeConfig:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
         for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
+            if not 0 <= np.float32(getattr(self, name)) < 1:  # as kernels have it
+                raise ValueError(f"{name} must be at least 0 and below 1 in float32, got {getattr(self, name)}")
 
     @staticmethod
     def refinement(steps: int) -> OptimizeConfig:

@@ -3,9 +3,9 @@
 A step draws (`air.rendering.cuda_kernels`) and differentiates the loss (two kernels of `air.loss.cuda`). The fourth
 kernel gathers each Gaussian's gradient, multiplies it by the slopes of the activations, makes Adam's update and
 activates the result for the next step (method.md sections 2 and 5). All buffers are allocated once. A run needs nothing
-from the host: a table on the device holds the rates and Adam's corrections of every step, and kernels read the row that
-a clock points to, which the drawing kernel advances. Losses are summed into a table in the same way. The host fetches
-them at the end, or on request.
+from the host: a table on the device holds the learning rates of every step, and kernels read the row that a clock
+points to, which the drawing kernel advances. The bias of each Gaussian's moments lies beside the moments. Losses are
+summed into a table in the same way. The host fetches them at the end, or on request.
 
 Tables of Gaussians are float32 (N, 8), all images' one after another. Importing this module needs triton.
 """

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from air.compute.backends import backend_for, has_cpu_kernels, require_cuda_kernels
-from air.gaussians import RAW_CHANNELS, activate
+from air.gaussians import activate
 from air.optimization.config import OptimizeConfig
 from air.optimization.problem import Moments, OptimizeResult, Problem, Recorder, StepCallback, naming_image
 from air.optimization.reference import optimize_reference
@@ -74,7 +74,7 @@ def optimize(
         True
     """
     backend = backend_for(raw, backend)
-    _check_arguments(raw, anchor, target, patch_size, canvas, free, moments, backend, threads)
+    _check_arguments(raw, anchor, target, patch_size, canvas, free, backend, threads)
     start = activate(raw.detach(), anchor, patch_size)
     start.validate()
     raw = raw.detach().clone()
@@ -88,8 +88,7 @@ def optimize(
         background = background + render(frozen, height, width, backend=backend, threads=threads)
     recorder = Recorder(on_step)
     run = _backend_loop(backend, raw)
-    if moments is None:
-        moments = Moments.fresh(raw[chosen])
+    moments = Moments.fresh(raw[chosen]) if moments is None else moments.checked(raw[chosen])
     raw[chosen], moments = run(
         raw[chosen], anchor[chosen], target, patch_size, config, background, moments, threads, recorder
     )
@@ -103,7 +102,6 @@ def _check_arguments(
     patch_size: int,
     canvas: Tensor | None,
     free: Tensor | None,
-    moments: Moments | None,
     backend: str,
     threads: int,
 ) -> None:
@@ -118,13 +116,6 @@ def _check_arguments(
         raise ValueError(f"the canvas must be shaped as the target {tuple(target.shape)}, got {tuple(canvas.shape)}")
     if free is not None and (free.shape != raw.shape[:1] or free.dtype != torch.bool):
         raise ValueError(f"free must be boolean of shape {tuple(raw.shape[:1])}, got {free.dtype} {tuple(free.shape)}")
-    if moments is not None:
-        count = len(raw) if free is None else int(free.sum())
-        if moments.mean.shape != (count, RAW_CHANNELS) or moments.mean.device != raw.device:
-            raise ValueError(
-                f"moments must be of the {count} free Gaussians on {raw.device}, got {tuple(moments.mean.shape)} on "
-                f"{moments.mean.device}"
-            )
     if patch_size < 1:
         raise ValueError(f"patch_size must be at least 1, got {patch_size}")
     if threads < 1:
@@ -194,12 +185,13 @@ def optimize_batch(
         return results
     ready = []
     for raw, anchor, target, canvas, moments in batch:
-        _check_arguments(raw, anchor, target, patch_size, canvas, None, moments, backend, threads)
+        _check_arguments(raw, anchor, target, patch_size, canvas, None, backend, threads)
         if raw.device != batch[0].raw.device:
             raise ValueError(f"a batch must be on one device, got {batch[0].raw.device} and {raw.device}")
         activate(raw.detach(), anchor, patch_size).validate()
         background = None if canvas is None else canvas.detach()
-        ready.append(Problem(raw.detach(), anchor.to(raw), target, background, moments))
+        kept = None if moments is None else moments.checked(raw)
+        ready.append(Problem(raw.detach(), anchor.to(raw), target, background, kept))
     require_cuda_kernels(ready[0].raw)
     from air.optimization.cuda import optimize_batch_cuda
 

@@ -46,6 +46,28 @@ class Moments:
     square: Tensor
     age: Tensor
 
+    def checked(self, raw: Tensor) -> Moments:
+        """A copy in the precision of raw Gaussians (N, 8), without a gradient.
+
+        Raises:
+            ValueError: The moments are not those of N Gaussians on the same device, or a number is not finite or an age
+                is negative.
+        """
+        expected = (raw.shape, raw.shape, raw.shape[:1])
+        shapes = tuple(part.shape for part in (self.mean, self.square, self.age))
+        devices = {part.device for part in (self.mean, self.square, self.age)}
+        if shapes != expected or devices != {raw.device}:
+            raise ValueError(
+                f"moments must be those of the {len(raw)} free Gaussians on {raw.device}, got mean, square and age of "
+                f"shapes {', '.join(str(tuple(shape)) for shape in shapes)} on {', '.join(map(str, devices))}"
+            )
+        if not (
+            bool(self.mean.isfinite().all()) and bool(self.square.isfinite().all()) and bool((self.age >= 0).all())
+        ):
+            raise ValueError("moments must be finite, and ages not negative")
+        mean, square = (part.detach().to(raw.dtype, copy=True) for part in (self.mean, self.square))
+        return Moments(mean, square, self.age.to(torch.int32, copy=True))
+
     @staticmethod
     def fresh(raw: Tensor) -> Moments:
         """Those of raw Gaussians (N, 8) that had no update."""

@@ -19,7 +19,8 @@ from torch import Tensor
 from air.compute.compile import KernelSet
 from air.errors import NonFiniteLossError
 from air.gaussians import RAW_CHANNELS, Gaussians, activate
-from air.optimization.optimize import OptimizeConfig, optimize_batch
+from air.optimization.config import OptimizeConfig
+from air.optimization.optimize import optimize_batch
 from air.optimization.problem import OptimizeResult, Problem, Trajectory
 from air.predictor.base import Predictor
 from air.rendering.render import render

@@ -32,7 +32,7 @@ from pipeline.work.process import EncodedImage, Sample, batched
 if TYPE_CHECKING:
     import torch
 
-    from air.optimization.optimize import OptimizeConfig
+    from air.optimization.config import OptimizeConfig
     from air.predictor.base import Predictor
     from air.stages.loop import StageResult
 
@@ -105,7 +105,7 @@ class DistillConfig(StageControlConfig, ViewConfig):
 
     def optimization(self) -> list[OptimizeConfig]:
         """The optimiser's configuration of every stage; the configuration must be settled."""
-        from air.optimization.optimize import OptimizeConfig
+        from air.optimization.config import OptimizeConfig
 
         assert self.stages is not None
         configs = [OptimizeConfig(steps=self.steps.at(stage)) for stage in range(self.stages)]

@@ -27,7 +27,8 @@ from air.defaults import GRID
 from air.errors import InvalidGaussiansError, NonFiniteLossError
 from air.gaussians import activate, grid_shape
 from air.metrics import ms_ssim, psnr
-from air.optimization.optimize import OptimizeConfig, optimize
+from air.optimization.config import OptimizeConfig
+from air.optimization.optimize import optimize
 from air.predictor.base import GridPredictor, Predictor
 from air.rendering.render import render
 from air.stages.control import StageControl

@@ -134,7 +134,7 @@ def count_samples(local: Path) -> int:
             for key, _, _ in _sample_members(archive):
                 if key != last:
                     count, last = count + 1, key
-    except tarfile.TarError as error:
+    except (tarfile.TarError, ValueError) as error:
         raise DamagedDataError(f"{local} is not a whole tar: {error}") from None
     return count
 
@@ -179,7 +179,7 @@ class TarIndex:
                         self._places.append(None)
                     if f".{ending}".lower() in images.IMAGE_EXTENSIONS and self._places[-1] is None:
                         self._places[-1] = (member.offset_data, member.size)
-        except tarfile.TarError as error:
+        except (tarfile.TarError, ValueError) as error:  # ValueError: a header whose numbers cannot be read
             self.close()
             raise DamagedDataError(f"{uri} is not a whole tar: {error}; run `air verify`") from None
 

@@ -15,7 +15,7 @@ from pipeline.training.augment import AugmentConfig
 from pipeline.training.order import FeedConfig
 
 if TYPE_CHECKING:
-    from air.optimization.optimize import OptimizeConfig
+    from air.optimization.config import OptimizeConfig
 
 _Weight = Annotated[float, Field(ge=0, le=1e6)]
 _Count = Annotated[int, Field(ge=0, le=100_000)]
@@ -148,7 +148,7 @@ class TrainConfig(FeedConfig, AugmentConfig, LossConfig, OptimizerConfig):
 
     def horizons(self, stages: int) -> list[OptimizeConfig]:
         """The optimiser's configuration in online pod, for each of the first `stages` stages."""
-        from air.optimization.optimize import OptimizeConfig
+        from air.optimization.config import OptimizeConfig
 
         configs = [OptimizeConfig(steps=self.horizon.at(stage)) for stage in range(stages)]
         return [config.scaled(self.horizon_learning_rate_factor) for config in configs]

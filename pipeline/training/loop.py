@@ -11,6 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from torch import Tensor
 from air.compute.threads import Workers, limit_torch
 from air.errors import InvalidGaussiansError, NonFiniteLossError
 from air.metrics import psnr_of
+from air.warmup import warm_up
 from pipeline.errors import TrainingError
 from pipeline.identity import seed_of
 from pipeline.storage.open import open_storage
@@ -72,8 +74,6 @@ def train(
         TrainingError: The checkpoint does not fit, or too many samples cannot be used.
     """
     if group.device.type == "cpu":
-        from air.warmup import warm_up
-
         warm_up("predict")
     with limit_torch(job.threads), Workers(job.threads) as workers:
         return _Run(job, group, workers, report)(make_feed)
@@ -110,10 +110,14 @@ class _Run:
 
     def __call__(self, make_feed: MakeFeed) -> dict[str, float]:
         state, config, trainer = self._state, self._config, self._job.trainer
-        feed = make_feed(self._job, self._group)
-        batches = Prefetcher(feed.batch, state.step, trainer.prefetch)
-        self._mark = time.perf_counter()
-        try:
+        with ExitStack() as open_parts:
+            if self._log:
+                open_parts.callback(self._log.close)
+            feed = make_feed(self._job, self._group)
+            open_parts.callback(feed.close)
+            batches = Prefetcher(feed.batch, state.step, trainer.prefetch)
+            open_parts.callback(batches.close)
+            self._mark = time.perf_counter()
             over = config.is_over(state.step, state.seconds)
             while not over:
                 self._step(batches.take())
@@ -125,11 +129,6 @@ class _Run:
                     self._validate()
                 if saves:
                     self._save()
-        finally:
-            batches.close()
-            feed.close()
-            if self._log:
-                self._log.close()
         return {**self._position(), "best_psnr": state.best_psnr}
 
     def _position(self) -> dict[str, float]:

@@ -18,7 +18,8 @@ from air.codec.uniform import channel_values, gaussians_from_channels
 from air.compute.threads import Workers
 from air.gaussians import Gaussians, activate, anchors
 from air.loss.batch import BatchLoss
-from air.optimization.optimize import OptimizeConfig, optimize, optimize_batch
+from air.optimization.config import OptimizeConfig
+from air.optimization.optimize import optimize, optimize_batch
 from air.optimization.problem import Problem
 from air.predictor.network import PredictorNetwork
 from air.rendering.batch import render_batch

@@ -19,7 +19,8 @@ from air.fitting.fit import fit
 from air.fitting.grid import grid_initialization
 from air.gaussians import SUPPORT_CUTOFF, Gaussians, activate, anchors
 from air.loss.reference import loss
-from air.optimization.optimize import OptimizeConfig, optimize, optimize_batch
+from air.optimization.config import OptimizeConfig
+from air.optimization.optimize import optimize, optimize_batch
 from air.optimization.problem import Moments, Problem
 from air.predictor.base import GridPredictor
 from air.rendering.render import render

@@ -12,7 +12,8 @@ from air.compute.backends import choose_device, triton_is_installed
 from air.errors import BackendUnavailableError
 from air.fitting.grid import grid_initialization
 from air.gaussians import anchors
-from air.optimization.optimize import OptimizeConfig, optimize, optimize_batch
+from air.optimization.config import OptimizeConfig
+from air.optimization.optimize import optimize, optimize_batch
 from air.optimization.problem import Problem
 from air.rendering.render import render
 from tests.support.cases import random_gaussians, smooth_image

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from air.optimization.optimize import OptimizeConfig
+from air.optimization.config import OptimizeConfig
 from air.predictor.base import GridPredictor
 from air.stages.loop import run_stages
 from tests.support.paths import ROOT

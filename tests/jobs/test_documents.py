@@ -124,18 +124,16 @@ def anchors_of(document: Path) -> set[str]:
 
 def is_importable(name: str) -> bool:
     """Whether the dotted name leads to a module, or to something that a module or a class holds."""
-    parts = name.split(".")
-    for count in range(len(parts), 0, -1):
-        try:
-            found: Any = import_module(".".join(parts[:count]))
-        except ModuleNotFoundError:
-            continue
-        for part in parts[count:]:
-            if not hasattr(found, part):
+    first, *rest = name.split(".")
+    found: Any = import_module(first)
+    for number, part in enumerate(rest):
+        if not hasattr(found, part):  # not before: importing a module named like a function would replace the function
+            try:
+                import_module(".".join([first, *rest[: number + 1]]))
+            except ModuleNotFoundError:
                 return False
-            found = getattr(found, part)
-        return True
-    return False
+        found = getattr(found, part)
+    return True
 
 
 def options_of(command: str, capsys: pytest.CaptureFixture[str]) -> set[str]:

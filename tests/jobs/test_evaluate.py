@@ -15,7 +15,8 @@ from PIL import Image
 from air.fitting.grid import grid_initialization
 from air.gaussians import activate, anchors
 from air.metrics import ms_ssim, psnr
-from air.optimization.optimize import OptimizeConfig, optimize
+from air.optimization.config import OptimizeConfig
+from air.optimization.optimize import optimize
 from air.predictor.checkpoint import save_checkpoint
 from air.predictor.network import build
 from air.rendering.render import render

@@ -116,7 +116,7 @@ def test_every_number_errs_about_as_much_as_the_strength_does():
 
 
 def test_stages_of_the_stage_loop_keep_their_patches(photograph: np.ndarray):
-    from air.optimization.optimize import OptimizeConfig
+    from air.optimization.config import OptimizeConfig
     from air.predictor.base import GridPredictor
 
     image = torch.from_numpy(photograph).permute(2, 0, 1) / 255

@@ -44,6 +44,16 @@ def test_moments_survive_growth_and_are_worth_a_decibel(
     assert kept > forgotten + 1
 
 
+@pytest.mark.parametrize("fraction", [0.42, 0.9, 1.0])
+@pytest.mark.parametrize("growths", [0, 1, 2, 4])
+def test_the_phases_have_all_steps_and_no_more(growths: int, fraction: float) -> None:
+    for steps in range(40):
+        phases = GrowthConfig(growths=growths, growth_fraction=fraction).phases(steps)
+        assert len(phases) == growths + 1
+        assert sum(phases) == steps
+        assert min(phases) >= 0
+
+
 @pytest.mark.parametrize("steps", [0, 1, 7, 50])
 @pytest.mark.parametrize("growths", [0, 1, 4])
 def test_every_step_is_reported_once(photograph: np.ndarray, steps: int, growths: int) -> None:

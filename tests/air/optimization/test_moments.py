@@ -1,5 +1,6 @@
 """Adam's moments: an optimisation goes on where another one ended, and Gaussians of any age are corrected alike."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -111,3 +112,32 @@ def test_moments_are_of_the_free_gaussians() -> None:
     assert torch.equal(result.moments.age, moments.age[free] + CONSTANT.steps)
     with pytest.raises(ValueError, match=f"of the {int(free.sum())} free Gaussians"):
         optimize(raw, anchor, target, PATCH, CONSTANT, free=free, moments=moments)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_moments_that_do_not_fit_are_refused_and_others_are_copied(backend: str) -> None:
+    raw, anchor, target = problem()
+    good = some_moments()
+
+    def run(moments: Moments, steps: int = 1) -> Moments:
+        config = replace(CONSTANT, steps=steps)
+        result = optimize(raw, anchor, target, PATCH, config, moments=moments, backend=backend)
+        assert result.moments is not None
+        return result.moments
+
+    for bad in (
+        replace(good, age=good.age[:1]),
+        replace(good, square=good.square[:1]),
+        replace(good, mean=good.mean * math.nan),
+        replace(good, age=good.age - 6),
+    ):
+        with pytest.raises(ValueError, match="moments must be"):
+            run(bad)
+    exact = Moments(good.mean.double().requires_grad_(), good.square.double(), good.age.long())
+    found, expected = run(exact), run(good)
+    assert (found.mean.dtype, found.age.dtype) == (torch.float32, torch.int32)
+    torch.testing.assert_close(found.mean, expected.mean)
+    untouched = run(good, steps=0)
+    assert torch.equal(untouched.mean, good.mean)
+    untouched.mean.add_(1)
+    assert not torch.equal(untouched.mean, good.mean)

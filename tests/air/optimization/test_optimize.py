@@ -12,8 +12,9 @@ from air.fitting.grid import grid_initialization
 from air.gaussians import activate, anchors
 from air.loss.reference import loss
 from air.metrics import psnr
+from air.optimization.config import OptimizeConfig
 from air.optimization.cpu import FusedOptimizer
-from air.optimization.optimize import OptimizeConfig, optimize
+from air.optimization.optimize import optimize
 from air.rendering.render import render
 from air.warmup import kernels_of, warm_up
 from tests.support.cases import smooth_image

@@ -7,7 +7,8 @@ import torch
 from air.errors import NonFiniteLossError
 from air.fitting.residual import residual_initialization
 from air.gaussians import activate, anchors
-from air.optimization.optimize import OptimizeConfig, optimize
+from air.optimization.config import OptimizeConfig
+from air.optimization.optimize import optimize
 from air.predictor.base import GridPredictor, Prediction
 from air.rendering.render import render
 from air.stages.control import StageControl, active_patches, worst_patches

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from air import defaults
-from air.optimization.optimize import OptimizeConfig
+from air.optimization.config import OptimizeConfig
 from air.predictor.checkpoint import load_checkpoint, save_checkpoint
 from air.predictor.network import build
 from air.stages.loop import all_gaussians, run_stages

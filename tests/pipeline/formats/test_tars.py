@@ -1,11 +1,13 @@
 """Tars: bounded to the byte, counted by the rules of webdataset, and indexed for reading one sample at a time."""
 
+import io
 import json
 import os
 import tarfile
 import uuid
 from pathlib import Path
 
+import psutil
 import pytest
 
 from pipeline.errors import DamagedDataError, Reason, Rejected
@@ -76,3 +78,18 @@ def test_a_tar_that_ends_early_is_damaged(tmp_path: Path):
         count_samples(file)
     with pytest.raises(DamagedDataError, match=r"^x\.tar is not a whole tar.*run `air verify`"):
         TarIndex(file, "x.tar")
+
+
+def test_a_tar_with_a_header_that_cannot_be_read_is_damaged_and_closed(tmp_path: Path):
+    file = tmp_path / "x.tar"
+    with tarfile.open(file, "w", format=tarfile.PAX_FORMAT) as archive:
+        member = tarfile.TarInfo("a.jpg")
+        member.size = 3
+        member.pax_headers = {"GNU.sparse.map": "x,y", "GNU.sparse.size": "3"}
+        archive.addfile(member, io.BytesIO(b"abc"))
+    before = psutil.Process().num_fds()
+    with pytest.raises(DamagedDataError, match=r"x\.tar is not a whole tar"):
+        TarIndex(file, "x.tar")
+    with pytest.raises(DamagedDataError, match=r"x\.tar is not a whole tar"):
+        count_samples(file)
+    assert psutil.Process().num_fds() == before

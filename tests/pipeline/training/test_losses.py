@@ -15,7 +15,7 @@ from air.codec.uniform import channel_values
 from air.compute.threads import Workers
 from air.gaussians import Gaussians, activate, anchors
 from air.metrics import psnr_of
-from air.optimization.optimize import OptimizeConfig
+from air.optimization.config import OptimizeConfig
 from air.predictor.network import PredictorNetwork, build
 from air.predictor.quantized import learned_table
 from air.rendering.render import render

@@ -16,7 +16,7 @@ from air.codec.uniform import DEFAULT_BITS
 from air.errors import CodecError
 from air.gaussians import activate
 from air.metrics import psnr
-from air.optimization.optimize import OptimizeConfig
+from air.optimization.config import OptimizeConfig
 from air.predictor.checkpoint import load_checkpoint
 from air.predictor.network import PredictorNetwork
 from air.predictor.quantized import learned_table

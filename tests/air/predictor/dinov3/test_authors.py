@@ -11,7 +11,7 @@ from torch import Tensor
 
 from air.errors import CheckpointError, MissingExtraError
 from air.gaussians import activate, anchors, grid_shape
-from air.optimization.optimize import OptimizeConfig
+from air.optimization.config import OptimizeConfig
 from air.stages.loop import run_stages
 from tests.support.released_dinov3 import CHANNELS, FEATURES, TINY, authors_checkpoint
 
