@@ -25,12 +25,15 @@ f32 = np.float32
 
 
 @kernel
-def adam_step(raw, patch_size, mean, square, bias, gradient, rates, beta1, beta2, eps, opposed_fraction, first, end):
+def adam_step(
+    raw, patch_size, mean, square, bias, gradient, rates, beta1, beta2, eps, opposed_fraction, age, first, end
+):
     """Adam's update of Gaussians first .. end - 1, with a learning rate per row in `rates`.
 
-    `bias` has four rows. The first two hold the bias of each Gaussian's moments towards zero: beta1 and beta2 to the
-    power of the updates that it has had. They differ between Gaussians, as a fit adds Gaussians on its way. The last
-    two are scratch for the corrections that follow from them, which all rows of raw numbers need.
+    `age` counts the updates of every Gaussian, this one included, if all have had as many. It is 0 if they differ, as
+    in a fit that added Gaussians on its way. Then `bias` has four rows: in the first two the bias of each Gaussian's
+    moments towards zero, beta1 and beta2 to the power of its updates; in the last two the corrections that follow from
+    it, which all rows of raw numbers need.
 
     Only `opposed_fraction` of an update against the present gradient is made. `gradient` is with respect to the
     parameters. The kernel multiplies it by the slopes of the activations itself, so that memory is read once.
@@ -39,16 +42,18 @@ def adam_step(raw, patch_size, mean, square, bias, gradient, rates, beta1, beta2
     keep1 = f32(beta1)
     keep2 = f32(beta2)
     kept = f32(opposed_fraction)
-    for i in range(first, end, LANES):
-        bias_of_mean = load(bias, i) * keep1
-        bias_of_square = load(bias, row + i) * keep2
-        store(bias, i, bias_of_mean)
-        store(bias, row + i, bias_of_square)
-        store(bias, 2 * row + i, splat(ONE) / (splat(ONE) - bias_of_mean))
-        store(bias, 3 * row + i, splat(ONE) / sqrt(splat(ONE) - bias_of_square))
+    correction = f32(1.0 / np.sqrt(1.0 - beta2**age)) if age else ONE
+    if not age:
+        for i in range(first, end, LANES):
+            bias_of_mean = load(bias, i) * keep1
+            bias_of_square = load(bias, row + i) * keep2
+            store(bias, i, bias_of_mean)
+            store(bias, row + i, bias_of_square)
+            store(bias, 2 * row + i, splat(ONE) / (splat(ONE) - bias_of_mean))
+            store(bias, 3 * row + i, splat(ONE) / sqrt(splat(ONE) - bias_of_square))
     for k in range(RAW_CHANNELS):
         a, b = slope_factors(k, patch_size)
-        rate = f32(-rates[k])
+        rate = f32(-rates[k] / (1.0 - beta1**age)) if age else f32(-rates[k])
         for j in range(first, end, LANES):
             i = k * row + j
             old = load(raw, i)
@@ -57,7 +62,10 @@ def adam_step(raw, patch_size, mean, square, bias, gradient, rates, beta1, beta2
             new_square = fma(load(square, i), keep2, slope * slope * (ONE - keep2))
             store(mean, i, new_mean)
             store(square, i, new_square)
-            scale = load(bias, 2 * row + j) / fma(sqrt(new_square), load(bias, 3 * row + j), splat(f32(eps)))
+            if age:
+                scale = splat(ONE) / fma(sqrt(new_square), correction, f32(eps))
+            else:
+                scale = load(bias, 2 * row + j) / fma(sqrt(new_square), load(bias, 3 * row + j), splat(f32(eps)))
             scale = where_ge(new_mean * slope, ZERO, scale, scale * kept)
             store(raw, i, fma(new_mean * rate, scale, old))
 
@@ -101,6 +109,7 @@ class FusedOptimizer:
             self._square[:, : len(raw)] = moments.square.numpy().T
             self._age[:] = moments.age.numpy()
         self._bias: FloatArray | None = None
+        self._is_of_one_age = len(raw) > 0 and bool((self._age == self._age[0]).all())
         self.background = None
         if background.any():
             self.background = image_planes(height, width)
@@ -120,12 +129,13 @@ class FusedOptimizer:
         self, rates: NDArray[np.float64], beta1: float, beta2: float, eps: float, opposed_fraction: float = 1.0
     ) -> None:
         """One Adam step from the gradient that `evaluate` left; `rates` holds one rate per raw column."""
-        bias = self._bias
-        if bias is None:
-            bias = self._bias = table(4, len(self._age))
-            bias[0, : len(self._age)] = beta1 ** self._age.astype(np.float64)
-            bias[1, : len(self._age)] = beta2 ** self._age.astype(np.float64)
+        count = len(self._age)
+        if self._bias is None:
+            self._bias = table(4, count)
+            self._bias[0, :count] = beta1 ** self._age.astype(np.float64)
+            self._bias[1, :count] = beta2 ** self._age.astype(np.float64)
         self._age += 1
+        age = int(self._age[0]) if self._is_of_one_age else 0
         drawing = self.drawing
         raster = drawing.raster
 
@@ -137,13 +147,14 @@ class FusedOptimizer:
                 drawing.patch_size,
                 self._mean,
                 self._square,
-                bias,
+                self._bias,
                 raster.gradient,
                 rates,
                 beta1,
                 beta2,
                 eps,
                 opposed_fraction,
+                age,
                 first,
                 end,
             )
