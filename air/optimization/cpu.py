@@ -108,8 +108,8 @@ class FusedOptimizer:
             self._mean[:, : len(raw)] = moments.mean.numpy().T
             self._square[:, : len(raw)] = moments.square.numpy().T
             self._age[:] = moments.age.numpy()
-        self._bias: FloatArray | None = None
         self._is_of_one_age = len(raw) > 0 and bool((self._age == self._age[0]).all())
+        self._bias: FloatArray | None = table(4, 0) if self._is_of_one_age else None
         self.background = None
         if background.any():
             self.background = image_planes(height, width)

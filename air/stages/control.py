@@ -46,22 +46,6 @@ def bad_patches(mse: Tensor, dssim: Tensor, control: StageControl) -> Tensor:
     return (mse > control.max_mse) | (dssim > control.max_dssim)
 
 
-def worst_patches(canvas: Tensor, image: Tensor, patch_size: int, among: Tensor, count: int) -> Tensor:
-    """The `count` patches with the largest squared error among some patches; all of these if there are no more.
-
-    Args:
-        canvas: As for `active_patches`.
-        image: As for `active_patches`.
-        patch_size: Pixels.
-        among: The patches to choose from, boolean, shape (rows · columns,), row-major.
-        count: Number of patches, at least 0.
-
-    Returns:
-        Boolean, shape (rows · columns,). Of two patches with the same error, the first is taken.
-    """
-    return largest_errors(patch_errors(canvas, image, patch_size)[0], among, count)
-
-
 def largest_errors(mse: Tensor, among: Tensor, count: int) -> Tensor:
     """The `count` patches with the largest error in the mask `among`. Of two with the same error, the first wins."""
     order = torch.where(among, mse, -1.0).argsort(descending=True, stable=True)

@@ -11,7 +11,7 @@ from air.optimization.config import OptimizeConfig
 from air.optimization.optimize import optimize
 from air.predictor.base import GridPredictor, Prediction
 from air.rendering.render import render
-from air.stages.control import StageControl, active_patches, worst_patches
+from air.stages.control import StageControl, active_patches, largest_errors, patch_errors
 from air.stages.loop import all_gaussians, all_predicted, run_stages, run_stages_batch
 from air.stages.predict import predict
 
@@ -119,8 +119,9 @@ def test_among_equals_the_first_patches_are_the_worst() -> None:
     image = torch.zeros(3, 7, 35)
     canvas = torch.full_like(image, 0.5)
     among = torch.tensor([False, True, True, True, False])
-    assert worst_patches(canvas, image, 7, among, 2).tolist() == [False, True, True, False, False]
-    assert worst_patches(canvas, image, 7, among, 9).tolist() == among.tolist()
+    mse, _ = patch_errors(canvas, image, 7)
+    assert largest_errors(mse, among, 2).tolist() == [False, True, True, False, False]
+    assert largest_errors(mse, among, 9).tolist() == among.tolist()
 
 
 def test_canvas_predicted_builds_on_predictions(photograph: torch.Tensor) -> None:
