@@ -6,10 +6,15 @@ import torch
 from torch import Tensor
 
 from air.gaussians import activate
+from air.loss.reference import L1_WEIGHT
 from air.loss.reference import loss as torch_loss
 from air.optimization.config import OptimizeConfig
 from air.optimization.problem import Moments, Recorder
+from air.optimization.rule import State
 from air.rendering.render import render
+
+MIN_MEAN_ERROR = 1e-6
+"""Mean differences from the target below this one count as it, where the squared error's gradient is scaled."""
 
 
 def optimize_reference(
@@ -25,35 +30,59 @@ def optimize_reference(
 ) -> tuple[Tensor, Moments]:
     """Raw Gaussians (N, 8) after the last update, and their moments; by the reference renderer and torch's autograd.
 
-    A number with gradient g, learning rate r, moments m and v, of a Gaussian with its a-th update, moves by -u:
+    A number with gradient g, learning rate r, moments m and v, of a Gaussian with its a-th update, moves by r u:
 
         m = beta1 m + (1 - beta1) g
         v = beta2 v + (1 - beta2) g^2
-        u = r (m / (1 - beta1^a)) / (sqrt(v / (1 - beta2^a)) + eps)
+        u = rule(m / (1 - beta1^a), v / (1 - beta2^a), ...)
 
-    If m and g have different signs, u is multiplied by `opposed_fraction`. Gaussians whose moments are kept from an
-    earlier optimisation have a larger a than new ones, so every Gaussian is corrected for its own bias.
+    Adam's rule is -m / (sqrt(v) + eps) of the corrected moments; `air.optimization.rule` has both rules. Gaussians whose
+    moments are kept from an earlier optimisation have a larger a than new ones, so every Gaussian is corrected for its
+    own bias.
+
+    With `squared_fraction` f, the L1 term's gradient sign(d) becomes (1 - f) sign(d) + f d / mean |d| for differences d
+    from the target. The mean is that of one update before, so that compiled backends know it in time; at the first
+    update it is the present one.
 
     Arguments are as for `air.optimization.optimize.optimize`, checked. `threads` is not used: torch has its own number.
     """
     _, height, width = target.shape
     mean, square, age = moments.mean, moments.square, moments.age
+    last_error = None
     for step in range(config.steps + 1):
         raw = raw.detach().requires_grad_()
         image = background + render(activate(raw, anchor, patch_size), height, width, backend="reference")
         loss = torch_loss(image, target)
-        squared_error = (image.detach().clamp(0, 1) - target).square().mean()
-        recorder.add(loss.item(), squared_error.item())
+        squared_error = float((image.detach().clamp(0, 1) - target).square().mean())
+        recorder.add(loss.item(), squared_error)
         if step == config.steps:
             break
-        (gradient,) = torch.autograd.grad(loss, raw)
-        age = age + 1
-        updates = age[:, None].to(raw.dtype)
+        difference = image - target
+        error = difference.detach().abs().mean()
+        objective = loss
+        if config.squared_fraction:
+            scale = (error if last_error is None else last_error).clamp_min(MIN_MEAN_ERROR)
+            replaced = (0.5 / scale * difference.square() - difference.abs()).mean()
+            objective = loss + config.squared_fraction * L1_WEIGHT * replaced
+        last_error = error
+        (gradient,) = torch.autograd.grad(objective, raw)
+        updates = (age + 1)[:, None].to(raw.dtype)
         mean = config.beta1 * mean + (1 - config.beta1) * gradient
         square = config.beta2 * square + (1 - config.beta2) * gradient.square()
-        corrected_mean = mean / (1 - config.beta1**updates)
-        corrected_square = square / (1 - config.beta2**updates)
-        rates = torch.from_numpy(config.learning_rates(step)).to(raw)
-        update = rates * corrected_mean / (corrected_square.sqrt() + config.eps)
-        raw = raw - torch.where(mean * gradient < 0, config.opposed_fraction, 1.0) * update
+        state = State(
+            raw=raw.detach(),
+            gradient=gradient,
+            mean=mean / (1 - config.beta1**updates),
+            square=square / (1 - config.beta2**updates),
+            age=age,
+            learning_rates=torch.from_numpy(config.first_learning_rates()).to(raw),
+            patch_size=patch_size,
+            num_values=target.numel(),
+            progress=config.progress(step, squared_error),
+            eps=config.eps,
+        )
+        with torch.no_grad():
+            moves = config.rule(step).move(state)
+        raw = raw + torch.from_numpy(config.learning_rates(step)).to(raw) * moves
+        age = age + 1
     return raw.detach(), Moments(mean, square, age)
