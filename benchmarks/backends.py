@@ -10,6 +10,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 from unittest import mock
@@ -25,9 +26,10 @@ from air.gaussians import SUPPORT_CUTOFF, Gaussians, activate
 from air.loss.reference import loss as torch_loss
 from air.optimization import cpu
 from air.optimization.config import OptimizeConfig
+from air.optimization.rule import LearnedRule
 from air.rendering import raw_cpu
 
-PARTS = ("activate", "draw", "loss", "gather", "Adam")
+PARTS = ("activate", "draw", "loss", "gather", "update")
 
 
 class Clock:
@@ -74,11 +76,15 @@ class FusedStep:
 
     def __init__(self, size: Size, workers: Workers) -> None:
         raw, anchor, target = (tensor.numpy() for tensor in workload(size))
-        self.state = cpu.FusedOptimizer(raw, anchor, target, PATCH_SIZE, np.zeros_like(target), workers)
-        self._config = OptimizeConfig(steps=1)
+        # Rates this small move no number: every step has the same work.
+        config = replace(OptimizeConfig(steps=1).scaled(1e-30), **self._rule())
+        self.state = cpu.FusedOptimizer(raw, anchor, target, PATCH_SIZE, np.zeros_like(target), workers, config)
+
+    def _rule(self) -> dict[str, Any]:
+        return {}
 
     def step(self, clock: Clock | None) -> None:
-        state, config = self.state, self._config
+        state = self.state
         with ExitStack() as stack:
             if clock is not None:
                 for owner, name, part in (
@@ -86,12 +92,21 @@ class FusedStep:
                     (state.drawing.raster, "draw", "draw"),
                     (state.loss, "evaluate", "loss"),
                     (state.drawing.raster, "gather_range", "gather"),
-                    (cpu, "adam_step", "Adam"),
+                    (cpu, "adam_step", "update"),
+                    (cpu, "learned_step", "update"),
                 ):
                     timed = clock.wrap(getattr(owner, name), part)
                     stack.enter_context(mock.patch.object(owner, name, timed))
             state.evaluate()
-            state.update(config.learning_rates(0) * 0, config.beta1, config.beta2, config.eps)
+            state.update(0)
+
+
+class LearnedStep(FusedStep):
+    """The same with a learned rule in place of Adam, and the squared error in place of L1's gradient."""
+
+    def _rule(self) -> dict[str, Any]:
+        rule = LearnedRule()
+        return {"learned": rule, "beta1": rule.beta1, "beta2": rule.beta2, "squared_fraction": 1.0}
 
 
 class TorchStep:
@@ -181,7 +196,7 @@ class PrototypeStep:
         with clock.part("gather"):
             gradients = [gradient.numpy() for gradient in self._gradients]
             self._raster.bwd(*arrays, self._loss.view(self._gradient, height, width), *gradients, self._threads)
-        with clock.part("Adam"):
+        with clock.part("update"):
             self._adam.zero_grad()
             torch.autograd.backward(outputs, self._gradients)
             self._adam.step()

@@ -16,7 +16,7 @@ counted: lanes that stand outside a support, addresses, branches, horizontal sum
 - *gather*, per pixel inside a support: 2 for the recurrence, 3 for the sums per channel, 3 for the product of colour
   and gradient, 4 for the moments; 12 bytes read in the nearest cache. Per column: as to draw, and 14 for moments. Per
   Gaussian: the chain rule to its parameters. The gradient image is read once.
-- *Adam*, per raw number: 4 for the derivative of its activation, 16 for the update; number and moments read and
+- *update* by Adam, per raw number: 4 for the derivative of its activation, 16 for the update; number and moments read and
   written.
 
 **Reached** are three speeds, measured with small kernels of the same vectors on as many threads, the best of many
@@ -85,7 +85,7 @@ def count_needs(size: Size, support: Support) -> dict[str, Need]:
             3 * _FLOAT * pixels,
             table + values * _FLOAT,
         ),
-        "Adam": Need((_SLOPE + _UPDATE) * numbers, 0, 6 * table),
+        "update": Need((_SLOPE + _UPDATE) * numbers, 0, 6 * table),
     }
 
 

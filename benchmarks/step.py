@@ -2,14 +2,15 @@
 
     python benchmarks/step.py [--sizes 8k 30k 100k] [--threads 1 2] [--no-torch] [--prototype DIR] [--json FILE]
 
-A step is: activate the raw numbers, draw, loss and its gradient, gather the gradient of the Gaussians, Adam. For each
+A step is: activate the raw numbers, draw, loss and its gradient, gather the gradient of the Gaussians, update. For each
 size and number of threads these take turns in one run, so that other work on the machine meets all alike:
 
 - *cpu*: `air.optimization.cpu.FusedOptimizer`, what `air.optimization.optimize` runs.
+- *learned*: the same with a learned rule's update in place of Adam's, and the squared error's gradient.
 - *torch*: the same step in plain torch: Gaussians in patches sorted by size, autograd, SSIM by separable
   convolutions, torch's fused Adam.
 - *prototype*: an earlier one, the modules raster_numba, ssim_l1_numba and common in DIR, put together as its own
-  fullstep.py does: kernels draw, gather and take the loss; torch activates and does the rest, under "Adam" here.
+  fullstep.py does: kernels draw, gather and take the loss; torch activates and does the rest, under "update" here.
 - *cuda*: `air.optimization.cuda.BatchOptimizer`, a batch of one; only where there is a GPU.
 
 Times are the best of many steps, since other work on a machine can only make a step slower. With one thread they are
@@ -37,7 +38,7 @@ from pathlib import Path
 
 import numba
 import torch
-from backends import PARTS, Backend, Clock, FusedStep, PrototypeStep, TorchStep
+from backends import PARTS, Backend, Clock, FusedStep, LearnedStep, PrototypeStep, TorchStep
 from floor import Speedometer, count_needs
 from workload import SIZES, Size, count_support
 
@@ -118,7 +119,7 @@ class Case:
 
 def measure_case(size: Size, threads: int, use_torch: bool, prototype: Path | None, seconds: float) -> Case:
     with Workers(threads) as workers:
-        backends: dict[str, Backend] = {"cpu": FusedStep(size, workers)}
+        backends: dict[str, Backend] = {"cpu": FusedStep(size, workers), "learned": LearnedStep(size, workers)}
         if prototype is not None:
             backends["prototype"] = PrototypeStep(prototype, size, threads)
         if use_torch:

@@ -38,7 +38,7 @@ from air.compute.simd import (
 )
 from air.compute.stencil import define_column_convolution, define_row_convolution, define_row_loader, multiply_rows
 from air.compute.threads import Workers, bands
-from air.loss.reference import L1_WEIGHT, SSIM_C1, SSIM_C2, SSIM_WEIGHT, window_weights
+from air.loss.reference import L1_WEIGHT, MIN_MEAN_ERROR, SSIM_C1, SSIM_C2, SSIM_WEIGHT, window_weights
 
 f32 = np.float32
 ZERO, ONE = f32(0), f32(1)
@@ -168,13 +168,32 @@ def _blur_derivatives(ring, blurred, row, stride, width):
 
 
 @kernel
-def sweep_loss(image, target, mean, variance, gradient, sums, channel, first_row, end_row, height, width):
-    """Loss gradient of rows first_row (a multiple of ROWS) .. end_row - 1 of a channel, and their sums."""
+def sweep_loss(
+    image,
+    target,
+    mean,
+    variance,
+    gradient,
+    sums,
+    sign_weight,
+    difference_weight,
+    channel,
+    first_row,
+    end_row,
+    height,
+    width,
+):
+    """Loss gradient of rows first_row (a multiple of ROWS) .. end_row - 1 of a channel, and their sums.
+
+    The part of the gradient beside SSIM's is sign_weight · sign(d) + difference_weight · d of a difference d, over
+    the number of values.
+    """
     stride = image.shape[2]
     base = (channel * image.shape[1] + PAD_ROWS) * stride + PAD_COLUMNS
     size = ROWS * stride
     pixel_count = 3 * height * width
-    l1_weight = f32(L1_WEIGHT / pixel_count)
+    by_sign = f32(sign_weight / pixel_count)
+    by_difference = f32(difference_weight / pixel_count)
     ssim_weight = f32(-SSIM_WEIGHT / pixel_count)
     blurred = aligned_scratch(3 * ROWS * stride)
     ring = aligned_scratch(3 * RING * stride)
@@ -210,7 +229,7 @@ def sweep_loss(image, target, mean, variance, gradient, sums, channel, first_row
                 slope = fma(x, _blur_row(blurred, size + source + column), _blur_row(blurred, source + column))
                 slope = fma(y, _blur_row(blurred, 2 * size + source + column), slope)
                 sign = where_ge(difference, ZERO, ONE, f32(-1))
-                slope = fma(sign, l1_weight, slope * ssim_weight)
+                slope = fma(sign, by_sign, fma(difference, by_difference, slope * ssim_weight))
                 shown = minimum(maximum(x, ZERO), ONE) - y
                 # Beyond the width both images are zero, so only the gradient needs the mask there.
                 if column + LANES > width:
@@ -220,6 +239,18 @@ def sweep_loss(image, target, mean, variance, gradient, sums, channel, first_row
                 sum_squares = fma(shown, shown, sum_squares)
             sums[channel, result + j, _SUM_L1] = lane_sum(sum_l1)
             sums[channel, result + j, _SUM_SQUARES] = lane_sum(sum_squares)
+
+
+@kernel
+def sum_differences(image, target, sums, channel, first_row, end_row, width):
+    """The column of L1 in the table of sums alone, for rows first_row .. end_row - 1 of a channel."""
+    stride = image.shape[2]
+    base = (channel * image.shape[1] + PAD_ROWS) * stride + PAD_COLUMNS
+    for row in range(first_row, end_row):
+        total = splat(ZERO)
+        for i in range(base + row * stride, base + row * stride + width, LANES):
+            total = total + absolute(load(image, i) - load(target, i))
+        sums[channel, row, _SUM_L1] = lane_sum(total)
 
 
 @dataclass(frozen=True)
@@ -241,11 +272,15 @@ class FusedLoss:
     Args:
         target: float32 array of shape (3, height, width).
         workers: The threads to use.
+        squared_fraction: As in `air.optimization.config.OptimizeConfig`: the gradient has that of the squared error in
+            place of a part of L1's, scaled by the mean difference at the evaluation before.
     """
 
-    def __init__(self, target: FloatArray, workers: Workers) -> None:
+    def __init__(self, target: FloatArray, workers: Workers, squared_fraction: float = 0.0) -> None:
         _, self.height, self.width = target.shape
         self.workers = workers
+        self._squared_fraction = squared_fraction
+        self._mean_difference: float | None = None
         self.target = image_planes(self.height, self.width)
         self.mean = image_planes(self.height, self.width)
         self.variance = image_planes(self.height, self.width)
@@ -260,6 +295,7 @@ class FusedLoss:
 
     def evaluate(self, image: FloatArray) -> LossValues:
         """Fills `gradient` (planes) with the loss's gradient at `image` (planes) and returns the values."""
+        sign_weight, difference_weight = self._weights(image)
 
         def sweep(channel: int, first_row: int, end_row: int) -> None:
             sweep_loss(
@@ -269,6 +305,8 @@ class FusedLoss:
                 self.variance,
                 self.gradient,
                 self._sums,
+                sign_weight,
+                difference_weight,
                 channel,
                 first_row,
                 end_row,
@@ -278,4 +316,19 @@ class FusedLoss:
 
         self.workers.run(sweep, self._tasks)
         l1, ssim, squares = self._sums.sum(axis=(0, 1)) / (3 * self.height * self.width)
+        self._mean_difference = float(l1)
         return LossValues(float(L1_WEIGHT * l1 + SSIM_WEIGHT * (1 - ssim)), float(squares))
+
+    def _weights(self, image: FloatArray) -> tuple[float, float]:
+        """The weights of a difference's sign and of the difference in the gradient (`air.optimization.reference`)."""
+        if not self._squared_fraction:
+            return L1_WEIGHT, 0.0
+        if self._mean_difference is None:
+
+            def add_up(channel: int, first_row: int, end_row: int) -> None:
+                sum_differences(image, self.target, self._sums, channel, first_row, end_row, self.width)
+
+            self.workers.run(add_up, self._tasks)
+            self._mean_difference = float(self._sums[:, :, _SUM_L1].sum()) / (3 * self.height * self.width)
+        squared = L1_WEIGHT * self._squared_fraction
+        return L1_WEIGHT - squared, squared / max(self._mean_difference, MIN_MEAN_ERROR)

@@ -18,6 +18,9 @@ L1_WEIGHT = 0.7
 SSIM_WEIGHT = 0.3
 SSIM_C1 = 0.01**2
 SSIM_C2 = 0.03**2
+MIN_MEAN_ERROR = 1e-6
+"""Mean differences from the target below this one count as it, where the squared error's gradient is scaled."""
+
 WINDOW_SIZE = 11
 WINDOW_SIGMA = 1.5
 

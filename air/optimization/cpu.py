@@ -5,6 +5,8 @@ Adam's two moments are planar tables as the raw numbers are (`air.rendering.raw_
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -15,9 +17,12 @@ from air.compute.planes import FloatArray, image_planes, pixels, table
 from air.compute.simd import fma, load, splat, sqrt, store, where_ge
 from air.compute.threads import Workers
 from air.gaussians import RAW_CHANNELS
-from air.loss.cpu import FusedLoss, LossValues, blur_target, sweep_loss
+from air.loss.cpu import FusedLoss, LossValues, blur_target, sum_differences, sweep_loss
+from air.loss.reference import L1_WEIGHT
 from air.optimization.config import OptimizeConfig
+from air.optimization.learned_cpu import AGE, BIAS_OF_MEAN, BIAS_OF_SQUARE, PackedRule, learned_step
 from air.optimization.problem import Moments, Recorder
+from air.optimization.rule import LearnedRule
 from air.rendering.cpu_kernels import ONE, ZERO, chain_to_parameters, derive_geometry, draw_runs, gather_runs, sweep
 from air.rendering.raw_cpu import RawRaster, activate_raw, sigmoid_slope, slope_factors
 
@@ -80,6 +85,7 @@ class FusedOptimizer:
         target, background: float32 (3, height, width); the Gaussians are added to the background.
         patch_size: Range of the activations in pixels.
         workers: The threads to use.
+        config: Rates, schedule and update rule.
         moments: Adam's moments to go on from; None: those of Gaussians that had no update.
 
     Attributes:
@@ -95,12 +101,14 @@ class FusedOptimizer:
         patch_size: int,
         background: FloatArray,
         workers: Workers,
+        config: OptimizeConfig,
         moments: Moments | None = None,
     ) -> None:
+        self.config = config
         _, height, width = target.shape
         self.drawing = RawRaster(anchor, height, width, patch_size, workers)
         self.drawing.set_rows(raw)
-        self.loss = FusedLoss(target, workers)
+        self.loss = FusedLoss(target, workers, config.squared_fraction)
         self._mean = table(RAW_CHANNELS, len(raw))
         self._square = table(RAW_CHANNELS, len(raw))
         self._age = np.zeros(len(raw), np.int32)
@@ -109,7 +117,9 @@ class FusedOptimizer:
             self._square[:, : len(raw)] = moments.square.numpy().T
             self._age[:] = moments.age.numpy()
         self._is_of_one_age = len(raw) > 0 and bool((self._age == self._age[0]).all())
-        self._bias: FloatArray | None = table(4, 0) if self._is_of_one_age else None
+        self._bias = table(5, 0) if self._is_of_one_age and config.learned is None else self._bias_table()
+        self._learned = None if config.learned is None else PackedRule(config.learned)
+        self._squared_error = 0.0
         self.background = None
         if background.any():
             self.background = image_planes(height, width)
@@ -119,47 +129,94 @@ class FusedOptimizer:
     def evaluate(self) -> LossValues:
         """Draws the present state; returns its loss and leaves the loss's gradient for `update`."""
         self.drawing.draw(self.image, self.background)
-        return self.loss.evaluate(self.image)
+        values = self.loss.evaluate(self.image)
+        self._squared_error = values.squared_error
+        return values
 
     def raw_gradient(self) -> FloatArray:
         """The table of the loss's gradient with respect to raw numbers, from what `evaluate` left."""
         return self.drawing.raw_gradient(self.loss.gradient)
 
-    def update(
-        self, rates: NDArray[np.float64], beta1: float, beta2: float, eps: float, opposed_fraction: float = 1.0
-    ) -> None:
-        """One Adam step from the gradient that `evaluate` left; `rates` holds one rate per raw column."""
-        count = len(self._age)
-        if self._bias is None:
-            self._bias = table(4, count)
-            self._bias[0, :count] = beta1 ** self._age.astype(np.float64)
-            self._bias[1, :count] = beta2 ** self._age.astype(np.float64)
+    def update(self, step: int) -> None:
+        """Update number `step` of the configuration, from the gradient that `evaluate` left."""
+        config, raster = self.config, self.drawing.raster
+        rates = config.learning_rates(step)
+        learned = config.learned_at(step) is not None
         self._age += 1
-        age = int(self._age[0]) if self._is_of_one_age else 0
-        drawing = self.drawing
-        raster = drawing.raster
+        move = self._learned_update(step, rates) if learned else self._adam_update(rates)
 
-        def step(first: int, end: int) -> None:
-            # Range by range, so that the gradient may still be in the cache when Adam reads it.
+        def gather_and_move(first: int, end: int) -> None:
+            # Range by range, so that the gradient may still be in the cache when the rule reads it.
             raster.gather_range(self.loss.gradient, first, end)
+            move(first, end)
+
+        raster.workers.run(gather_and_move, raster.ranges)
+
+    def _adam_update(self, rates: NDArray[np.float64]) -> Callable[[int, int], None]:
+        config, drawing = self.config, self.drawing
+        age = int(self._age[0]) if self._is_of_one_age else 0
+
+        def move(first: int, end: int) -> None:
             adam_step(
                 drawing.raw,
                 drawing.patch_size,
                 self._mean,
                 self._square,
                 self._bias,
-                raster.gradient,
+                drawing.raster.gradient,
                 rates,
-                beta1,
-                beta2,
-                eps,
-                opposed_fraction,
+                config.beta1,
+                config.beta2,
+                config.eps,
+                config.opposed_fraction,
                 age,
                 first,
                 end,
             )
 
-        raster.workers.run(step, raster.ranges)
+        return move
+
+    def _learned_update(self, step: int, rates: NDArray[np.float64]) -> Callable[[int, int], None]:
+        config, drawing, learned = self.config, self.drawing, self._learned
+        assert learned is not None
+        progress = config.progress(step, self._squared_error)
+        learned.set_progress(progress, drawing.patch_size)
+        count = 3 * self.loss.height * self.loss.width / L1_WEIGHT
+        first_rates = config.first_learning_rates()
+
+        def move(first: int, end: int) -> None:
+            learned_step(
+                drawing.raw,
+                drawing.patch_size,
+                drawing.raster.parameters,
+                self._mean,
+                self._square,
+                self._bias,
+                drawing.raster.gradient,
+                learned.weights,
+                learned.biases,
+                -count * progress.rms_error,
+                count,
+                first_rates,
+                rates,
+                config.beta1,
+                config.beta2,
+                config.eps,
+                first,
+                end,
+            )
+
+        return move
+
+    def _bias_table(self) -> FloatArray:
+        """The table of biases (`air.optimization.learned_cpu`) of Gaussians of these ages."""
+        count = len(self._age)
+        bias = table(5, count)
+        age = self._age.astype(np.float64)
+        bias[BIAS_OF_MEAN, :count] = self.config.beta1**age
+        bias[BIAS_OF_SQUARE, :count] = self.config.beta2**age
+        bias[AGE, :count] = age
+        return bias
 
     def moments(self) -> Moments:
         """Adam's moments after the updates so far."""
@@ -186,23 +243,25 @@ def optimize_cpu(
     """The optimised raw Gaussians and their moments; arguments as for `air.optimization.optimize.optimize`, checked."""
     with Workers(threads) as workers:
         arrays = (raw.numpy(), anchor.numpy(), target.numpy(), patch_size, background.numpy())
-        state = FusedOptimizer(*arrays, workers, moments)
+        state = FusedOptimizer(*arrays, workers, config, moments)
         for step in range(config.steps + 1):
             values = state.evaluate()
             recorder.add(values.loss, values.squared_error)
             if step < config.steps:
-                state.update(
-                    config.learning_rates(step), config.beta1, config.beta2, config.eps, config.opposed_fraction
-                )
+                state.update(step)
         return torch.from_numpy(state.raw_rows()), state.moments()
 
 
 def _use_each() -> None:
     raw, anchor, target = (np.zeros(shape, np.float32) for shape in ((1, RAW_CHANNELS), (1, 2), (3, 1, 1)))
-    state = FusedOptimizer(raw, anchor, target, 1, target, Workers(1))
-    state.evaluate()
-    config = OptimizeConfig(steps=1)
-    state.update(config.learning_rates(0), config.beta1, config.beta2, config.eps, config.opposed_fraction)
+    learned = LearnedRule()
+    config = OptimizeConfig(
+        steps=2, beta1=learned.beta1, beta2=learned.beta2, squared_fraction=1.0, learned=learned, learned_steps=1
+    )
+    state = FusedOptimizer(raw, anchor, target, 1, target, Workers(1), config)
+    for step in range(config.steps):
+        state.evaluate()
+        state.update(step)
     state.raw_rows()
 
 
@@ -210,12 +269,14 @@ KERNELS = KernelSet(
     (
         activate_raw,
         adam_step,
+        learned_step,
         derive_geometry,
         draw_runs,
         gather_runs,
         sweep,
         chain_to_parameters,
         blur_target,
+        sum_differences,
         sweep_loss,
     ),
     _use_each,

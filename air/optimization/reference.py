@@ -6,15 +6,12 @@ import torch
 from torch import Tensor
 
 from air.gaussians import activate
-from air.loss.reference import L1_WEIGHT
+from air.loss.reference import L1_WEIGHT, MIN_MEAN_ERROR
 from air.loss.reference import loss as torch_loss
 from air.optimization.config import OptimizeConfig
 from air.optimization.problem import Moments, Recorder
 from air.optimization.rule import State
 from air.rendering.render import render
-
-MIN_MEAN_ERROR = 1e-6
-"""Mean differences from the target below this one count as it, where the squared error's gradient is scaled."""
 
 
 def optimize_reference(
@@ -36,9 +33,9 @@ def optimize_reference(
         v = beta2 v + (1 - beta2) g^2
         u = rule(m / (1 - beta1^a), v / (1 - beta2^a), ...)
 
-    Adam's rule is -m / (sqrt(v) + eps) of the corrected moments; `air.optimization.rule` has both rules. Gaussians whose
-    moments are kept from an earlier optimisation have a larger a than new ones, so every Gaussian is corrected for its
-    own bias.
+    Adam's rule is -m / (sqrt(v) + eps) of the corrected moments; `air.optimization.rule` has both rules. Gaussians
+    whose moments are kept from an earlier optimisation have a larger a than new ones, so every Gaussian is corrected
+    for its own bias.
 
     With `squared_fraction` f, the L1 term's gradient sign(d) becomes (1 - f) sign(d) + f d / mean |d| for differences d
     from the target. The mean is that of one update before, so that compiled backends know it in time; at the first

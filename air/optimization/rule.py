@@ -52,6 +52,9 @@ NEWTON_BOUND = 3.0
 """The largest Gauss-Newton step in learning rates, which longer steps approach."""
 
 
+MAX_NEWTON = 1e6
+"""Longer Gauss-Newton steps, in learning rates, count as this one, so that none is infinite."""
+
 MIN_SLOPE = 1e-6
 """Smaller derivatives of a centre by its raw number count as this one where they divide."""
 
@@ -195,7 +198,7 @@ def describe(state: State) -> tuple[Tensor, Tensor]:
     momentum = -state.mean / root
     gradient = -state.gradient / root
     curvature, steps = _lone_gaussian(state)
-    newton = steps / state.learning_rates
+    newton = (steps / state.learning_rates).clamp(-MAX_NEWTON, MAX_NEWTON)
     newton = newton / (1 + newton.abs() / NEWTON_BOUND)
     coherence = (state.num_values / L1_WEIGHT) * root * curvature.rsqrt()
     offset, scale, _, colour = _activated(state)

@@ -26,7 +26,7 @@ def sigmoid(x):
 
 
 @inline
-def _tanh(x):
+def tanh(x):
     return fma(sigmoid(x * TWO), TWO, f32(-1))
 
 
@@ -44,14 +44,14 @@ def activate_raw(raw, anchor, patch_size, parameters, first, end):
     patch = f32(patch_size)
     for i in range(first, end, LANES):
         for k in range(2):
-            store(parameters, k * row + i, fma(_tanh(load(raw, k * row + i)), patch, load(anchor, k * row + i)))
+            store(parameters, k * row + i, fma(tanh(load(raw, k * row + i)), patch, load(anchor, k * row + i)))
         for k in range(SCALE_1, SCALE_1 + 2):
             store(parameters, k * row + i, fma(sigmoid(load(raw, k * row + i)), patch, f32(MIN_RAW_SCALE)))
         # The angle is 2π σ, that is 2 σ half turns; whole half turns change nothing.
         turns = sigmoid(load(raw, HALF_TURNS * row + i)) * TWO
         store(parameters, HALF_TURNS * row + i, turns - round_even(turns))
         for k in range(RED, RED + 3):
-            store(parameters, k * row + i, _tanh(load(raw, k * row + i)))
+            store(parameters, k * row + i, tanh(load(raw, k * row + i)))
 
 
 @inline

@@ -37,7 +37,13 @@ def test_the_raw_gradient_of_a_step_agrees_with_float64_autograd():
     loss(image, target.double()).backward()
     with Workers(1) as workers:
         state = FusedOptimizer(
-            raw.numpy(), anchor.numpy(), target.numpy(), PATCH, torch.zeros_like(target).numpy(), workers
+            raw.numpy(),
+            anchor.numpy(),
+            target.numpy(),
+            PATCH,
+            torch.zeros_like(target).numpy(),
+            workers,
+            OptimizeConfig(),
         )
         state.evaluate()
         found = torch.from_numpy(state.raw_gradient()[:, : len(raw)].T.copy())
@@ -72,14 +78,14 @@ def test_both_paths_take_the_same_way(opposed_fraction: float):
 @pytest.mark.parametrize("opposed_fraction", [0.0, 1.0])
 def test_only_plain_adam_moves_against_the_gradient(opposed_fraction: float):
     raw, anchor, target = (tensor.numpy() for tensor in problem())
-    config = OptimizeConfig(steps=12)
+    config = OptimizeConfig(steps=12, opposed_fraction=opposed_fraction)
     opposed = 0
     with Workers(1) as workers:
-        state = FusedOptimizer(raw, anchor, target, PATCH, np.zeros_like(target), workers)
+        state = FusedOptimizer(raw, anchor, target, PATCH, np.zeros_like(target), workers, config)
         for step in range(config.steps):
             state.evaluate()
             gradient, before = state.raw_gradient().copy(), state.drawing.raw.copy()
-            state.update(config.learning_rates(step), config.beta1, config.beta2, config.eps, opposed_fraction)
+            state.update(step)
             opposed += ((state.drawing.raw - before) * gradient > 0).sum()
     assert (opposed > 0) == (opposed_fraction > 0)
 
