@@ -77,7 +77,7 @@ class FusedStep:
     def __init__(self, size: Size, workers: Workers) -> None:
         raw, anchor, target = (tensor.numpy() for tensor in workload(size))
         # Rates this small move no number: every step has the same work.
-        config = replace(OptimizeConfig(steps=1).scaled(1e-30), **self._rule())
+        config = replace(OptimizeConfig(steps=1).scaled(1e-15), **self._rule())
         self.state = cpu.FusedOptimizer(raw, anchor, target, PATCH_SIZE, np.zeros_like(target), workers, config)
 
     def _rule(self) -> dict[str, Any]:

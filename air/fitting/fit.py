@@ -23,7 +23,7 @@ from air.compute.backends import backend_for, choose_device
 from air.compute.compile import KernelSet
 from air.defaults import PIXELS_PER_GAUSSIAN
 from air.fitting.grid import grid_initialization
-from air.fitting.grow import GrowthConfig, grow, largest_grid
+from air.fitting.grow import OPTIMIZATION, GrowthConfig, Optimizer, grow, largest_grid
 from air.gaussians import Gaussians, activate, anchors
 from air.optimization.config import OptimizeConfig
 from air.optimization.optimize import optimize
@@ -132,9 +132,10 @@ def fit(
         check_counts(num_gaussians=(num_gaussians, 1))
         growth = growth or GrowthConfig()
         patch_size = largest_grid(height, width, max(1, int(num_gaussians * growth.start_fraction)))
-        raw, anchor, trajectory = grow(
-            target, num_gaussians, steps, patch_size, growth, optimization, backend, threads, on_step
-        )
+        run = Optimizer(target, patch_size, backend, threads, on_step)
+        config = optimization or OPTIMIZATION
+        raw, anchor = grow(target, num_gaussians, steps, patch_size, growth, config, run, run.draw)
+        trajectory = run.trajectory()
     gaussians = activate(raw, anchor, patch_size).to(home)
     seconds = time.perf_counter() - begin
     return FitResult(gaussians, raw.to(home), anchor.to(home), patch_size, trajectory, seconds, height, width)

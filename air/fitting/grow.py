@@ -5,7 +5,9 @@ Call it through `air.fitting.fit.fit`. docs/optimizer.md has the search for the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor
 
 from air.fitting.grid import grid_initialization
 from air.fitting.residual import residual_peaks
-from air.gaussians import activate, anchors, grid_shape
+from air.gaussians import Gaussians, activate, anchors, grid_shape
 from air.optimization.config import OptimizeConfig
 from air.optimization.optimize import optimize
 from air.optimization.problem import Moments, StepCallback, Trajectory
@@ -65,54 +67,105 @@ class GrowthConfig:
         return [*[before] * self.growths, steps - before * self.growths]
 
 
+class Phase(Protocol):
+    """Optimises the Gaussians between two growths."""
+
+    def __call__(
+        self, raw: Tensor, anchor: Tensor, moments: Moments, config: OptimizeConfig, kept: Tensor
+    ) -> tuple[Tensor, Moments]:
+        """The Gaussians and moments after the steps of `config`. `kept` is where those of the last phase lie now."""
+        ...
+
+
 def grow(
     target: Tensor,
     num_gaussians: int,
     steps: int,
     patch_size: int,
     growth: GrowthConfig,
-    optimization: OptimizeConfig | None,
-    backend: str,
-    threads: int,
-    on_step: StepCallback | None,
-) -> tuple[Tensor, Tensor, Trajectory]:
-    """Raw Gaussians (N, 8), their anchors (N, 2) in pixels, and the trajectory of a fit within a budget.
+    optimization: OptimizeConfig,
+    run: Phase,
+    draw: Callable[[Gaussians], Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Raw Gaussians (N, 8) of a fit within a budget, and their anchors (N, 2) in pixels.
 
     Args:
         target: The image, shape (3, height, width), values in [0, 1].
         num_gaussians: The budget.
-        steps: Adam updates of all phases together.
+        steps: Updates of all phases together.
         patch_size: Pixels between the anchors of the grid at the start.
         growth: Settings of growth.
-        optimization: Learning rates and schedule; `OPTIMIZATION` if not given.
-        backend: As for `air.optimization.optimize.optimize`.
-        threads: As for `air.optimization.optimize.optimize`.
-        on_step: As for `air.optimization.optimize.optimize`; it counts the updates of all phases.
+        optimization: Learning rates, schedule and rule of every phase.
+        run: Called for every phase, in order.
+        draw: The picture (3, height, width) of Gaussians.
     """
     _, height, width = target.shape
     anchor = anchors(height, width, patch_size, target.dtype).to(target.device)
     raw = grid_initialization(target, patch_size)
-    trajectories: list[Trajectory] = []
     phases = growth.phases(steps)
     moments = Moments.fresh(raw)
+    kept = torch.arange(len(raw), device=raw.device)
     done = 0
     for phase, count in enumerate(phases):
         if phase:
-            canvas = render(activate(raw, anchor, patch_size), height, width, backend=backend, threads=threads)
+            canvas = draw(activate(raw, anchor, patch_size))
             growths_left = len(phases) - phase
             addition = -(-(num_gaussians - len(raw)) // growths_left)
-            raw, anchor, moments = _add(raw, anchor, moments, target - canvas, patch_size, addition)
+            raw, anchor, moments, kept = _add(raw, anchor, moments, target - canvas, patch_size, addition)
+        config = replace(optimization, steps=count, earlier_steps=done, later_steps=steps - done - count)
+        raw, moments = run(raw, anchor, moments, config, kept)
+        done += count
+    return raw, anchor
 
-        adam = replace(optimization or OPTIMIZATION, steps=count)
-        report = on_step and _counting_from(done, on_step)
+
+class Optimizer:
+    """The phase that `air.optimization.optimize.optimize` makes; it joins the trajectories of all phases.
+
+    Args:
+        target: The image.
+        patch_size: Pixels between the anchors of the grid at the start.
+        backend: As for `air.optimization.optimize.optimize`.
+        threads: As for `air.optimization.optimize.optimize`.
+        on_step: As for `air.optimization.optimize.optimize`; it counts the updates of all phases.
+    """
+
+    def __init__(
+        self, target: Tensor, patch_size: int, backend: str, threads: int, on_step: StepCallback | None
+    ) -> None:
+        self._target, self._patch_size = target, patch_size
+        self._backend, self._threads, self._on_step = backend, threads, on_step
+        self._trajectories: list[Trajectory] = []
+
+    def __call__(
+        self, raw: Tensor, anchor: Tensor, moments: Moments, config: OptimizeConfig, kept: Tensor
+    ) -> tuple[Tensor, Moments]:
+        """As `Phase`."""
         result = optimize(
-            raw, anchor, target, patch_size, adam, moments=moments, backend=backend, threads=threads, on_step=report
+            raw,
+            anchor,
+            self._target,
+            self._patch_size,
+            config,
+            moments=moments,
+            backend=self._backend,
+            threads=self._threads,
+            on_step=self._on_step and _counting_from(config.earlier_steps, self._on_step),
         )
         assert result.moments is not None
-        raw, moments = result.raw, result.moments
-        trajectories.append(result.trajectory)
-        done += count
-    return raw, anchor, _joined(trajectories)
+        self._trajectories.append(result.trajectory)
+        return result.raw, result.moments
+
+    def draw(self, gaussians: Gaussians) -> Tensor:
+        """The picture of Gaussians."""
+        _, height, width = self._target.shape
+        return render(gaussians, height, width, backend=self._backend, threads=self._threads)
+
+    def trajectory(self) -> Trajectory:
+        """That of all phases; the first entry of a phase, with the new Gaussians, replaces the last of the former."""
+        parts = self._trajectories
+        loss = np.concatenate([*(part.loss[:-1] for part in parts[:-1]), parts[-1].loss])
+        psnr = np.concatenate([*(part.psnr[:-1] for part in parts[:-1]), parts[-1].psnr])
+        return Trajectory(loss, psnr)
 
 
 def _counting_from(done: int, on_step: StepCallback) -> StepCallback:
@@ -130,18 +183,16 @@ def largest_grid(height: int, width: int, most: int) -> int:
 
 def _add(
     raw: Tensor, anchor: Tensor, moments: Moments, residual: Tensor, patch_size: int, count: int
-) -> tuple[Tensor, Tensor, Moments]:
-    """The Gaussians and up to `count` more, which had no update yet, placed where the residual is largest."""
+) -> tuple[Tensor, Tensor, Moments, Tensor]:
+    """The Gaussians and up to `count` more, which had no update yet, placed where the residual is largest.
+
+    The fourth tensor holds the places of the former Gaussians among all.
+    """
     new_raw, new_anchor = residual_peaks(residual, patch_size, count)
+    former = len(raw)
     raw, anchor = torch.cat([raw, new_raw]), torch.cat([anchor, new_anchor])
     moments = Moments.concatenate([moments, Moments.fresh(new_raw)])
     band = torch.floor(anchor[:, 1] / _BAND_ROWS)
     order = torch.argsort(band * residual.shape[2] + anchor[:, 0], stable=True)
-    return raw[order].contiguous(), anchor[order].contiguous(), moments[order]
-
-
-def _joined(parts: list[Trajectory]) -> Trajectory:
-    """One trajectory. The first entry of a phase has the new Gaussians and replaces the last of the phase before."""
-    loss = np.concatenate([*(part.loss[:-1] for part in parts[:-1]), parts[-1].loss])
-    psnr = np.concatenate([*(part.psnr[:-1] for part in parts[:-1]), parts[-1].psnr])
-    return Trajectory(loss, psnr)
+    kept = torch.argsort(order)[:former]
+    return raw[order].contiguous(), anchor[order].contiguous(), moments[order], kept
