@@ -19,6 +19,9 @@ GROW = "grow"
 COMPACT_PATH = Path(__file__).parent / "predictor" / "weights" / f"{COMPACT}.safetensors"
 """Path of the shipped checkpoint. An installation may lack it."""
 
+RULE_PATH = Path(__file__).parent / "optimization" / "weights" / "rule.safetensors"
+"""Path of the shipped update rule. An installation may lack it."""
+
 GRID_PATCH_SIZE, GRID_STAGES = 7, 4
 """Pixels between the grid's anchors, and its number of stages."""
 
@@ -33,6 +36,11 @@ PIXELS_PER_GAUSSIAN = 16
 
 PIXELS_PER_STORED_GAUSSIAN = 48
 """Pixels for each Gaussian that encoding grows, if no target is given."""
+
+
+def has_rule() -> bool:
+    """Whether this installation ships a learned update rule."""
+    return RULE_PATH.exists()
 
 
 def has_compact() -> bool:

@@ -16,6 +16,7 @@ from tests.support.paths import ROOT
 ORDER = [
     "air.version",
     "air.errors",
+    "air.cards",
     "air.defaults",
     "air.vector_math",
     "air.gaussians",

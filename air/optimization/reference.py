@@ -54,14 +54,7 @@ def optimize_reference(
         recorder.add(loss.item(), squared_error)
         if step == config.steps:
             break
-        difference = image - target
-        error = difference.detach().abs().mean()
-        objective = loss
-        if config.squared_fraction:
-            scale = (error if last_error is None else last_error).clamp_min(MIN_MEAN_ERROR)
-            replaced = (0.5 / scale * difference.square() - difference.abs()).mean()
-            objective = loss + config.squared_fraction * L1_WEIGHT * replaced
-        last_error = error
+        objective, last_error = descent_objective(image, target, loss, config.squared_fraction, last_error)
         (gradient,) = torch.autograd.grad(objective, raw)
         updates = (age + 1)[:, None].to(raw.dtype)
         mean = config.beta1 * mean + (1 - config.beta1) * gradient
@@ -83,3 +76,27 @@ def optimize_reference(
         raw = raw + torch.from_numpy(config.learning_rates(step)).to(raw) * moves
         age = age + 1
     return raw.detach(), Moments(mean, square, age)
+
+
+def descent_objective(
+    image: Tensor, target: Tensor, loss: Tensor, squared_fraction: float, last_error: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """What the gradient is taken of: the loss, with the squared error in place of a fraction of the L1 term.
+
+    Args:
+        image: The picture drawn, shape (3, height, width), with its autograd history.
+        target: The picture wanted.
+        loss: The loss of the two.
+        squared_fraction: As in `OptimizeConfig`.
+        last_error: The mean difference one update before; None at the first update.
+
+    Returns:
+        The objective and the present mean difference, both scalars.
+    """
+    difference = image - target
+    error = difference.detach().abs().mean()
+    if not squared_fraction:
+        return loss, error
+    scale = (error if last_error is None else last_error).clamp_min(MIN_MEAN_ERROR)
+    replaced = (0.5 / scale * difference.square() - difference.abs()).mean()
+    return loss + squared_fraction * L1_WEIGHT * replaced, error

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -169,21 +169,42 @@ class LearnedRule(nn.Module):
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)
 
-    def forward(self, features: Tensor, directions: Tensor) -> Tensor:
-        """Moves (N, 8) from features (N, 52) and directions (N, 3, 8)."""
+    def forward(self, features: Tensor) -> Tensor:
+        """Moves (N, 8) from features (N, 52)."""
         hidden = torch.relu(self.second(torch.relu(self.first(features))))
         gain, by_gradient, by_newton, free = self.last(hidden).unflatten(1, (DIRECTIONS + 1, RAW_CHANNELS)).unbind(1)
-        cautious, gradient, newton = directions.unbind(1)
+        cautious, gradient, newton = directions_of(features)
         move = (1 + gain).clamp(0, MAX_GAIN) * cautious + by_gradient * gradient + by_newton * newton + FREE_MOVE * free
         return move.clamp(-MAX_MOVE, MAX_MOVE)
 
     def move(self, state: State) -> Tensor:
         """As `UpdateRule.move`."""
-        return self(*describe(state))
+        return self(describe(state).features)
 
 
-def describe(state: State) -> tuple[Tensor, Tensor]:
-    """The features (N, 52) of raw Gaussians at one update, and the directions (N, 3, 8) that the learned rule mixes.
+def directions_of(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The directions that the learned rule mixes, each (N, 8): cautious momentum, gradient, Gauss-Newton step.
+
+    They are among the features (N, 52), but for the cautious momentum: it is zero where momentum opposes the gradient.
+    """
+    momentum, gradient, newton = features[:, : DIRECTIONS * RAW_CHANNELS].split(RAW_CHANNELS, dim=1)
+    return torch.where(momentum * gradient > 0, momentum, 0), gradient, newton
+
+
+class Description(NamedTuple):
+    """Raw Gaussians at one update.
+
+    Attributes:
+        features: What the learned rule sees, shape (N, 52).
+        curvature: Of half the squared error by each raw number, as that of a lone Gaussian, shape (N, 8).
+    """
+
+    features: Tensor
+    curvature: Tensor
+
+
+def describe(state: State) -> Description:
+    """The features of raw Gaussians at one update, and their curvatures.
 
     The features of a Gaussian are, in this order:
 
@@ -222,8 +243,7 @@ def describe(state: State) -> tuple[Tensor, Tensor]:
         ],
         dim=1,
     )
-    cautious = torch.where(state.mean * state.gradient > 0, momentum, 0)
-    return features, torch.stack([cautious, gradient, newton], dim=1)
+    return Description(features, curvature)
 
 
 def _activated(state: State) -> tuple[Tensor, Tensor, Tensor, Tensor]:

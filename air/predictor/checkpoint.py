@@ -9,8 +9,6 @@ Loading reads numbers and text only; nothing is unpickled or run.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,8 @@ from typing import Any
 import safetensors
 import safetensors.torch
 
+from air import cards
+from air.cards import checksum, weights_path, write_card
 from air.errors import CheckpointError
 from air.predictor.network import PredictorNetwork, build
 from air.version import __version__
@@ -62,12 +62,11 @@ def save_checkpoint(path: str | Path, network: PredictorNetwork, **card: Any) ->
         network: The network to store.
         card: Fields of `Card` except architecture, settings and sha256.
     """
-    path = _checked(path)
+    path = weights_path(path)
     state = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
     safetensors.torch.save_file(state, path, metadata={"format": FORMAT})
-    described = Card(network.architecture, network.settings, _checksum(path), **card)
-    document = {"format": FORMAT, **dataclasses.asdict(described)}
-    path.with_suffix(".json").write_text(json.dumps(document, indent=2, sort_keys=True) + "\n")
+    described = Card(network.architecture, network.settings, checksum(path), **card)
+    write_card(path, FORMAT, dataclasses.asdict(described))
     return described
 
 
@@ -78,7 +77,7 @@ def load_checkpoint(path: str | Path) -> tuple[PredictorNetwork, Card]:
         CheckpointError: A file is missing or is not a checkpoint of this project, or weights and card do not belong
             together.
     """
-    path = _checked(path)
+    path = weights_path(path)
     card = read_card(path)
     check_weights(path, card)
     try:
@@ -99,21 +98,8 @@ def read_card(path: str | Path) -> Card:
     Raises:
         CheckpointError: The card is missing, or is not a card of this version.
     """
-    path = _checked(path)
-    beside = path.with_suffix(".json")
-    try:
-        document = json.loads(beside.read_text())
-    except OSError as error:
-        raise CheckpointError(f"{beside}: the card of {path.name} cannot be read: {error.strerror or error}") from None
-    except ValueError as error:
-        raise CheckpointError(f"{beside}: is not JSON: {error}") from None
-    if not isinstance(document, dict) or document.pop("format", None) != FORMAT:
-        raise CheckpointError(f"{beside}: is not the card of a predictor (its format is not {FORMAT!r})")
-    if "sha256" not in document:
-        raise CheckpointError(
-            f"{beside}: names no checksum (sha256) of {path.name}, so nothing says that the two belong together: "
-            "train or import the checkpoint again with this version"
-        )
+    beside = Path(path).with_suffix(".json")
+    document = cards.read_card(path, FORMAT, "a predictor")
     try:
         card = Card(**document)
     except TypeError as error:
@@ -130,26 +116,4 @@ def check_weights(path: str | Path, card: Card) -> None:
     Raises:
         CheckpointError: The weights are missing, or the card describes another file.
     """
-    path = Path(path)
-    found = _checksum(path)
-    if found != card.sha256:
-        raise CheckpointError(
-            f"{path} is not the file that its card {path.with_suffix('.json')} describes (sha256 {found[:12]}, "
-            f"expected {card.sha256[:12]}): one of the two is damaged or of another checkpoint; copy both again from "
-            "their source"
-        )
-
-
-def _checksum(path: Path) -> str:
-    try:
-        with path.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
-
-
-def _checked(path: str | Path) -> Path:
-    path = Path(path)
-    if path.suffix != ".safetensors":
-        raise CheckpointError(f"{path}: a checkpoint is a file NAME.safetensors with a card NAME.json beside it")
-    return path
+    cards.check_weights(path, card.sha256)
