@@ -134,9 +134,7 @@ class RuleConfig(RollOutConfig, LearnerConfig):
     valid_steps: tuple[_Horizon, ...] = Field(
         (10, 20, 50, 150), min_length=1, description="updates of the fits that validation makes of each image"
     )
-    valid_pixels_per_gaussian: float = Field(
-        14.0, ge=1, le=1e6, description="pixels for each Gaussian of these fits"
-    )
+    valid_pixels_per_gaussian: float = Field(14.0, ge=1, le=1e6, description="pixels for each Gaussian of these fits")
     # These change how the work is done, not its result: they are excluded from dumps, and so from the plan.
     workers: int = Field(1, ge=1, le=1024, exclude=True, description="online: processes that roll out")
     log_every: int = Field(10, ge=1, exclude=True, description="steps between entries of metrics.jsonl")
@@ -144,7 +142,9 @@ class RuleConfig(RollOutConfig, LearnerConfig):
     checkpoint_every: int = Field(
         100, ge=1, exclude=True, description="steps between checkpoints; a stop costs that many steps at most"
     )
-    keep: int = Field(2, ge=1, le=1000, exclude=True, description="checkpoints that stay in the folder, the newest ones")
+    keep: int = Field(
+        2, ge=1, le=1000, exclude=True, description="checkpoints that stay in the folder, the newest ones"
+    )
 
     def feed(self) -> FeedConfig:
         """The order of stored samples."""

@@ -91,6 +91,15 @@ def load_rule(reference: RuleReference) -> LearnedRule:
     return rule
 
 
+def is_whole_rule(uri: str) -> bool:
+    """Whether a rule exists, with a card that fits its weights."""
+    try:
+        find_rule(uri)
+    except CheckpointError:
+        return False
+    return True
+
+
 def fresh_rule(seed: int) -> LearnedRule:
     """A rule before any training. The seed draws the hidden layers, which make no move yet."""
     import torch
