@@ -65,7 +65,8 @@ def stored_loss(
         rule: The rule that learns.
         samples: Stored samples.
         scale: Of all stored samples.
-        step_size, bound: As for `goal_of`.
+        step_size: As for `goal_of`.
+        bound: As for `goal_of`.
         curvature_weights: An error counts by its curvature over the mean one.
     """
     goal = goal_of(samples.move, samples.credit, scale.credit, step_size, bound)

@@ -210,10 +210,7 @@ class _OnlineTeacher:
             )
         if not usable:
             return [], {}
-        gradient = [
-            sum(parts[1:], start=parts[0]) / len(usable)
-            for parts in zip(*(one.gradient for one in usable), strict=True)
-        ]
+        gradient = [torch.stack(parts).mean(0) for parts in zip(*(one.gradient for one in usable), strict=True)]
         figures = {
             "objective": sum(one.objective for one in usable) / len(usable),
             "psnr": sum(one.psnr for one in usable) / len(usable),

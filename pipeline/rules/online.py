@@ -46,7 +46,7 @@ def lesson(pictures: Sequence[Picture], rule: LearnedRule, config: RuleConfig, s
     picture = pictures[seed_of(config.seed, "picture", step, number) % len(pictures)]
     try:
         _, rgb = picture.read()
-        draw = draw_fit(*rgb.shape[:2], config, seed)
+        draw = draw_fit(rgb.shape[0], rgb.shape[1], config, seed)
         fraction = fraction_for(config.samples, draw, config.growth())
         result = run_fit(rgb, draw, rule, config, fraction)
     except Rejected as rejection:

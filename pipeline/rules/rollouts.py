@@ -71,7 +71,7 @@ class RollOutJob:
         rgb = images.decode(image.data, background=config.background, max_pixels=config.max_pixels)
         rows = []
         for fit in range(config.fits):
-            draw = draw_fit(*rgb.shape[:2], config, seed_of(config.seed, image.key, fit))
+            draw = draw_fit(rgb.shape[0], rgb.shape[1], config, seed_of(config.seed, image.key, fit))
             about = {"key": image.key, "fit": fit, "shard": image.unit, "rule": self._rule.model}
             rows.append({**about, **roll_out_columns(rgb, draw, load_rule(self._rule), config)})
         return rows
