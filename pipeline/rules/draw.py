@@ -100,7 +100,7 @@ def run_fit(rgb: np.ndarray, draw: FitDraw, rule: LearnedRule, config: RollOutCo
         fraction: Fraction of the Gaussians that each update draws as samples.
 
     Raises:
-        Rejected: `non_finite`: the fit gave numbers that are not finite.
+        Rejected: `non_finite`: the fit gave numbers that are not finite, or a loss of 0, whose logarithm is not.
     """
     from air.arguments import image_tensor
     from air.compute.threads import limit_torch
@@ -122,13 +122,14 @@ def run_fit(rgb: np.ndarray, draw: FitDraw, rule: LearnedRule, config: RollOutCo
             )
         except (InvalidGaussiansError, NonFiniteLossError) as error:
             raise Rejected(Reason.NON_FINITE, str(error)) from None
-    sound = np.isfinite(result.loss).all() and all(
+    positive = bool((np.isfinite(result.loss) & (result.loss > 0)).all())  # the objective is a sum of their logarithms
+    sound = positive and all(
         bool(values.isfinite().all()) for values in (result.features, result.move, result.credit, result.curvature)
     )
     if not sound:
         raise Rejected(
             Reason.NON_FINITE,
-            f"a roll-out of {draw.steps} updates gave numbers that are not finite, as a crop of a single colour does "
+            f"a roll-out of {draw.steps} updates gave losses whose logarithm is not finite, as a black crop does "
             f"({draw.width} x {draw.height} pixels at {draw.left}, {draw.top})",
         )
     return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import duckdb
@@ -10,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 
 from air.fitting.grow import GrowthConfig
 from air.fitting.rollout import CreditConfig
@@ -103,8 +105,6 @@ def test_a_rule_from_a_file_is_held_to_its_checksum(shards: Path, tmp_path: Path
 
 
 def test_an_image_that_teaches_nothing_is_quarantined_with_a_reason(pictures: Path, tmp_path: Path) -> None:
-    from PIL import Image
-
     Image.new("RGB", (32, 32)).save(pictures / "black.png")
     Image.new("RGB", (40, 3), (9, 200, 1)).save(pictures / "thin.png")
     shard([str(pictures)], str(tmp_path / "shards"), ShardConfig(), INLINE)
@@ -139,8 +139,6 @@ def test_duckdb_reads_the_vectors(roll_outs: Path) -> None:
 @pytest.mark.parametrize("turn", range(8))
 def test_a_turn_is_what_its_bits_say(turn: int) -> None:
     rgb = np.arange(6 * 9 * 3, dtype=np.uint8).reshape(6, 9, 3)
-    from dataclasses import replace
-
     draw = replace(draw_fit(16, 16, RollOutConfig(crop=8), 0), top=1, left=2, height=4, width=5, turn=turn)
     turned = cut(rgb, draw)
     y, x = 3, 1  # a pixel of the crop
@@ -161,11 +159,9 @@ def test_fits_are_drawn_within_their_bounds_and_store_about_as_many_samples_as_a
     # Log-uniform: half of them lie below the geometric mean.
     assert abs(np.mean(np.array(gaussians) < np.sqrt(187 * 6583)) - 0.5) < 0.1
     assert abs(np.mean([draw.steps < np.sqrt(8 * 150) for draw in draws]) - 0.5) < 0.1
-    rgb = np.random.default_rng(0).integers(0, 255, (192, 192, 3)).astype(np.uint8)
+    rgb = np.random.default_rng(0).integers(0, 255, (512, 768, 3)).astype(np.uint8)
     draw = next(draw for draw in draws if draw.steps * draw.num_gaussians > 20_000)
-    result = run_fit(
-        rgb, draw_fit(192, 192, config, draw.seed), fresh_rule(0), config, fraction_for(4000, draw, config.growth())
-    )
+    result = run_fit(rgb, draw, fresh_rule(0), config, fraction_for(4000, draw, config.growth()))
     assert len(result) == pytest.approx(4000, rel=0.1)
 
 
