@@ -5,7 +5,7 @@ Every command checks every section of a configuration file, so this module loads
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -118,9 +118,12 @@ class RuleConfig(RollOutConfig, LearnerConfig):
     window: int = Field(
         8, ge=1, le=4096, description="stored: row groups, of 64 MB each at most, whose samples are mixed at a time"
     )
-    step_size: float = Field(
-        0.5, gt=0, le=100, description="stored: how far the goal lies from the move, for a credit of mean size"
+    goal: Literal["curvature", "size"] = Field(
+        "curvature",
+        description="stored: what a credit is divided by, to give the way to the goal: its curvature, as Newton's "
+        "step does, or the root mean square of all credits of its raw number",
     )
+    step_size: float = Field(0.5, gt=0, le=100, description="stored: fraction of that way at which the goal lies")
     bound: float = Field(1.5, gt=0, le=100, description="stored: the farthest that a goal lies from the move")
     curvature_weights: bool = Field(False, description="stored: errors count by the curvature, not alike")
     roll_outs: int = Field(1, ge=1, le=10_000, description="online: fits of a step")

@@ -11,9 +11,13 @@ import torch
 from torch import Tensor
 
 from air.optimization.rule import LearnedRule
+from pipeline.rules.config import RuleConfig
 
 _CHUNK = 32_768
 """Samples whose activations are in memory at a time."""
+
+_RIDGE = 0.1
+"""Times the mean curvature, this is added to a curvature that a credit is divided by."""
 
 _LEAST = 1e-30
 """The least size of a credit or curvature that something is divided by."""
@@ -49,29 +53,27 @@ def goal_of(move: Tensor, credit: Tensor, scale: Tensor, step_size: float, bound
     Args:
         move: The moves, shape (M, 8).
         credit: Derivatives of the objective by them, shape (M, 8).
-        scale: A typical size of each number's credit, shape (8,).
+        scale: What the credits are divided by, shape (8,) or (M, 8): their size, or the curvatures.
         step_size: Length of the step for a credit of that size, in learning rates.
         bound: The longest step, in learning rates.
     """
     return move - (step_size * credit / scale.clamp_min(_LEAST)).clamp(-bound, bound)
 
 
-def stored_loss(
-    rule: LearnedRule, samples: Samples, scale: Scale, step_size: float, bound: float, curvature_weights: bool
-) -> Tensor:
+def stored_loss(rule: LearnedRule, samples: Samples, scale: Scale, config: RuleConfig) -> Tensor:
     """Mean squared distance of the rule's moves from their goals, in learning rates; a scalar.
 
     Args:
         rule: The rule that learns.
         samples: Stored samples.
         scale: Of all stored samples.
-        step_size: As for `goal_of`.
-        bound: As for `goal_of`.
-        curvature_weights: An error counts by its curvature over the mean one.
+        config: How far goals lie, and how errors count.
     """
-    goal = goal_of(samples.move, samples.credit, scale.credit, step_size, bound)
+    by_curvature = samples.curvature + _RIDGE * scale.curvature
+    divisor = by_curvature if config.goal == "curvature" else scale.credit
+    goal = goal_of(samples.move, samples.credit, divisor, config.step_size, config.bound)
     error = (rule(samples.features) - goal).square()
-    if curvature_weights:
+    if config.curvature_weights:
         error = error * (samples.curvature / scale.curvature.clamp_min(_LEAST))
     return error.mean()
 

@@ -171,7 +171,7 @@ class _StoredTeacher:
         """As `_Teacher.teach`."""
         config = self._config
         samples = self._feed.batch(state.step)
-        loss = stored_loss(state.rule, samples, self._scale, config.step_size, config.bound, config.curvature_weights)
+        loss = stored_loss(state.rule, samples, self._scale, config)
         state.samples += len(samples.move)
         gradient = torch.autograd.grad(loss, list(state.rule.parameters()))
         figures = {"loss": float(loss.detach())}

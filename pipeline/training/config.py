@@ -87,7 +87,7 @@ class TrainConfig(FeedConfig, AugmentConfig, LossConfig, OptimizerConfig):
         description="pod: towards optimised Gaussians; finetune: all stages jointly through the renderer; refine: "
         "finetune a checkpoint on other data; patch: finetune a checkpoint at another patch size; quantize: finetune "
         "a checkpoint together with the quantiser that stores its Gaussians; rule: learn an update rule of the "
-        "optimiser, with the options of `air train --phase rule --help`",
+        "optimiser, which has options of its own",
     )
     from_: str | None = Field(None, alias="from", description="checkpoint to begin with; default: fresh weights")
     targets: Literal["offline", "online"] = Field(

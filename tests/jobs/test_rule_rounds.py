@@ -24,7 +24,7 @@ HELD_OUT = ("china.jpg", "chelsea.png", "coins.png")
 SIDE = 256
 ROUNDS = 2
 FITS = 8
-LEAST_GAIN = 0.3
+LEAST_GAIN = 0.15
 """dB after 10 updates, over the cautious Adam with kept moments, which is the rule before any training."""
 
 INLINE = RunnerConfig(executor="inline")

@@ -29,10 +29,13 @@ def test_a_goal_lies_against_the_credit_and_no_farther_than_the_bound() -> None:
 def test_the_stored_loss_is_the_mean_squared_distance_from_the_goals() -> None:
     rule, samples = fresh_rule(0), make_samples()
     scale = Scale(torch.full((8,), 2.0), torch.full((8,), 0.5))
-    error = (rule(samples.features) - goal_of(samples.move, samples.credit, scale.credit, 0.3, 1.0)).square()
-    torch.testing.assert_close(stored_loss(rule, samples, scale, 0.3, 1.0, False), error.mean())
-    weighted = (error * samples.curvature / 0.5).mean()
-    torch.testing.assert_close(stored_loss(rule, samples, scale, 0.3, 1.0, True), weighted)
+    for goal, divisor in (("size", scale.credit), ("curvature", samples.curvature + 0.05)):
+        config = RuleConfig.model_validate({"goal": goal, "step_size": 0.3, "bound": 1.0})
+        error = (rule(samples.features) - goal_of(samples.move, samples.credit, divisor, 0.3, 1.0)).square()
+        torch.testing.assert_close(stored_loss(rule, samples, scale, config), error.mean())
+        weighted = config.model_copy(update={"curvature_weights": True})
+        expected = (error * samples.curvature / 0.5).mean()
+        torch.testing.assert_close(stored_loss(rule, samples, scale, weighted), expected)
 
 
 def test_the_online_gradient_is_that_of_credit_times_move() -> None:
