@@ -16,6 +16,12 @@ COMPACT = "compact"
 GROW = "grow"
 """Given in place of a predictor: Gaussians are not predicted, but grow in a fit within a budget (`air.fit`)."""
 
+ADAM = "adam"
+"""The update rule before any training, which is the cautious Adam."""
+
+SHIPPED = "shipped"
+"""The update rule that this package ships."""
+
 COMPACT_PATH = Path(__file__).parent / "predictor" / "weights" / f"{COMPACT}.safetensors"
 """Path of the shipped checkpoint. An installation may lack it."""
 

@@ -10,7 +10,7 @@ import argparse
 import json
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from pydantic.fields import FieldInfo
@@ -41,6 +41,19 @@ class _Parser(argparse.ArgumentParser):
         if key in self.renamed:
             return f" ({flag} is now called {_flag(self.renamed[key])})"
         return suggestion(flag, self._option_string_actions)
+
+
+def option_value(arguments: Sequence[str], flag: str) -> str | None:
+    """The value that a command line gives an option, before it is parsed; None if it does not give the option.
+
+    A command whose option chooses between two sets of options looks here which parser to make.
+    """
+    value = None
+    for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        name, equals, given = word.partition("=")
+        if name == flag:
+            value = given if equals else following
+    return value
 
 
 def make_parser(command: str, description: str | None, *models: type[Config]) -> argparse.ArgumentParser:

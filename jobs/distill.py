@@ -5,11 +5,14 @@ with a reason. After a stop, the same command goes on; `air status OUT` shows ho
 
   air distill shards/ targets/ --predictor grid --patch-size 5 --steps 50
   air distill shards/ targets-2/ --predictor run-1/best.safetensors
+
+With --rule it rolls out an update rule and stores what its moves should have been; `air distill --rule adam --help`
+has the options of that.
 """
 
 from collections.abc import Sequence
 
-from jobs.command import configure, make_parser
+from jobs.command import configure, make_parser, option_value
 from jobs.display import show
 from jobs.report import counted, print_outcome
 from pipeline.bulk.distill import DistillConfig, DistillJob
@@ -43,7 +46,12 @@ def distill(source_uri: str, output_uri: str, config: DistillConfig, runner: Run
 
 def main(arguments: Sequence[str]) -> int:
     """The command."""
+    if option_value(arguments, "--rule") is not None:
+        from jobs.distill_rule import main as distill_rule
+
+        return distill_rule(arguments)
     parser = make_parser("distill", __doc__, DistillConfig, RunnerConfig)
+    parser.add_argument("--rule", metavar="RULE", help="roll out this update rule in place of making targets")
     parser.add_argument("shards", metavar="SHARDS", help="output of `air shard`, or a folder of WebDataset tars")
     parser.add_argument("out", metavar="OUT", help="folder for the targets; a local path or a URI")
     given = parser.parse_args(arguments)

@@ -34,7 +34,11 @@ def mean_psnr(summed: Callable[[str], float]) -> float | None:
     Args:
         summed: The sum of the job's summaries under a name.
     """
-    for total, count in (("psnr_target_sum", "psnr_views"), ("psnr_sum", "images")):
+    for total, count in (
+        ("psnr_target_sum", "psnr_views"),
+        ("psnr_last_sum", "fits"),
+        ("psnr_sum", "images"),
+    ):
         if summed(total) and summed(count):
             return summed(total) / summed(count)
     return None

@@ -49,13 +49,18 @@ class FitConfig(Config):
 
 
 def sections() -> dict[str, type[Config]]:
-    """The configuration class of every section: one per command, `trainer` for training and `runner` for other jobs."""
+    """The configuration class of every section.
+
+    There is one per command; `rollout` for `air distill --rule` and `rule` for `air train --phase rule`; `trainer` for
+    other training and `runner` for other jobs.
+    """
     # Imported here, so that a command starts without the other commands' modules.
     from pipeline.bulk.decode import DecodeConfig
     from pipeline.bulk.distill import DistillConfig
     from pipeline.bulk.encode import EncodeConfig
     from pipeline.bulk.shard import ShardConfig
     from pipeline.evaluation.config import EvaluateConfig
+    from pipeline.rules.config import DistillRuleConfig, RuleConfig
     from pipeline.training.config import TrainConfig, TrainerConfig
 
     return {
@@ -63,7 +68,9 @@ def sections() -> dict[str, type[Config]]:
         "fit": FitConfig,
         "shard": ShardConfig,
         "distill": DistillConfig,
+        "rollout": DistillRuleConfig,
         "train": TrainConfig,
+        "rule": RuleConfig,
         "trainer": TrainerConfig,
         "evaluate": EvaluateConfig,
         "encode": EncodeConfig,

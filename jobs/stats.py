@@ -1,8 +1,10 @@
-"""Summarises distillation targets or encoded images through DuckDB, or runs your own query over them.
+"""Summarises targets, roll-outs of a rule or encoded images through DuckDB, or runs your own query over them.
 
 --sql has these views:
   views       of targets: one row per view of an image, with the columns of the table and psnr (dB after the last stage)
   gaussians   of targets: one row per Gaussian: key, view, stage, anchor, predicted_x, target_x, ... target_blue
+  roll_outs   of roll-outs: one row per fit of an image, with the columns of the table
+  samples     of roll-outs: one row per sample: key, fit, update, and the lists features, move, credit, curvature
   images      of encoded images: one row per image, with the columns of the table
   shards      one row per commit: unit, samples, seconds, rejected, and the map summary, as in summary['pixels']
   quarantine  one row per image that could not be used
@@ -22,6 +24,7 @@ from jobs.command import make_parser
 from jobs.report import print_table
 from pipeline.errors import ConfigError
 from pipeline.reports.query import connect
+from pipeline.rules.rollouts import JOB as ROLL_OUT_JOB
 from pipeline.storage.open import open_storage
 from pipeline.work.plan import read_plan
 
@@ -51,6 +54,13 @@ _ENCODING_TIMES = """
     select sum(summary['decode_seconds']), sum(summary['encode_seconds']), sum(summary['measure_seconds'])
     from shards
 """
+_ROLL_OUTS = """
+    select count(distinct key), count(*), coalesce(sum(samples), 0)::bigint, avg(samples), avg(steps),
+           avg(num_gaussians), avg(height * width), avg(psnr[1]), avg(psnr[-1])
+    from roll_outs
+"""
+_SIZES = "select sqrt(avg(move[N] ** 2)), sqrt(avg(credit[N] ** 2)), avg(curvature[N]) from samples"
+_NUMBERS = ("offset x", "offset y", "scale 1", "scale 2", "angle", "red", "green", "blue")
 _QUANTILES = (0.01, 0.1, 0.5, 0.9, 0.99)
 _SHAPES = f"""
     with shapes as (
@@ -88,8 +98,10 @@ def main(arguments: Sequence[str]) -> int:
     with connect(output) as connection:
         if given.sql is not None:
             _print_query(connection, given.sql, given.format)
-        elif read_plan(output).job == "encode":
+        elif (job := read_plan(output).job) == "encode":
             print_encoded(connection, given.targets)
+        elif job == ROLL_OUT_JOB:
+            print_roll_outs(connection, given.targets)
         else:
             print_summary(connection, given.targets)
     return 0
@@ -137,6 +149,30 @@ def _print_stages_and_shapes(connection: duckdb.DuckDBPyConnection) -> None:
     names = ("larger scale, px", "smaller scale, px", "anisotropy", "amplitude")
     shapes = [(name, *values) for name, values in zip(names, _one(connection, _SHAPES), strict=True)]
     print_table("optimised Gaussians, approximate quantiles", ("", *(f"{q:.0%}" for q in _QUANTILES)), shapes)
+
+
+def print_roll_outs(connection: duckdb.DuckDBPyConnection, title: str) -> None:
+    """Prints the summary of roll-outs: fits, samples, sizes of moves and credits, time, quarantine."""
+    names = (
+        "images",
+        "roll-outs",
+        "samples",
+        "samples per roll-out",
+        "updates per roll-out",
+        "most Gaussians, mean",
+        "pixels per roll-out",
+        "PSNR before the first update, dB",
+        "PSNR after the last update, dB",
+    )
+    values = _one(connection, _ROLL_OUTS)
+    print_table(f"roll-outs in {title}", ("", "value"), [*zip(names, values, strict=True), *_times(connection)])
+    if values[2]:
+        sizes = [
+            (name, *_one(connection, _SIZES.replace("N", str(number)))) for number, name in enumerate(_NUMBERS, start=1)
+        ]
+        columns = ("raw number", "move, learning rates", "credit", "curvature")
+        print_table("root mean square of moves and credits, mean curvature", columns, sizes)
+    _print_quarantine(connection)
 
 
 def print_encoded(connection: duckdb.DuckDBPyConnection, title: str) -> None:

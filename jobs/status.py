@@ -62,7 +62,10 @@ def main(arguments: Sequence[str]) -> int:
 
 def print_training(title: str, output: Storage, plan: Plan) -> None:
     """Prints how far a training run is, by its checkpoints and metrics."""
-    from pipeline.training.audit import standing
+    if plan.config.get("phase") == "rule":
+        from pipeline.rules.audit import standing
+    else:
+        from pipeline.training.audit import standing
 
     run = standing(output)
     rows: list[tuple[str, object]] = [

@@ -5,6 +5,8 @@ last.safetensors with their cards, metrics.jsonl, TensorBoard events and checkpo
 goes on from the last checkpoint.
 
   air train shards/ run/ --steps 20000 --valid validation-pictures/
+
+With --phase rule it learns an update rule of the optimiser; `air train --phase rule --help` has the options of that.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from jobs.command import configure, make_parser
+from jobs.command import configure, make_parser, option_value
 from pipeline.errors import ConfigError
 from pipeline.training.config import TrainConfig, TrainerConfig
 from pipeline.training.plan import plan_training
@@ -40,7 +42,7 @@ def train(
     from jobs.train_display import show_training
 
     job = plan_training(source_uri, output_uri, config, trainer, valid)
-    with show_training(config) as report:
+    with show_training(config.steps, config.max_seconds) as report:
         if trainer.executor == "inline":
             from pipeline.training.group import Group
             from pipeline.training.loop import train as train_here
@@ -53,6 +55,10 @@ def train(
 
 def main(arguments: Sequence[str]) -> int:
     """The command."""
+    if option_value(arguments, "--phase") == "rule":
+        from jobs.train_rule import main as train_rule
+
+        return train_rule(arguments)
     parser = make_parser("train", __doc__, TrainConfig, TrainerConfig)
     parser.add_argument("input", metavar="INPUT", help="output of `air shard` or of `air distill`")
     parser.add_argument("out", metavar="OUT", help="folder for the run; a local path or a URI")

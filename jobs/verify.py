@@ -24,8 +24,12 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--repair", action="store_true", help="take back the commits that do not verify")
     given = parser.parse_args(arguments)
     output = open_storage(given.out)
-    training = read_plan(output).job == "train"
-    if training:
+    plan = read_plan(output)
+    training = plan.job == "train"
+    if training and plan.config.get("phase") == "rule":
+        from pipeline.rules.audit import repair_rule as repair
+        from pipeline.rules.audit import verify_rule as verify
+    elif training:
         from pipeline.training.audit import repair_run as repair
         from pipeline.training.audit import verify_run as verify
     else:

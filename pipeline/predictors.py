@@ -67,10 +67,7 @@ class PredictorReference:
             plan: The plan of a job.
             key: The key of the configuration that holds the predictor's name.
         """
-        if not self.sha256:
-            return plan
-        held = f"{self.model}, sha256 {self.sha256}"
-        return plan.model_copy(update={"config": {**plan.config, key: held}})
+        return plan.holding(key, self.model, self.sha256)
 
 
 def find_predictor(name: str, patch_size: int | None = None, others: Sequence[str] = (GRID,)) -> PredictorReference:
@@ -169,7 +166,18 @@ def local_checkpoint(name: str) -> Iterator[Path]:
         yield checkpoint_path(name)
         return
     checkpoint_path(name)  # its message is clearer than that of a missing file
-    storage, file = open_parent(name)
+    with local_weights(name) as path:
+        yield path
+
+
+@contextmanager
+def local_weights(uri: str) -> Iterator[Path]:
+    """A file NAME.safetensors on this machine, its card beside it. Remote files are copied for the time being.
+
+    Raises:
+        StorageError: A remote file cannot be fetched.
+    """
+    storage, file = open_parent(uri)
     if storage.root.startswith("/"):
         yield Path(storage.root) / file
         return

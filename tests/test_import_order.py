@@ -47,6 +47,7 @@ ORDER = [
     "pipeline.inputs",
     "pipeline.bulk",
     "pipeline.training",
+    "pipeline.rules",
     "pipeline.evaluation",
     "pipeline.reports",
     "jobs",

@@ -35,6 +35,18 @@ Adam's moments survive growth, so these rates are lower than those of a plain gr
 gradient, since plain Adam overshoots where new Gaussians appear beside old ones.
 """
 
+
+def rule_training_config(steps: int) -> OptimizeConfig:
+    """Settings of a growing fit by a learned rule, the same where the rule is trained and where it is used.
+
+    They are `OPTIMIZATION` with the gradient of the squared error in place of that of the L1 term.
+
+    Args:
+        steps: Number of updates, at least 0.
+    """
+    return replace(OPTIMIZATION, steps=steps, squared_fraction=1.0)
+
+
 _BAND_ROWS = 8  # Gaussians are sorted into bands of this many rows, then by x, so that drawing stays in the cache
 
 

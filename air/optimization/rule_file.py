@@ -18,9 +18,6 @@ from air.version import __version__
 
 FORMAT = "air-rule-1"
 
-SHIPPED = "shipped"
-"""The name of the rule that this package ships."""
-
 _SHAPE = {"own_features": OWN_FEATURES, "shared_features": SHARED_FEATURES, "hidden": HIDDEN}
 
 

@@ -44,6 +44,14 @@ def _per_stage(name: str, kind: pa.DataType, unit: str) -> pa.Field:
     return _field(name, pa.list_(pa.field("element", kind, nullable=False)), f"per stage: {unit}")
 
 
+def _vector(size: int) -> pa.DataType:
+    return pa.list_(pa.field("element", pa.float32(), nullable=False), size)
+
+
+def _per_sample(name: str, kind: pa.DataType, unit: str) -> pa.Field:
+    return _field(name, pa.list_(pa.field("element", kind, nullable=False)), f"per sample: {unit}")
+
+
 TARGETS = pa.schema(
     [
         _field("key", pa.string(), "identifies the image"),
@@ -71,6 +79,50 @@ TARGETS = pa.schema(
     ]
 )
 """Distillation targets: one row per view, sorted by shard, key and view."""
+
+RULE_FEATURES, RAW_NUMBERS = 52, 8
+"""Lengths of the vectors of a roll-out: what an update rule sees of a Gaussian, and the raw numbers that it moves."""
+
+ROLL_OUTS = pa.schema(
+    [
+        _field("key", pa.string(), "identifies the image"),
+        _field("fit", pa.int32(), "number of the fit of the image, from 0"),
+        _field("shard", pa.string(), "shard that held the image"),
+        _field("seed", pa.uint64(), "seed of the fit, from the plan's seed, key and fit"),
+        _field("top", pa.int32(), "pixels of the image above the crop"),
+        _field("left", pa.int32(), "pixels of the image to the left of the crop"),
+        _field("height", pa.int32(), "pixels of the crop, before it is turned"),
+        _field("width", pa.int32(), "pixels of the crop, before it is turned"),
+        _field("turn", pa.int8(), "sum of 1: left and right swapped, 2: top and bottom swapped, 4: then transposed"),
+        _field("patch_size", pa.int32(), "pixels between the anchors of the grid at the start"),
+        _field("num_gaussians", pa.int32(), "most Gaussians of the fit"),
+        _field("steps", pa.int32(), "updates of the fit"),
+        _field("start_fraction", pa.float64(), "fraction of the Gaussians in the grid at the start"),
+        _field("growths", pa.int32(), "times that Gaussians are added"),
+        _field("growth_fraction", pa.float64(), "fraction of the steps before the last growth"),
+        _field("discount", pa.float64(), "weight of a later loss as against the loss before it"),
+        _field("final_weight", pa.float64(), "additional weight of the last loss"),
+        _field("rule", pa.string(), "rule that made the moves: adam, or rule:checksum of its weights"),
+        _field("fraction", pa.float64(), "fraction of the Gaussians that each update drew as samples"),
+        _field("samples", pa.int32(), "samples of the fit, which all lists per sample have"),
+        _field(
+            "loss",
+            pa.list_(pa.field("element", pa.float32(), nullable=False)),
+            "per picture: 0.7 L1 + 0.3 (1 - SSIM) before every update, and after the last",
+        ),
+        _field(
+            "psnr",
+            pa.list_(pa.field("element", pa.float32(), nullable=False)),
+            "per picture: dB before every update, and after the last",
+        ),
+        _per_sample("update", pa.int32(), "number of the update in the fit, from 0"),
+        _per_sample("features", _vector(RULE_FEATURES), "what the rule saw of the Gaussian"),
+        _per_sample("move", _vector(RAW_NUMBERS), "move of each raw number, in scheduled learning rates"),
+        _per_sample("credit", _vector(RAW_NUMBERS), "derivative of the objective by the move"),
+        _per_sample("curvature", _vector(RAW_NUMBERS), "second derivative of the objective by each number of the move"),
+    ]
+)
+"""Roll-outs of an update rule: one row per fit of a crop, sorted by shard, key and fit."""
 
 ENCODED = pa.schema(
     [
@@ -196,14 +248,14 @@ def open_writer(path: str, schema: pa.Schema) -> pq.ParquetWriter:
     dictionaries = []
     encodings = {}
     for field in schema:
-        nested = pa.types.is_list(field.type)
-        column = f"{field.name}.list.element" if nested else field.name
-        kind = field.type.value_type if nested else field.type
+        column, kind = field.name, field.type
+        while pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind):
+            column, kind = f"{column}.list.element", kind.value_type
         if pa.types.is_floating(kind):
             encodings[column] = "BYTE_STREAM_SPLIT"
         elif field.name == "anchor":
             encodings[column] = "DELTA_BINARY_PACKED"
-        elif field.name in ("shard", "stage", "reason", "predictor", "codec"):
+        elif field.name in ("shard", "stage", "reason", "predictor", "codec", "rule"):
             dictionaries.append(column)
     options: dict[str, Any] = {"use_dictionary": dictionaries or False, "column_encoding": encodings or None}
     return pq.ParquetWriter(path, schema, compression="zstd", **options)

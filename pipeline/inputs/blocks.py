@@ -56,8 +56,8 @@ def find_blocks(source: Storage) -> tuple[str, list[Unit], list[Block]]:
     """
     job = read_plan(source).job if source.exists(PLAN_PATH) else "shard"
     if job == "distill":
-        units = _target_units(source)
-        blocks = [block for unit in units for block in _row_groups(source, unit)]
+        units = committed_files(source)
+        blocks = [block for unit in units for block in row_groups(source, unit)]
         kind = "targets"
     elif job == "shard":
         units = list_shards(source)
@@ -73,13 +73,18 @@ def find_blocks(source: Storage) -> tuple[str, list[Unit], list[Block]]:
     return kind, units, blocks
 
 
-def _target_units(source: Storage) -> list[Unit]:
+def committed_files(source: Storage) -> list[Unit]:
+    """The files of a job that has finished, as units of a plan.
+
+    Raises:
+        TrainingError: Some units of the job's plan are not committed.
+    """
     plan = read_plan(source)
     missing = {unit.name for unit in plan.units} - committed_units(source)
     if missing:
         raise TrainingError(
             f"{source.uri()} is not finished: {len(missing)} of {len(plan.units)} shards are missing "
-            f"({min(missing)} first); run the same `air distill` again"
+            f"({min(missing)} first); run the same `air {plan.job}` again"
         )
     return [
         Unit(
@@ -94,7 +99,12 @@ def _target_units(source: Storage) -> list[Unit]:
     ]
 
 
-def _row_groups(source: Storage, unit: Unit) -> Iterator[Block]:
+def row_groups(source: Storage, unit: Unit) -> Iterator[Block]:
+    """The row groups of a Parquet file as blocks of rows.
+
+    Raises:
+        DamagedDataError: The file is not a whole Parquet file.
+    """
     with source.open(unit.input) as stream:
         try:
             metadata = pq.ParquetFile(stream).metadata
@@ -140,8 +150,8 @@ class BlockReader:
         self._blocks = blocks
         self._columns = None if with_targets else ["key", "view", "image"]
         # One more than the window: a batch may reach from one window into the next.
-        self._open: _RecentlyUsed[int, TarIndex | pa.Table] = _RecentlyUsed(window + 1, lambda block: 1, _close)
-        self._decoded: _RecentlyUsed[tuple[int, int], np.ndarray] = _RecentlyUsed(cache_bytes, lambda rgb: rgb.nbytes)
+        self._open: RecentlyUsed[int, TarIndex | pa.Table] = RecentlyUsed(window + 1, lambda block: 1, _close)
+        self._decoded: RecentlyUsed[tuple[int, int], np.ndarray] = RecentlyUsed(cache_bytes, lambda rgb: rgb.nbytes)
         self._with_targets = with_targets
 
     def read(self, block: int, row: int) -> RawSample:
@@ -197,7 +207,7 @@ Key = TypeVar("Key", bound=Hashable)
 Value = TypeVar("Value")
 
 
-class _RecentlyUsed(Generic[Key, Value]):
+class RecentlyUsed(Generic[Key, Value]):
     """A cache of the values used last, up to a total size.
 
     Args:

@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from pipeline.errors import StorageError
 from pipeline.formats import tables
+from pipeline.rules.rollouts import JOB as ROLL_OUT_JOB
 from pipeline.storage.base import Storage
 from pipeline.work.manifest import Manifest, read_manifests
 from pipeline.work.plan import read_plan
@@ -30,8 +31,8 @@ _COMMITS = pa.schema(
 def connect(output: Storage) -> Iterator[duckdb.DuckDBPyConnection]:
     """A DuckDB connection with views over the output of `air distill` or `air encode`.
 
-    Both have the views `shards` and `quarantine`. Output of `air distill` also has `views` and `gaussians`; output of
-    `air encode` also has `images`.
+    Both have the views `shards` and `quarantine`. Output of `air distill` also has `views` and `gaussians`, that of
+    `air distill --rule` `roll_outs` and `samples`; output of `air encode` also has `images`.
 
     Local files are read in place. Remote files are copied to this machine first, because DuckDB's own readers for
     object stores are extensions that would have to be downloaded.
@@ -40,7 +41,7 @@ def connect(output: Storage) -> Iterator[duckdb.DuckDBPyConnection]:
         StorageError: The folder is not the output of one of these jobs, or nothing is committed yet.
     """
     plan = read_plan(output)
-    if plan.job not in ("distill", "encode"):
+    if plan.job not in ("distill", ROLL_OUT_JOB, "encode"):
         raise StorageError(f"{output.uri()} is the output of `air {plan.job}`, not of `air distill` or `air encode`")
     manifests = list(read_manifests(output))
     if not manifests:
@@ -55,6 +56,9 @@ def connect(output: Storage) -> Iterator[duckdb.DuckDBPyConnection]:
         )
         if plan.job == "encode":
             connection.execute(f"create view images as select * from {_parquet(rows)}")
+        elif plan.job == ROLL_OUT_JOB:
+            connection.execute(f"create view roll_outs as select * from {_parquet(rows)}")
+            connection.execute(f"create view samples as select {_unnested_samples()} from roll_outs")
         else:
             connection.execute(f"create view views as select *, psnr_target[-1] as psnr from {_parquet(rows)}")
             connection.execute(f"create view gaussians as select {_unnested()} from views")
@@ -67,8 +71,17 @@ def connect(output: Storage) -> Iterator[duckdb.DuckDBPyConnection]:
 
 
 def _unnested() -> str:
-    lists = [field.name for field in tables.TARGETS if "per Gaussian" in field.metadata[b"unit"].decode()]
-    return ", ".join(["key", "view", *(f"unnest({name}) as {name}" for name in lists)])
+    return ", ".join(["key", "view", *_unnest(tables.TARGETS, "per Gaussian")])
+
+
+def _unnested_samples() -> str:
+    return ", ".join(["key", "fit", *_unnest(tables.ROLL_OUTS, "per sample")])
+
+
+def _unnest(schema: pa.Schema, unit: str) -> list[str]:
+    """Expressions that give a row to each entry of the lists whose unit begins so."""
+    lists = [field.name for field in schema if field.metadata[b"unit"].decode().startswith(unit)]
+    return [f"unnest({name}) as {name}" for name in lists]
 
 
 def _parquet(paths: Sequence[str]) -> str:

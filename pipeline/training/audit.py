@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from air.errors import CheckpointError
@@ -73,7 +73,7 @@ def verify_run(output: Storage) -> Iterator[str]:
     plan_hash = read_plan(output).hash
     saved = checkpoints(output)
     for folder in saved:
-        yield from _verify_folder(output, folder, plan_hash)
+        yield from verify_folder(output, folder, plan_hash)
     try:
         found = standing(output)
     except (DamagedDataError, TrainingError) as error:
@@ -90,26 +90,34 @@ def verify_run(output: Storage) -> Iterator[str]:
         yield f"the run is not finished: its newest checkpoint is of step {found.step} of {found.steps}"
 
 
-def repair_run(output: Storage) -> list[str]:
+def repair_run(output: Storage, kinds: Sequence[str] = KINDS) -> list[str]:
     """Removes damaged checkpoints, so that the run goes on from the newest intact one; returns the removed folders."""
-    damaged = [folder for folder in checkpoints(output) if any(_damage(output, folder))]
+    damaged = [folder for folder in checkpoints(output) if any(_damage(output, folder, kinds))]
     for folder in damaged:
         remove_checkpoint(output, folder)
     return damaged
 
 
-def _verify_folder(output: Storage, folder: str, plan_hash: str) -> Iterator[str]:
-    damage = list(_damage(output, folder))
+def verify_folder(output: Storage, folder: str, plan_hash: str, kinds: Sequence[str] = KINDS) -> Iterator[str]:
+    """One line if a checkpoint is damaged or of another plan.
+
+    Args:
+        output: The run's folder.
+        folder: The checkpoint's folder in it.
+        plan_hash: Hash of the run's plan.
+        kinds: The sets of tensors that it must have.
+    """
+    damage = list(_damage(output, folder, kinds))
     yield from damage
     if not damage and (made := read_state(output, folder)["plan"]) != plan_hash:
         yield f"{folder} is of another plan ({made[:12]}, expected {plan_hash[:12]})"
 
 
-def _damage(output: Storage, folder: str) -> Iterator[str]:
+def _damage(output: Storage, folder: str, kinds: Sequence[str]) -> Iterator[str]:
     """One line if the checkpoint is damaged, so that a run cannot go on from it."""
     try:
         state = read_state(output, folder)
-        for kind in KINDS:
+        for kind in kinds:
             read_tensors(output, folder, kind, state)
     except DamagedDataError as error:
         yield str(error)

@@ -82,11 +82,12 @@ class OptimizerConfig(Config):
 class TrainConfig(FeedConfig, AugmentConfig, LossConfig, OptimizerConfig):
     """Everything that the trained weights depend on; part of the plan."""
 
-    phase: Literal["pod", "finetune", "refine", "patch", "quantize"] = Field(
+    phase: Literal["pod", "finetune", "refine", "patch", "quantize", "rule"] = Field(
         "finetune",
         description="pod: towards optimised Gaussians; finetune: all stages jointly through the renderer; refine: "
         "finetune a checkpoint on other data; patch: finetune a checkpoint at another patch size; quantize: finetune "
-        "a checkpoint together with the quantiser that stores its Gaussians",
+        "a checkpoint together with the quantiser that stores its Gaussians; rule: learn an update rule of the "
+        "optimiser, which has options of its own",
     )
     from_: str | None = Field(None, alias="from", description="checkpoint to begin with; default: fresh weights")
     targets: Literal["offline", "online"] = Field(
@@ -131,6 +132,11 @@ class TrainConfig(FeedConfig, AugmentConfig, LossConfig, OptimizerConfig):
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
+        if self.phase == "rule":
+            raise ValueError(
+                "phase = 'rule' learns an update rule: its keys are those of section rule, and the command line says "
+                "--phase rule"
+            )
         if self.schedule == "time" and self.max_seconds is None:
             raise ValueError("schedule = 'time' needs max_seconds")
         if self.phase in ("refine", "patch", "quantize") and self.from_ is None:

@@ -36,7 +36,13 @@ from pipeline.training.losses import (
 )
 from pipeline.training.plan import TrainJob
 from pipeline.training.start import make_network
-from pipeline.training.state import KeptNetworks, TrainingState, checkpoints, folder_of, remove_old_checkpoints
+from pipeline.training.state import (
+    KeptNetworks,
+    TrainingState,
+    checkpoints,
+    refuse_strangers,
+    remove_old_checkpoints,
+)
 from pipeline.training.validation import load_images, picture_grid, validate
 from pipeline.work.runner import MIN_SAMPLES_TO_JUDGE
 
@@ -257,12 +263,7 @@ class _Run:
         """Writes `last.safetensors`, the metrics, and then the checkpoint, whose presence says that all is written."""
         if self._log is None:
             return
-        strangers = [folder for folder in checkpoints(self._output) if folder >= folder_of(self._state.step)]
-        if strangers:
-            raise TrainingError(
-                f"{self._output.uri(strangers[-1])} is there, and this process has not written it: another "
-                "`air train` is at work in this folder. This process stops; if both stop, run one of them again"
-            )
+        refuse_strangers(self._output, self._state.step)
         self._kept.keep_last(self._state)
         self._log.flush()
         self._state.save(self._output, self._about)

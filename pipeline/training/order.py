@@ -11,7 +11,7 @@ This module knows the sizes of blocks and nothing else of them; `pipeline.inputs
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import accumulate
 from typing import NamedTuple
@@ -66,6 +66,19 @@ class GlobalOrder:
         """The places of a global batch; the next epoch fills up the last batch of an epoch."""
         first = step * self._config.batch
         return [self.place(index) for index in range(first, first + self._config.batch)]
+
+    def parts(self, step: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The places of a global batch as arrays of blocks and rows, window by window: `batch` for large batches."""
+        index = step * self._config.batch
+        end = index + self._config.batch
+        while index < end:
+            epoch, position = divmod(index, self.samples_per_epoch)
+            window = bisect_right(ends := self._epoch(epoch)[1], position)
+            begin = ends[window - 1] if window else 0
+            blocks, rows = self._window(epoch, window)
+            taken = slice(position - begin, min(position - begin + end - index, len(blocks)))
+            yield blocks[taken], rows[taken]
+            index += taken.stop - taken.start
 
     def place(self, index: int) -> Place:
         """The place of sample `index` of the stream."""

@@ -22,13 +22,13 @@ import logging
 import math
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from air.predictor.checkpoint import save_checkpoint
 from air.predictor.network import PredictorNetwork
@@ -74,7 +74,6 @@ class TrainingState:
         self.best_psnr = -math.inf
         self.best_step = 0
         self._config = config
-        self._names = {id(parameter): name for name, parameter in network.named_parameters()}
         self.optimizer = torch.optim.AdamW(
             network.parameter_groups(config.learning_rate, config.weight_decay),
             betas=(config.beta1, config.beta2),
@@ -123,36 +122,20 @@ class TrainingState:
         Returns:
             The checkpoint's folder.
         """
-        folder = folder_of(self.step)
-        checksums = {}
-        for name, tensors in self._tensors().items():
-            data = safetensors.torch.save(tensors)
-            checksums[name] = hashlib.sha256(data).hexdigest()
-            output.write(f"{folder}/{name}.safetensors", data)
         state = {
-            "version": STATE_VERSION,
-            "step": self.step,
             "seconds": self.seconds,
             "skipped": self.skipped,
             "stages": self.stages,
             "best_psnr": None if math.isinf(self.best_psnr) else self.best_psnr,
             "best_step": self.best_step,
-            "sha256": checksums,
             **about,
         }
-        output.write(f"{folder}/state.json", (json.dumps(state, indent=1, sort_keys=True) + "\n").encode())
-        return folder
-
-    def _tensors(self) -> dict[str, dict[str, Tensor]]:
-        moments = {}
-        for parameter, values in self.optimizer.state.items():
-            for name, value in values.items():
-                moments[f"{self._names[id(parameter)]}:{name}"] = value
-        sets = {"model": self.network.state_dict(), "average": self.average.state_dict(), "optimizer": moments}
-        return {
-            kind: {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-            for kind, tensors in sets.items()
+        tensors = {
+            "model": self.network.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": moments_of(self.optimizer, self.network),
         }
+        return write_checkpoint(output, self.step, tensors, state)
 
     def load(self, output: Storage, folder: str, about: Mapping[str, Any]) -> None:
         """Takes over the state of a checkpoint.
@@ -166,19 +149,13 @@ class TrainingState:
             TrainingError: The checkpoint is of another version or another run; the message says what differs.
             DamagedDataError: The checkpoint cannot be read.
         """
-        state = read_state(output, folder)
-        differing = [
-            f"{name}: {state.get(name)} -> {value}" for name, value in about.items() if state.get(name) != value
-        ]
-        if differing:
-            raise TrainingError(f"cannot go on from {output.uri(folder)}: it differs (there -> now) in {differing[0]}")
-        tensors = {kind: read_tensors(output, folder, kind, state) for kind in KINDS}
+        state, tensors = read_checkpoint(output, folder, KINDS, about)
         try:
             self.network.load_state_dict(tensors["model"])
             self.average.load_state_dict(tensors["average"])
         except RuntimeError as error:
             raise TrainingError(f"cannot go on from {output.uri(folder)}: its weights do not fit: {error}") from None
-        self._load_moments(tensors["optimizer"])
+        load_moments(self.optimizer, self.network, tensors["optimizer"])
         self.step, self.seconds, self.stages = state["step"], state["seconds"], state["stages"]
         self.skipped = state["skipped"]
         self.best_psnr = -math.inf if state["best_psnr"] is None else state["best_psnr"]
@@ -189,15 +166,6 @@ class TrainingState:
         network = copy.deepcopy(self.average)
         network.load_state_dict(read_tensors(output, folder, "average", read_state(output, folder)))
         return network
-
-    def _load_moments(self, moments: Mapping[str, Tensor]) -> None:
-        parameters = dict(self.network.named_parameters())
-        self.optimizer.state.clear()
-        for full, value in moments.items():
-            name, _, moment = full.rpartition(":")
-            parameter = parameters[name]
-            value = value if moment == "step" else value.to(parameter)
-            self.optimizer.state[parameter][moment] = value
 
 
 class Snapshot(NamedTuple):
@@ -277,6 +245,73 @@ class KeptNetworks:
             self._output.upload(path.with_suffix(".json"), f"{name}.json")
 
 
+def moments_of(optimizer: torch.optim.Optimizer, network: nn.Module) -> dict[str, Tensor]:
+    """The state of an optimiser, by the name of the network's parameter and that of the moment."""
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    return {
+        f"{names[id(parameter)]}:{name}": value
+        for parameter, values in optimizer.state.items()
+        for name, value in values.items()
+    }
+
+
+def load_moments(optimizer: torch.optim.Optimizer, network: nn.Module, moments: Mapping[str, Tensor]) -> None:
+    """Gives an optimiser the state that `moments_of` made."""
+    parameters = dict(network.named_parameters())
+    optimizer.state.clear()
+    for full, value in moments.items():
+        name, _, moment = full.rpartition(":")
+        parameter = parameters[name]
+        optimizer.state[parameter][moment] = value if moment == "step" else value.to(parameter)
+
+
+def write_checkpoint(
+    output: Storage, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]
+) -> str:
+    """Writes a checkpoint.
+
+    Args:
+        output: The run's folder.
+        step: Its step.
+        tensors: Sets of tensors by kind; each becomes a file.
+        state: What `state.json` holds beside the version, the step and the checksums of these files.
+
+    Returns:
+        The checkpoint's folder.
+    """
+    folder = folder_of(step)
+    checksums = {}
+    for kind, members in tensors.items():
+        data = safetensors.torch.save({name: value.detach().cpu().contiguous() for name, value in members.items()})
+        checksums[kind] = hashlib.sha256(data).hexdigest()
+        output.write(f"{folder}/{kind}.safetensors", data)
+    whole = {"version": STATE_VERSION, "step": step, "sha256": checksums, **state}
+    output.write(f"{folder}/state.json", (json.dumps(whole, indent=1, sort_keys=True) + "\n").encode())
+    return folder
+
+
+def read_checkpoint(
+    output: Storage, folder: str, kinds: Sequence[str], about: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+    """The contents of a checkpoint's `state.json`, and its tensors by kind.
+
+    Args:
+        output: The run's folder.
+        folder: The checkpoint's folder in it.
+        kinds: The sets of tensors to read.
+        about: What the checkpoint must agree with.
+
+    Raises:
+        TrainingError: The checkpoint is of another version or another run; the message says what differs.
+        DamagedDataError: The checkpoint cannot be read.
+    """
+    state = read_state(output, folder)
+    differing = [f"{name}: {state.get(name)} -> {value}" for name, value in about.items() if state.get(name) != value]
+    if differing:
+        raise TrainingError(f"cannot go on from {output.uri(folder)}: it differs (there -> now) in {differing[0]}")
+    return state, {kind: read_tensors(output, folder, kind, state) for kind in kinds}
+
+
 def folder_of(step: int) -> str:
     """The folder of the checkpoint of a step."""
     return f"{FOLDER}/step-{step:08d}"
@@ -286,6 +321,20 @@ def checkpoints(output: Storage) -> list[str]:
     """The folders of a run's complete checkpoints, oldest first."""
     found = (_IS_PART.match(path) for path, _ in output.list(FOLDER) if path.endswith("/state.json"))
     return sorted(part[1] for part in found if part)
+
+
+def refuse_strangers(output: Storage, step: int) -> None:
+    """Refuses to write the checkpoint of a step beside checkpoints that only another process can have written.
+
+    Raises:
+        TrainingError: There is a checkpoint of this step or of a later one.
+    """
+    strangers = [folder for folder in checkpoints(output) if folder >= folder_of(step)]
+    if strangers:
+        raise TrainingError(
+            f"{output.uri(strangers[-1])} is there, and this process has not written it: another "
+            "`air train` is at work in this folder. This process stops; if both stop, run one of them again"
+        )
 
 
 def remove_old_checkpoints(output: Storage, keep: int) -> None:
@@ -326,7 +375,7 @@ def read_state(output: Storage, folder: str) -> dict[str, Any]:
 
 
 def read_tensors(output: Storage, folder: str, kind: str, state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a checkpoint, of one of the `KINDS`, by name.
+    """The tensors of a checkpoint, of one kind, by name.
 
     Raises:
         DamagedDataError: The file is missing, or its checksum is not the one in the state.

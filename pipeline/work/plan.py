@@ -82,6 +82,18 @@ class Plan(Config):
             source=tuple(map(printable, source)),
         )
 
+    def holding(self, key: str, model: str, sha256: str) -> Plan:
+        """The plan with a checksum in place of the path of weights, so that these may move but not change.
+
+        Args:
+            key: The key of the configuration that holds the path.
+            model: The name of the weights in tables.
+            sha256: Their checksum; empty for what has no weights, which keeps its name.
+        """
+        if not sha256:
+            return self
+        return self.model_copy(update={"config": {**self.config, key: f"{model}, sha256 {sha256}"}})
+
     def differences(self, other: Plan) -> list[str]:
         """The differences between this plan and `other`, one line each: `key: ours -> theirs`."""
         found = []

@@ -17,15 +17,27 @@ DOCUMENT = ROOT / "docs" / "tables.md"
 
 @pytest.mark.parametrize(
     "schema",
-    [tables.TARGETS, tables.QUARANTINE, tables.EVALUATION, tables.CODEC_EVALUATION, tables.ENCODED_WITH_FILES],
-    ids=["targets", "quarantine", "evaluation", "codec-evaluation", "encoded"],
+    [
+        tables.TARGETS,
+        tables.ROLL_OUTS,
+        tables.QUARANTINE,
+        tables.EVALUATION,
+        tables.CODEC_EVALUATION,
+        tables.ENCODED_WITH_FILES,
+    ],
+    ids=["targets", "roll-outs", "quarantine", "evaluation", "codec-evaluation", "encoded"],
 )
 def test_every_column_is_documented_with_its_type_and_unit(schema: pa.Schema) -> None:
     text = DOCUMENT.read_text()
     for field in schema:
         nested = pa.types.is_list(field.type)
-        kind = f"list of {field.type.value_type}" if nested else str(field.type)
+        kind = f"list of {described(field.type.value_type)}" if nested else str(field.type)
         assert f"| {field.name} | {kind} | {field.metadata[b'unit'].decode()} |" in text
+
+
+def described(kind: pa.DataType) -> str:
+    """The type of a list's entries, as the document has it."""
+    return f"{kind.list_size} {kind.value_type}" if isinstance(kind, pa.FixedSizeListType) else str(kind)
 
 
 def test_the_table_of_reasons_is_the_enum() -> None:

@@ -1,0 +1,1 @@
+"""Update rules as they are learned: roll-outs stored in Parquet, learning from them, and learning without files."""

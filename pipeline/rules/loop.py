@@ -1,0 +1,221 @@
+"""The run of a rule that learns: steps, validations, checkpoints, from the start or from the last checkpoint.
+
+The step number and the state determine a step, so a run that was stopped goes on with the same bits.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from air.compute.threads import limit_torch
+from air.warmup import warm_up
+from pipeline.errors import TrainingError
+from pipeline.rules.config import RuleConfig
+from pipeline.rules.learn import Samples, stored_loss
+from pipeline.rules.online import Lesson, Lessons
+from pipeline.rules.plan import PHASE, RuleJob
+from pipeline.rules.reference import fresh_rule, is_whole_rule, load_rule
+from pipeline.rules.state import RULE, RuleState, keep_rule
+from pipeline.rules.stored import SampleFeed, StoredBlock, scale_of
+from pipeline.rules.validation import validate_rule
+from pipeline.storage.open import open_storage
+from pipeline.training.log import TrainingLog, read_metrics
+from pipeline.training.state import checkpoints, refuse_strangers, remove_old_checkpoints
+from pipeline.training.validation import load_images
+from pipeline.work.runner import MIN_SAMPLES_TO_JUDGE
+
+logger = logging.getLogger(__name__)
+
+MAX_BAD_SHARE = 0.5
+"""A run without files stops if a larger fraction of its roll-outs cannot be used."""
+
+Report = Callable[[Mapping[str, float]], None]
+"""Takes figures by name, for a display."""
+
+
+class _Teacher(Protocol):
+    """Gives the gradient of a step."""
+
+    def teach(self, state: RuleState) -> tuple[list[Tensor], dict[str, float]]:
+        """The gradient by the rule's parameters, empty if there is none, and figures; counts samples in the state."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def train_rule(job: RuleJob, report: Report = lambda figures: None) -> dict[str, float]:
+    """Learns a rule to the end, from the last checkpoint if there is one.
+
+    Args:
+        job: What to learn.
+        report: Takes the figures of logged steps and of validations.
+
+    Returns:
+        The last figures: step, samples, seconds, and those of the last validation.
+
+    Raises:
+        DamagedDataError: A stored file or a checkpoint cannot be read.
+        NonFiniteLossError: A fit of the validation diverged.
+        TrainingError: The checkpoint does not fit, or too many pictures cannot be used.
+    """
+    warm_up("fit")
+    with limit_torch(1):  # sums of another order would make other weights on another machine
+        return _Run(job, report)()
+
+
+class _Run:
+    """A run from its start or restart to the end."""
+
+    def __init__(self, job: RuleJob, report: Report) -> None:
+        self._job = job
+        self._config = job.config
+        self._report = report
+        self._output = open_storage(job.output)
+        self._about = {"plan": job.plan, "phase": PHASE, "seed": job.config.seed}
+        rule = fresh_rule(job.config.seed)
+        if job.begin.sha256:
+            rule.load_state_dict(load_rule(job.begin).state_dict())
+        self._state = RuleState(rule, job.config)
+        saved = checkpoints(self._output)
+        if saved:
+            self._state.load(self._output, saved[-1], self._about)
+        self._pictures: list[Tensor] | None = None
+        self._log = TrainingLog(self._output, self._state.step)
+
+    def __call__(self) -> dict[str, float]:
+        state, config, steps = self._state, self._config, self._job.steps
+        with ExitStack() as open_parts:
+            open_parts.callback(self._log.close)
+            if state.step == steps and not is_whole_rule(self._output.uri(RULE)):
+                self._validate()  # a stop or a person has removed what the run has made
+            elif state.step < steps:
+                teacher = self._teacher()
+                open_parts.callback(teacher.close)
+                while state.step < steps:
+                    self._step(teacher)
+                    over = state.step == steps
+                    if over or state.step % config.validate_every == 0:
+                        self._validate()
+                    if over or state.step % config.checkpoint_every == 0:
+                        self._save()
+        rows = [row for row in read_metrics(self._output) if "valid_psnr" in row]
+        validation = {name: value for name, value in (rows[-1] if rows else {}).items() if name.startswith("valid_")}
+        return {**self._position(), **validation}
+
+    def _teacher(self) -> _Teacher:
+        if self._job.blocks:
+            return _StoredTeacher(self._job.blocks, self._config)
+        return _OnlineTeacher(Lessons(self._job.pictures, self._config))
+
+    def _step(self, teacher: _Teacher) -> None:
+        state = self._state
+        begin, before = time.perf_counter(), state.samples
+        gradient, figures = teacher.teach(state)
+        done = state.update(gradient, self._job.steps)
+        seconds = time.perf_counter() - begin
+        state.seconds += seconds
+        if gradient and not done.taken:
+            logger.warning("the gradient of step %d is not finite: the rule stays as it is", state.step - 1)
+        if state.step % self._config.log_every == 0 or state.step == self._job.steps:
+            told = {
+                **self._position(),
+                **figures,
+                "learning_rate": done.learning_rate,
+                "grad_norm": done.norm,
+                "skipped": state.skipped,
+                "samples_per_second": (state.samples - before) / max(seconds, 1e-9),
+            }
+            self._log.add(state.step, {name: value for name, value in told.items() if name != "step"})
+            self._report(told)
+
+    def _position(self) -> dict[str, float]:
+        state = self._state
+        return {"step": state.step, "samples": state.samples, "seconds": round(state.seconds, 3)}
+
+    def _validate(self) -> None:
+        """Validates the rule, and writes it for others with its figures."""
+        job, state = self._job, self._state
+        if self._pictures is None:
+            self._pictures = load_images(job.valid, self._config.valid_images, self._config.valid_side, 0, 1)
+        figures = validate_rule(state.rule, self._pictures, self._config)
+        self._log.add(state.step, figures)
+        self._log.flush()
+        notes = {**job.notes, "begins_with": job.begin.model, "seconds": state.seconds}
+        keep_rule(self._output, state.rule, step=state.step, plan=job.plan, metrics=figures, notes=notes)
+        self._report({**self._position(), **figures})
+
+    def _save(self) -> None:
+        """Writes the metrics, and then the checkpoint, whose presence says that all is written."""
+        refuse_strangers(self._output, self._state.step)
+        self._log.flush()
+        self._state.save(self._output, self._about)
+        remove_old_checkpoints(self._output, self._config.keep)
+
+
+class _StoredTeacher:
+    """Minibatches of stored samples."""
+
+    def __init__(self, blocks: tuple[StoredBlock, ...], config: RuleConfig) -> None:
+        self._config = config
+        self._scale = scale_of(blocks)
+        self._feed = SampleFeed(blocks, config.feed())
+
+    def teach(self, state: RuleState) -> tuple[list[Tensor], dict[str, float]]:
+        """As `_Teacher.teach`."""
+        config = self._config
+        samples = self._feed.batch(state.step)
+        loss = stored_loss(state.rule, samples, self._scale, config)
+        state.samples += len(samples.move)
+        gradient = torch.autograd.grad(loss, list(state.rule.parameters()))
+        figures = {"loss": float(loss.detach())}
+        if (state.step + 1) % config.log_every == 0:
+            figures["moved"] = _distance(state, samples)
+        return list(gradient), figures
+
+    def close(self) -> None: ...
+
+
+def _distance(state: RuleState, samples: Samples) -> float:
+    """Root of the mean squared distance between the rule's moves and those that were made, in learning rates."""
+    with torch.no_grad():
+        return float((state.rule(samples.features) - samples.move).square().mean().sqrt())
+
+
+class _OnlineTeacher:
+    """Fresh roll-outs of the rule that learns."""
+
+    def __init__(self, lessons: Lessons) -> None:
+        self._lessons = lessons
+
+    def teach(self, state: RuleState) -> tuple[list[Tensor], dict[str, float]]:
+        """As `_Teacher.teach`."""
+        given = self._lessons.of_step(state.rule, state.step)
+        usable = [one for one in given if isinstance(one, Lesson)]
+        refused = [one for one in given if isinstance(one, str)]
+        state.samples += len(given)
+        state.skipped += len(refused)
+        if refused:
+            logger.info("%s", refused[-1])
+        if state.samples >= MIN_SAMPLES_TO_JUDGE and state.skipped > MAX_BAD_SHARE * state.samples:
+            raise TrainingError(
+                f"{state.skipped} of the {state.samples} roll-outs so far cannot be used"
+                f"{f', such as {refused[-1]}' if refused else ''}. Repair or replace the pictures."
+            )
+        if not usable:
+            return [], {}
+        gradient = [torch.stack(parts).mean(0) for parts in zip(*(one.gradient for one in usable), strict=True)]
+        figures = {
+            "objective": sum(one.objective for one in usable) / len(usable),
+            "psnr": sum(one.psnr for one in usable) / len(usable),
+        }
+        return gradient, figures
+
+    def close(self) -> None:
+        self._lessons.close()

@@ -1,0 +1,112 @@
+"""References to update rules, by name or URI and checksum, which a driver makes and workers load."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from air import defaults
+from air.defaults import ADAM, SHIPPED
+from air.errors import CheckpointError
+from pipeline.identity import seed_of
+from pipeline.predictors import local_weights
+from pipeline.storage.base import MissingFileError
+from pipeline.storage.uri import normalise
+
+if TYPE_CHECKING:
+    from air.optimization.rule import LearnedRule
+
+
+@dataclass(frozen=True)
+class RuleReference:
+    """Identifies an update rule and its weights.
+
+    Attributes:
+        name: "adam", "shipped" or the normalised URI of NAME.safetensors.
+        model: Its name in tables: "adam", or "rule:" and the first 12 digits of the weights' checksum.
+        sha256: Checksum of the weights, hexadecimal; empty for "adam".
+    """
+
+    name: str
+    model: str
+    sha256: str
+
+
+def find_rule(name: str) -> RuleReference:
+    """Finds a rule; reads its card, and the checksum of its weights.
+
+    Args:
+        name: "adam", "shipped", or a path or URI of NAME.safetensors.
+
+    Raises:
+        CheckpointError: There is no such rule, or it has no card that fits.
+    """
+    if name == ADAM:
+        return RuleReference(ADAM, ADAM, "")
+    from air.cards import check_weights
+    from air.optimization.rule_file import read_rule_card
+
+    uri = _uri(name)
+    try:
+        with local_weights(uri) as path:
+            card = read_rule_card(path)
+            check_weights(path, card.sha256)
+    except MissingFileError as error:
+        raise CheckpointError(str(error)) from None
+    return RuleReference(name if name == SHIPPED else uri, f"rule:{card.sha256[:12]}", card.sha256)
+
+
+def _uri(name: str) -> str:
+    if name == SHIPPED:
+        if not defaults.has_rule():
+            raise CheckpointError(
+                f"this installation ships no update rule ({defaults.RULE_PATH} is missing): train one with "
+                f"`air train --phase rule` and give its path, or use {ADAM}"
+            )
+        return str(defaults.RULE_PATH)
+    if not name.endswith(".safetensors"):
+        raise CheckpointError(f"unknown update rule {name!r}: give {ADAM}, {SHIPPED} or a file NAME.safetensors")
+    return normalise(name)
+
+
+@lru_cache(maxsize=2)
+def load_rule(reference: RuleReference) -> LearnedRule:
+    """The rule, ready to use. It is kept in this process, so that the next call costs nothing.
+
+    Raises:
+        CheckpointError: The rule cannot be loaded, or its weights have another checksum than the reference.
+    """
+    if reference.name == ADAM:
+        return fresh_rule(0).eval().requires_grad_(False)
+    from air.optimization import rule_file
+
+    with local_weights(_uri(reference.name)) as path:
+        rule, card = rule_file.load_rule(path)
+    if card.sha256 != reference.sha256:
+        raise CheckpointError(
+            f"{reference.name} has changed since it was looked up (sha256 {reference.sha256[:12]} -> "
+            f"{card.sha256[:12]}): give the rule of every round a name of its own"
+        )
+    return rule
+
+
+def is_whole_rule(uri: str) -> bool:
+    """Whether a rule exists, with a card that fits its weights."""
+    try:
+        find_rule(uri)
+    except CheckpointError:
+        return False
+    return True
+
+
+def fresh_rule(seed: int) -> LearnedRule:
+    """A rule before any training. The seed draws the hidden layers, which make no move yet."""
+    import torch
+
+    from air.fitting.grow import OPTIMIZATION
+    from air.optimization.rule import LearnedRule
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_of(seed, "weights"))
+        return LearnedRule(OPTIMIZATION.beta1, OPTIMIZATION.beta2)
