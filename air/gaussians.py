@@ -108,12 +108,9 @@ class Gaussians:
         """
         for name in ("xy", "scale", "angle", "colour"):
             numbers = getattr(self, name).detach()
-            # A finite sum has finite terms only.
-            if math.isfinite(float(numbers.sum())):
-                continue
-            finite = torch.isfinite(numbers)
-            bad = ~(finite if finite.ndim == 1 else finite.all(dim=1))
-            if bool(bad.any()):
+            if not is_finite(numbers):
+                finite = torch.isfinite(numbers)
+                bad = ~(finite if finite.ndim == 1 else finite.all(dim=1))
                 first = int(bad.nonzero()[0])
                 value = getattr(self, name)[first].tolist()
                 raise InvalidGaussiansError(
@@ -158,6 +155,12 @@ class Gaussians:
         return Gaussians((self.xy + 0.5) * factor - 0.5, blurred, self.angle, self.colour * amplitude)
 
 
+def is_finite(numbers: Tensor) -> bool:
+    """Whether no number is NaN or infinite."""
+    # A finite sum has finite terms only, and takes less time than looking at each.
+    return math.isfinite(float(numbers.sum())) or bool(torch.isfinite(numbers).all())
+
+
 def grid_shape(height: int, width: int, patch_size: int) -> tuple[int, int]:
     """Rows and columns of patches that cover an image; the border may cut off the last ones."""
     return math.ceil(height / patch_size), math.ceil(width / patch_size)
@@ -172,19 +175,39 @@ def anchors(height: int, width: int, patch_size: int, dtype: torch.dtype = torch
     return torch.stack([x.repeat(rows), y.repeat_interleave(columns)], dim=1)
 
 
+def check_raw(raw: Tensor, anchor: Tensor, patch_size: int) -> None:
+    """Checks that raw numbers at anchors are Gaussians that can be drawn.
+
+    Raises:
+        InvalidGaussiansError: As `activate`, and as `Gaussians.validate`.
+    """
+    _check_shapes(raw, anchor)
+    # Finite raw numbers give finite Gaussians, within reach of their anchors.
+    if not (math.isfinite(float(raw.detach().sum())) and math.isfinite(float(anchor.sum()))):
+        activate(raw.detach(), anchor, patch_size).validate()
+
+
 def activate(raw: Tensor, anchor: Tensor, patch_size: int) -> Gaussians:
-    """Raw numbers (N, 8) at anchors (N, 2) as Gaussians, differentiable (method.md section 2)."""
-    if raw.ndim != 2 or raw.shape[1] != RAW_CHANNELS or anchor.shape != (raw.shape[0], 2):
-        raise InvalidGaussiansError(
-            f"raw Gaussians must be (N, {RAW_CHANNELS}) with anchors (N, 2), got {tuple(raw.shape)} and "
-            f"{tuple(anchor.shape)}"
-        )
+    """Raw numbers (N, 8) at anchors (N, 2) as Gaussians, differentiable (method.md section 2).
+
+    Raises:
+        InvalidGaussiansError: The shapes do not fit.
+    """
+    _check_shapes(raw, anchor)
     return Gaussians(
         xy=anchor + patch_size * torch.tanh(raw[:, OFFSET]),
         scale=patch_size * torch.sigmoid(raw[:, SCALE]) + MIN_RAW_SCALE,
         angle=2 * math.pi * torch.sigmoid(raw[:, ANGLE]),
         colour=torch.tanh(raw[:, COLOUR]),
     )
+
+
+def _check_shapes(raw: Tensor, anchor: Tensor) -> None:
+    if raw.ndim != 2 or raw.shape[1] != RAW_CHANNELS or anchor.shape != (raw.shape[0], 2):
+        raise InvalidGaussiansError(
+            f"raw Gaussians must be (N, {RAW_CHANNELS}) with anchors (N, 2), got {tuple(raw.shape)} and "
+            f"{tuple(anchor.shape)}"
+        )
 
 
 def deactivate(gaussians: Gaussians, anchor: Tensor, patch_size: int, margin: float = 1e-6) -> Tensor:

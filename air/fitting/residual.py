@@ -66,11 +66,21 @@ def residual_peaks(residual: Tensor, patch_size: int, count: int) -> tuple[Tenso
     """
     colours = _least_squares_colours(residual, patch_size)
     width = residual.shape[2]
+    if has_cpu_kernels(colours):
+        from air.fitting.filter_cpu import largest_peaks
+
+        chosen = torch.from_numpy(largest_peaks(colours.numpy(), count))
+    else:
+        chosen = _largest_peaks(colours, count)
+    return _raw_at(chosen % width, chosen // width, colours, patch_size)
+
+
+def _largest_peaks(colours: Tensor, count: int) -> Tensor:
+    """Places among the pixels of the largest peaks of the colours' squared length, then of other pixels above zero."""
     energy = _energy(colours)
     is_peak = energy >= F.max_pool2d(energy[None, None], 3, stride=1, padding=1)[0, 0]
     rank = torch.where(is_peak & (energy > 0), energy + energy.max(), energy).flatten()
-    chosen = rank.topk(min(count, int((energy > 0).sum()))).indices
-    return _raw_at(chosen % width, chosen // width, colours, patch_size)
+    return rank.topk(min(count, int((energy > 0).sum()))).indices
 
 
 def _least_squares_colours(residual: Tensor, patch_size: int) -> Tensor:
