@@ -7,9 +7,32 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from air.compute.compile import LANES, KernelSet, kernel
+from air.compute.compile import LANES, KernelSet, inline, kernel
 from air.compute.planes import FloatArray
-from air.compute.simd import any_positive, fma, lane_numbers, load, maximum, splat, store, where_ge
+from air.compute.simd import aligned_scratch, fma, lane_numbers, load, maximum, splat, store, where_ge
+
+
+@inline
+def _filter_row(image, height, row_length, channel, row, taps, scratch, out, start):
+    """One row of `filter_rows_and_columns`, into `out` from `start` on."""
+    radius = len(taps) - 1
+    margin = (len(scratch) - row_length) // 2
+    first = (channel * height + row) * row_length
+    for column in range(0, row_length, LANES):
+        total = load(image, first + column) * taps[0]
+        for distance in range(1, radius + 1):
+            if row >= distance:
+                total = fma(load(image, first + column - distance * row_length), splat(taps[distance]), total)
+            if row + distance < height:
+                total = fma(load(image, first + column + distance * row_length), splat(taps[distance]), total)
+        store(scratch, margin + column, total)
+    for column in range(0, row_length, LANES):
+        total = load(scratch, margin + column) * taps[0]
+        for distance in range(1, radius + 1):
+            left = load(scratch, margin + column - distance)
+            right = load(scratch, margin + column + distance)
+            total = fma(left + right, splat(taps[distance]), total)
+        store(out, start + column, total)
 
 
 @kernel
@@ -18,133 +41,125 @@ def filter_rows_and_columns(image, height, width, taps, scratch, out):
 
     `scratch` is one row with zeros on either side, at least as many as the taps reach.
     """
-    radius = len(taps) - 1
-    margin = (len(scratch) - width) // 2
     for channel in range(3):
         for row in range(height):
-            start = (channel * height + row) * width
-            for column in range(0, width, LANES):
-                total = load(image, start + column) * taps[0]
-                for distance in range(1, radius + 1):
-                    if row >= distance:
-                        total = fma(load(image, start + column - distance * width), splat(taps[distance]), total)
-                    if row + distance < height:
-                        total = fma(load(image, start + column + distance * width), splat(taps[distance]), total)
-                store(scratch, margin + column, total)
-            for column in range(0, width, LANES):
-                total = load(scratch, margin + column) * taps[0]
-                for distance in range(1, radius + 1):
-                    left = load(scratch, margin + column - distance)
-                    right = load(scratch, margin + column + distance)
-                    total = fma(left + right, splat(taps[distance]), total)
-                store(out, start + column, total)
+            _filter_row(image, height, width, channel, row, taps, scratch, out, (channel * height + row) * width)
 
 
 @kernel
-def find_peaks(colours, height, width, row_length, energy, places):
-    """The squared length of every pixel's colour, and the places of its peaks; returns how many there are.
+def find_peaks(image, height, width, taps, scratch, take_peaks, places, found):
+    """Filters as `filter_rows_and_columns`; writes the pixels that are peaks, or those that are not, and counts them.
 
-    A peak is above zero and at least as large as the eight pixels around it. Rows of the three planes of colours are
-    whole vectors, `row_length` long. `energy` is zero and has one vector more on either side of a row, and one row more
-    above and below. `places` takes the peaks' places among the pixels, in order.
+    A peak is a pixel whose filtered colour's squared length is above zero and at least as large as at the eight pixels
+    around it. Other pixels are those that are above zero and no peaks. `places` takes their numbers, row-major, and
+    `found` rows of the squared length and the three colours.
+
+    Three rows are held at a time, so that no image is written. `width` counts the pixels of a row that are inside; the
+    rows of `image` are whole vectors.
     """
-    stride = row_length + 2 * LANES
-    plane = height * row_length
-    for row in range(height):
-        start = row * row_length
-        out = (row + 1) * stride + LANES
+    row_length = image.shape[2]
+    colour_rows = aligned_scratch(9 * row_length)
+    stride = row_length + 2 * LANES  # with zeros on either side
+    lengths = aligned_scratch(3 * stride)
+    largest = aligned_scratch(row_length)
+    count = 0
+    for row in range(height + 1):
+        ring = row % 3
         for column in range(0, row_length, LANES):
-            red = load(colours, start + column)
-            green = load(colours, plane + start + column)
-            blue = load(colours, 2 * plane + start + column)
-            length = fma(blue, blue, fma(green, green, red * red))
-            # The filter spreads the image beyond its border, where no Gaussian may be.
-            store(energy, out + column, where_ge(np.float32(width - 1 - column), lane_numbers(), length, splat(0.0)))
-    found = 0
-    for row in range(height):
-        start = (row + 1) * stride + LANES
+            store(lengths, ring * stride + LANES + column, splat(np.float32(0)))
+        if row < height:
+            for channel in range(3):
+                start = (3 * ring + channel) * row_length
+                _filter_row(image, height, row_length, channel, row, taps, scratch, colour_rows, start)
+            for column in range(0, row_length, LANES):
+                start = 3 * ring * row_length + column
+                red = load(colour_rows, start)
+                green = load(colour_rows, start + row_length)
+                blue = load(colour_rows, start + 2 * row_length)
+                length = fma(blue, blue, fma(green, green, red * red))
+                # The filter spreads the image beyond its border.
+                inside = where_ge(np.float32(width - 1 - column), lane_numbers(), length, np.float32(0))
+                store(lengths, ring * stride + LANES + column, inside)
+        if row == 0:
+            continue
+        ring = (row - 1) % 3
+        here = ring * stride + LANES
+        above = (row + 1) % 3 * stride + LANES
+        below = row % 3 * stride + LANES
         for column in range(0, row_length, LANES):
-            i = start + column
-            middle = load(energy, i)
-            largest = maximum(load(energy, i - 1), load(energy, i + 1))
-            for other in (i - stride, i + stride):
-                largest = maximum(largest, maximum(load(energy, other - 1), load(energy, other + 1)))
-                largest = maximum(largest, load(energy, other))
-            if any_positive(where_ge(middle, largest, middle, splat(0.0))):
-                for j in range(i, i + LANES):
-                    value = energy[j]
-                    if (
-                        value > 0
-                        and value >= energy[j - 1]
-                        and value >= energy[j + 1]
-                        and value >= energy[j - stride]
-                        and value >= energy[j - stride - 1]
-                        and value >= energy[j - stride + 1]
-                        and value >= energy[j + stride]
-                        and value >= energy[j + stride - 1]
-                        and value >= energy[j + stride + 1]
-                    ):
-                        places[found] = row * width + j - start
-                        found += 1
-    return found
+            most = maximum(load(lengths, here + column - 1), load(lengths, here + column + 1))
+            for start in (above + column, below + column):
+                most = maximum(most, maximum(load(lengths, start - 1), load(lengths, start + 1)))
+                most = maximum(most, load(lengths, start))
+            store(largest, column, most)
+        for column in range(width):
+            length = lengths[here + column]
+            if length > 0 and (length >= largest[column]) == take_peaks:
+                places[count] = (row - 1) * width + column
+                found[count, 0] = length
+                for channel in range(3):
+                    found[count, 1 + channel] = colour_rows[(3 * ring + channel) * row_length + column]
+                count += 1
+    return count
 
 
-def largest_peaks(colours: FloatArray, count: int) -> NDArray[np.int64]:
-    """Places among the pixels of the `count` largest peaks of the squared length of colours (3, height, width).
+def largest_peaks(image: FloatArray, taps: Sequence[float], count: int) -> tuple[NDArray[np.int64], FloatArray]:
+    """Places among the pixels of the `count` largest peaks of the filtered image (3, height, width), and their colours.
 
-    The largest comes first, and of equal ones the first in the image. Where there are fewer peaks, the other pixels
-    that are not zero follow in the same order.
+    The image is filtered as by `filter_symmetrically`; a peak is one of the squared length of a pixel's colour. The
+    largest comes first, and of equal ones the first in the image. Where there are fewer peaks, other pixels that are
+    not zero follow in the same order. Places have shape (n,), filtered colours (n, 3).
     """
-    _, height, width = colours.shape
-    padded = _whole_vectors(colours)
-    row_length = padded.shape[2]
-    energy = np.zeros((height + 2, row_length + 2 * LANES), np.float32)
+    _, height, width = image.shape
+    padded, scratch = _whole_vectors(image, taps)
     places = np.empty(height * width, np.int64)
-    found = find_peaks(padded, height, width, row_length, energy.reshape(-1), places)
-    inside = energy[1:-1, LANES : LANES + width]
-    peaks = places[:found]
-    chosen = _largest(inside[peaks // width, peaks % width], peaks, count)
-    if len(chosen) == count:
-        return chosen
-    rest = inside.flatten()
-    rest[peaks] = 0
-    others = np.flatnonzero(rest)
-    return np.concatenate([chosen, _largest(rest[others], others, count - len(chosen))])
+    found = np.empty((height * width, 4), np.float32)
+    chosen_places, chosen_colours = [], []
+    for take_peaks in (True, False):
+        total = find_peaks(padded, height, width, np.array(taps, np.float32), scratch, take_peaks, places, found)
+        chosen = _largest(found[:total, 0], count)
+        chosen_places.append(places[chosen])
+        chosen_colours.append(found[chosen, 1:])
+        count -= len(chosen)
+        if not count:
+            break
+    return np.concatenate(chosen_places), np.concatenate(chosen_colours)
 
 
-def _largest(values: FloatArray, places: NDArray[np.int64], count: int) -> NDArray[np.int64]:
-    """The places of the `count` largest values, in falling order, and of equal values in the order that they have."""
-    if count < len(values):
-        threshold = np.partition(values, len(values) - count)[len(values) - count] if count else np.inf
-        chosen = np.flatnonzero(values >= threshold)
-        if len(chosen) > count:
-            equal = np.flatnonzero(values == threshold)
-            chosen = np.setdiff1d(chosen, equal[count - len(chosen) :], assume_unique=True)
-        values, places = values[chosen], places[chosen]
-    return places[np.argsort(-values, kind="stable")]
+def _largest(values: FloatArray, count: int) -> NDArray[np.int64]:
+    """Indices of the `count` largest values, in falling order; equal values stay in order."""
+    if count >= len(values):
+        return np.argsort(-values, kind="stable")
+    if not count:
+        return np.empty(0, np.int64)
+    threshold = np.partition(values, len(values) - count)[len(values) - count]
+    chosen = np.flatnonzero(values >= threshold)
+    chosen = chosen[np.argsort(-values[chosen], kind="stable")]
+    return chosen[:count]
 
 
-def _whole_vectors(image: FloatArray) -> FloatArray:
-    """The image with zeros at the ends of its rows, so that they are whole vectors."""
+def _whole_vectors(image: FloatArray, taps: Sequence[float]) -> tuple[FloatArray, FloatArray]:
+    """The image with zeros at the ends of its rows, so that they are whole vectors, and a row for the kernels' use."""
     width = image.shape[2]
     whole = -(-width // LANES) * LANES
-    return np.ascontiguousarray(image) if width == whole else np.pad(image, ((0, 0), (0, 0), (0, whole - width)))
+    # Zeros add nothing to the pixels at a row's end.
+    padded = image if width == whole else np.pad(image, ((0, 0), (0, 0), (0, whole - width)))
+    return padded, np.zeros(whole + 2 * (len(taps) - 1), np.float32)
 
 
 def filter_symmetrically(image: FloatArray, taps: Sequence[float]) -> FloatArray:
     """Convolution of every channel along both axes with taps[|distance|], zeros beyond the border."""
     _, height, width = image.shape
-    # Zeros fill the last vector of a row: they add nothing to the pixels at the row's end.
-    padded = _whole_vectors(image)
-    whole = padded.shape[2]
+    padded, scratch = _whole_vectors(image, taps)
     out = np.empty_like(padded)
-    scratch = np.zeros(whole + 2 * (len(taps) - 1), np.float32)
-    filter_rows_and_columns(padded, height, whole, np.array(taps, np.float32), scratch, out)
-    return out if width == whole else np.ascontiguousarray(out[:, :, :width])
+    filter_rows_and_columns(padded, height, padded.shape[2], np.array(taps, np.float32), scratch, out)
+    return out if out.shape[2] == width else np.ascontiguousarray(out[:, :, :width])
 
 
 def _use_each() -> None:
-    largest_peaks(filter_symmetrically(np.zeros((3, 1, 1), np.float32), [1.0]), 0)
+    image = np.zeros((3, 1, 1), np.float32)
+    filter_symmetrically(image, [1.0])
+    largest_peaks(image, [1.0], 1)
 
 
 KERNELS = KernelSet((filter_rows_and_columns, find_peaks), _use_each, seconds=2)

@@ -105,13 +105,14 @@ def grow(
     phases = growth.phases(steps)
     moments = Moments.fresh(raw)
     kept = torch.arange(len(raw), device=raw.device)
+    residual = torch.empty_like(target)
     done = 0
     for phase, count in enumerate(phases):
         if phase:
-            canvas = draw(raw, anchor)
+            torch.sub(target, draw(raw, anchor), out=residual)
             growths_left = len(phases) - phase
             addition = -(-(num_gaussians - len(raw)) // growths_left)
-            raw, anchor, moments, place = _add(raw, anchor, moments, target - canvas, patch_size, addition)
+            raw, anchor, moments, place = _add(raw, anchor, moments, residual, patch_size, addition)
             kept = place[kept]
         if count or phase == len(phases) - 1:
             config = replace(optimization, steps=count, earlier_steps=done, later_steps=steps - done - count)
@@ -206,7 +207,9 @@ def _add(
     raw, anchor = torch.cat([raw, new_raw]), torch.cat([anchor, new_anchor])
     moments = Moments.concatenate([moments, Moments.fresh(new_raw)])
     band = torch.floor(anchor[:, 1] / _BAND_ROWS)
-    order = torch.argsort(band * residual.shape[2] + anchor[:, 0], stable=True)
+    key = band * residual.shape[2] + anchor[:, 0]
+    # Numpy's stable sort needs hardly any time for the former Gaussians, which are in order.
+    order = torch.from_numpy(np.argsort(key.cpu().numpy(), kind="stable")).to(key.device)
     place = torch.empty_like(order)
     place[order] = torch.arange(len(order), device=order.device)
-    return raw[order].contiguous(), anchor[order].contiguous(), moments[order], place
+    return raw.index_select(0, order), anchor.index_select(0, order), moments[order], place

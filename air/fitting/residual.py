@@ -17,7 +17,7 @@ from torch import Tensor
 
 from air.compute.backends import has_cpu_kernels
 from air.fitting.grid import LARGEST, check_residual
-from air.gaussians import COLOUR, MIN_RAW_SCALE, OFFSET, RAW_CHANNELS, SCALE, anchors, grid_shape
+from air.gaussians import COLOUR, MIN_RAW_SCALE, OFFSET, RAW_CHANNELS, SCALE, anchor_coordinates, grid_shape
 
 RAW_SCALE = -3.0
 """Raw number of both scales."""
@@ -36,7 +36,8 @@ def residual_initialization(residual: Tensor, patch_size: int) -> Tensor:
     Raises:
         ValueError: As `grid_initialization`.
     """
-    colours = _least_squares_colours(residual, patch_size)
+    check_residual(residual, patch_size)
+    colours = _filtered(residual, _matched_filter(patch_size))
     _, height, width = residual.shape
     rows, columns = grid_shape(height, width, patch_size)
     # Pixels beyond the border have energy 0, so a patch that the border cuts off never chooses one.
@@ -46,7 +47,7 @@ def residual_initialization(residual: Tensor, patch_size: int) -> Tensor:
     patch = torch.arange(rows * columns, device=residual.device)
     x = patch % columns * patch_size + chosen % patch_size
     y = patch // columns * patch_size + chosen // patch_size
-    return _raw_at(x, y, colours, patch_size)[0]
+    return _raw_at(x, y, colours[:, y, x].T, height, width, patch_size)[0]
 
 
 def residual_peaks(residual: Tensor, patch_size: int, count: int) -> tuple[Tensor, Tensor]:
@@ -64,38 +65,45 @@ def residual_peaks(residual: Tensor, patch_size: int, count: int) -> tuple[Tenso
     Raises:
         ValueError: As `grid_initialization`.
     """
-    colours = _least_squares_colours(residual, patch_size)
-    width = residual.shape[2]
-    if has_cpu_kernels(colours):
+    check_residual(residual, patch_size)
+    _, height, width = residual.shape
+    taps = _matched_filter(patch_size)
+    if has_cpu_kernels(residual):
         from air.fitting.filter_cpu import largest_peaks
 
-        chosen = torch.from_numpy(largest_peaks(colours.numpy(), count))
+        chosen, colour = map(torch.from_numpy, largest_peaks(residual.detach().contiguous().numpy(), taps, count))
     else:
-        chosen = _largest_peaks(colours, count)
-    return _raw_at(chosen % width, chosen // width, colours, patch_size)
+        chosen, colour = _largest_peaks(_filtered(residual, taps), count)
+    return _raw_at(chosen % width, chosen // width, colour, height, width, patch_size)
 
 
-def _largest_peaks(colours: Tensor, count: int) -> Tensor:
-    """Places among the pixels of the largest peaks of the colours' squared length, then of other pixels above zero."""
+def _largest_peaks(colours: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """As `air.fitting.filter_cpu.largest_peaks`, of colours that are filtered, in plain torch."""
     energy = _energy(colours)
-    is_peak = energy >= F.max_pool2d(energy[None, None], 3, stride=1, padding=1)[0, 0]
-    rank = torch.where(is_peak & (energy > 0), energy + energy.max(), energy).flatten()
-    return rank.topk(min(count, int((energy > 0).sum()))).indices
+    is_peak = (energy >= F.max_pool2d(energy[None, None], 3, stride=1, padding=1)[0, 0]).flatten()
+    energy = energy.flatten()
+    peaks, others = (((is_peak == wanted) & (energy > 0)).nonzero()[:, 0] for wanted in (True, False))
+    ordered = [places[energy[places].argsort(descending=True, stable=True)] for places in (peaks, others)]
+    chosen = torch.cat(ordered)[:count]
+    return chosen, colours.flatten(1)[:, chosen].T
 
 
-def _least_squares_colours(residual: Tensor, patch_size: int) -> Tensor:
-    """For every pixel, the least-squares colour of one narrow Gaussian there, shape (3, height, width)."""
-    check_residual(residual, patch_size)
+def _matched_filter(patch_size: int) -> list[float]:
+    """Taps by distance of the filter whose value is the least-squares colour of one narrow Gaussian."""
     scale = patch_size * torch.tensor(RAW_SCALE).sigmoid().item() + MIN_RAW_SCALE
     radius = math.ceil(3 * scale)
     taps = [math.exp(-0.5 * (distance / scale) ** 2) for distance in range(radius + 1)]
     energy = 2 * sum(tap * tap for tap in taps) - 1
-    scaled = [tap / energy for tap in taps]
-    if has_cpu_kernels(residual):
+    return [tap / energy for tap in taps]
+
+
+def _filtered(image: Tensor, taps: Sequence[float]) -> Tensor:
+    """Convolution of every channel along both axes with taps[|distance|], zeros beyond the border."""
+    if has_cpu_kernels(image):
         from air.fitting.filter_cpu import filter_symmetrically
 
-        return torch.from_numpy(filter_symmetrically(residual.detach().contiguous().numpy(), scaled))
-    return symmetric_filter(symmetric_filter(residual, scaled, 1), scaled, 2)
+        return torch.from_numpy(filter_symmetrically(image.detach().contiguous().numpy(), taps))
+    return symmetric_filter(symmetric_filter(image, taps, 1), taps, 2)
 
 
 def _energy(colours: Tensor) -> Tensor:
@@ -115,15 +123,18 @@ def symmetric_filter(image: Tensor, taps: Sequence[float], dim: int) -> Tensor:
     return filtered
 
 
-def _raw_at(x: Tensor, y: Tensor, colours: Tensor, patch_size: int) -> tuple[Tensor, Tensor]:
-    """Narrow raw Gaussians (n, 8) at pixels (x, y), with `GAIN` times their colours, and anchors (n, 2)."""
-    _, height, width = colours.shape
-    _, columns = grid_shape(height, width, patch_size)
-    patch = y // patch_size * columns + x // patch_size
-    anchor = anchors(height, width, patch_size, colours.dtype).to(colours.device)[patch]
+def _raw_at(x: Tensor, y: Tensor, colour: Tensor, height: int, width: int, patch_size: int) -> tuple[Tensor, Tensor]:
+    """Narrow raw Gaussians (n, 8) at pixels (x, y), with `GAIN` times colours (n, 3), and anchors (n, 2)."""
+    anchor = torch.stack(
+        [
+            anchor_coordinates((places // patch_size).to(colour.dtype), size, patch_size)
+            for places, size in ((x, width), (y, height))
+        ],
+        dim=1,
+    )
     offset = (torch.stack([x, y], dim=1) - anchor) / patch_size
-    raw = torch.zeros(len(x), RAW_CHANNELS, dtype=colours.dtype, device=colours.device)
+    raw = torch.zeros(len(x), RAW_CHANNELS, dtype=colour.dtype, device=colour.device)
     raw[:, OFFSET] = torch.atanh(offset.clamp(-LARGEST, LARGEST))
     raw[:, SCALE] = RAW_SCALE
-    raw[:, COLOUR] = torch.atanh((GAIN * colours[:, y, x].T).clamp(-LARGEST, LARGEST))
+    raw[:, COLOUR] = torch.atanh((GAIN * colour).clamp(-LARGEST, LARGEST))
     return raw, anchor
