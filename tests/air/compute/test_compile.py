@@ -118,3 +118,14 @@ def test_who_wants_kernels_that_another_process_compiles_waits(tmp_path: Path) -
         assert not used
     thread.join(60)
     assert used == [module.double]
+
+
+def test_a_set_with_a_kernel_that_only_others_call_is_used_once(tmp_path: Path) -> None:
+    """Loaded from the cache, such a kernel has no signatures, however often the set was used."""
+    used: list[object] = []
+    for _ in range(2):
+        module = load_kernels(tmp_path)
+        used.clear()
+        for _ in range(2):
+            KernelSet((module.double_next, module.double), lambda: used.append(module.double_next(3)), 1).compile()
+    assert used == [8]
