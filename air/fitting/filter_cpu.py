@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from air.compute.compile import LANES, KernelSet, inline, kernel
 from air.compute.planes import FloatArray
-from air.compute.simd import aligned_scratch, fma, lane_numbers, load, maximum, splat, store, where_ge
+from air.compute.simd import aligned_scratch, fma, lane_numbers, lane_sum, load, maximum, splat, store, where_ge
 
 
 @inline
@@ -103,12 +103,78 @@ def find_peaks(image, height, width, taps, scratch, take_peaks, places, found):
     return count
 
 
-def largest_peaks(image: FloatArray, taps: Sequence[float], count: int) -> tuple[NDArray[np.int64], FloatArray]:
-    """Places among the pixels of the `count` largest peaks of the filtered image (3, height, width), and their colours.
+@inline
+def _structure_tensor_near_border(image, height, width, x, y, window, tensors, k):
+    """Row k of `structure_tensors`, at pixel (x, y)."""
+    reach = len(window) - 1
+    xx = np.float32(0)
+    xy = np.float32(0)
+    yy = np.float32(0)
+    for row in range(max(y - reach, 1), min(y + reach, height - 2) + 1):
+        for column in range(max(x - reach, 1), min(x + reach, width - 2) + 1):
+            weight = window[abs(row - y)] * window[abs(column - x)] * np.float32(0.25)
+            for channel in range(3):
+                along_x = image[channel, row, column + 1] - image[channel, row, column - 1]
+                along_y = image[channel, row + 1, column] - image[channel, row - 1, column]
+                xx += weight * along_x * along_x
+                xy += weight * along_x * along_y
+                yy += weight * along_y * along_y
+    tensors[k, 0] = xx
+    tensors[k, 1] = xy
+    tensors[k, 2] = yy
 
-    The image is filtered as by `filter_symmetrically`; a peak is one of the squared length of a pixel's colour. The
-    largest comes first, and of equal ones the first in the image. Where there are fewer peaks, other pixels that are
-    not zero follow in the same order. Places have shape (n,), filtered colours (n, 3).
+
+@kernel
+def structure_tensors(image, height, width, places, window, tensors):
+    """The structure tensors (xx, xy, yy) of an image around some of its pixels, as rows of `tensors`.
+
+    It is the mean over the window of the products of the central differences along x and y, added up over the channels.
+    `window` has the weights by distance along one axis. Pixels on the image's border, and beyond it, count as without
+    differences. Rows of `image` are whole vectors; `width` counts the pixels of a row that are inside.
+    """
+    row_length = image.shape[2]
+    reach = len(window) - 1
+    weights = aligned_scratch(3 * LANES)  # a pixel's weight by its distance to the right of the middle, from -LANES on
+    for distance in range(reach + 1):
+        weights[LANES - distance] = window[distance]
+        weights[LANES + distance] = window[distance]
+    for k in range(len(places)):
+        x = places[k] % width
+        y = places[k] // width
+        if min(x, y, width - 1 - x, height - 1 - y) <= reach:
+            _structure_tensor_near_border(image, height, width, x, y, window, tensors, k)
+            continue
+        # One vector has the window's row; near the right border it begins further left.
+        first = min(x - reach, row_length - LANES)
+        xx = splat(np.float32(0))
+        xy = splat(np.float32(0))
+        yy = splat(np.float32(0))
+        for row in range(y - reach, y + reach + 1):
+            weight = window[abs(row - y)]
+            for channel in range(3):
+                i = (channel * height + row) * row_length + first
+                along_x = load(image, i + 1) - load(image, i - 1)
+                along_y = load(image, i + row_length) - load(image, i - row_length)
+                weighted = along_x * weight
+                xx = fma(weighted, along_x, xx)
+                xy = fma(weighted, along_y, xy)
+                yy = fma(along_y * weight, along_y, yy)
+        across = load(weights, LANES + first - x) * np.float32(0.25)
+        tensors[k, 0] = lane_sum(xx * across)
+        tensors[k, 1] = lane_sum(xy * across)
+        tensors[k, 2] = lane_sum(yy * across)
+
+
+def largest_peaks(
+    image: FloatArray, taps: Sequence[float], window: Sequence[float], count: int
+) -> tuple[NDArray[np.int64], FloatArray, FloatArray]:
+    """The `count` largest peaks of an image (3, height, width) filtered as by `filter_symmetrically`.
+
+    A peak is one of the squared length of a pixel's colour. The largest comes first, and of equal ones the first in the
+    image. Where there are fewer peaks, other pixels that are not zero follow in the same order.
+
+    Returns:
+        Places among the pixels (n,), filtered colours (n, 3), and `structure_tensors` of the unfiltered image (n, 3).
     """
     _, height, width = image.shape
     padded, scratch = _whole_vectors(image, taps)
@@ -123,7 +189,10 @@ def largest_peaks(image: FloatArray, taps: Sequence[float], count: int) -> tuple
         count -= len(chosen)
         if not count:
             break
-    return np.concatenate(chosen_places), np.concatenate(chosen_colours)
+    chosen = np.concatenate(chosen_places)
+    tensors = np.empty((len(chosen), 3), np.float32)
+    structure_tensors(padded, height, width, chosen, np.array(window, np.float32), tensors)
+    return chosen, np.concatenate(chosen_colours), tensors
 
 
 def _largest(values: FloatArray, count: int) -> NDArray[np.int64]:
@@ -159,8 +228,8 @@ def filter_symmetrically(image: FloatArray, taps: Sequence[float]) -> FloatArray
 def _use_each() -> None:
     image = np.zeros((3, 1, 1), np.float32)
     filter_symmetrically(image, [1.0])
-    largest_peaks(image, [1.0], 1)
+    largest_peaks(image, [1.0], [1.0], 1)
 
 
-KERNELS = KernelSet((filter_rows_and_columns, find_peaks), _use_each, seconds=2)
+KERNELS = KernelSet((filter_rows_and_columns, find_peaks, structure_tensors), _use_each, seconds=3)
 """The kernels of the matched filter."""

@@ -44,27 +44,41 @@ class GrowthConfig:
 
     Attributes:
         start_fraction: Fraction of the budget that the grid at the start takes; the patch size follows from it.
-        growths: Number of times that Gaussians are added, the same number of Gaussians each time.
+        growths: Number of times that Gaussians are added, the same number of Gaussians each time; the first time before
+            the first step.
         growth_fraction: Fraction of the steps before the last growth; the remaining steps refine all Gaussians.
+        first_raw_scale, last_raw_scale: Raw number of both scales of a round Gaussian of the first growth, and of the
+            last; those of the growths between lie evenly between.
     """
 
     start_fraction: float = 0.27
     growths: int = 4
     growth_fraction: float = 0.42
+    first_raw_scale: float = -2.75
+    last_raw_scale: float = -3.5
 
     def __post_init__(self) -> None:
         for name in ("start_fraction", "growth_fraction"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be above 0 and at most 1, got {getattr(self, name)}")
+        for name in ("first_raw_scale", "last_raw_scale"):
+            if not np.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} must be a finite number, got {getattr(self, name)}")
         if self.growths < 0:
             raise ValueError(f"growths must be at least 0, got {self.growths}")
+
+    def raw_scale(self, growth: int) -> float:
+        """The raw number of both scales of a round Gaussian of a growth, counted from 1."""
+        part = (growth - 1) / max(1, self.growths - 1)
+        return self.first_raw_scale + part * (self.last_raw_scale - self.first_raw_scale)
 
     def phases(self, steps: int) -> list[int]:
         """The steps of each phase: there is a phase before every growth, and one after the last."""
         if not self.growths:
             return [steps]
-        before = min(round(steps * self.growth_fraction / self.growths), steps // self.growths)
-        return [*[before] * self.growths, steps - before * self.growths]
+        between = self.growths - 1
+        before = min(round(steps * self.growth_fraction / max(1, between)), steps // self.growths)
+        return [0, *[before] * between, steps - before * between]
 
 
 class Phase(Protocol):
@@ -112,7 +126,8 @@ def grow(
             torch.sub(target, draw(raw, anchor), out=residual)
             growths_left = len(phases) - phase
             addition = -(-(num_gaussians - len(raw)) // growths_left)
-            raw, anchor, moments, place = _add(raw, anchor, moments, residual, patch_size, addition)
+            new = residual_peaks(residual, patch_size, addition, raw_scale=growth.raw_scale(phase))
+            raw, anchor, moments, place = _add(raw, anchor, moments, new, width)
             kept = place[kept]
         if count or phase == len(phases) - 1:
             config = replace(optimization, steps=count, earlier_steps=done, later_steps=steps - done - count)
@@ -197,17 +212,17 @@ def largest_grid(height: int, width: int, most: int) -> int:
 
 
 def _add(
-    raw: Tensor, anchor: Tensor, moments: Moments, residual: Tensor, patch_size: int, count: int
+    raw: Tensor, anchor: Tensor, moments: Moments, new: tuple[Tensor, Tensor], width: int
 ) -> tuple[Tensor, Tensor, Moments, Tensor]:
-    """The Gaussians and up to `count` more, which had no update yet, placed where the residual is largest.
+    """The Gaussians of an image of this width, and new ones at their anchors, which had no update yet, in order.
 
     The fourth tensor holds the place of each former Gaussian, and then of each new one, among all.
     """
-    new_raw, new_anchor = residual_peaks(residual, patch_size, count)
+    new_raw, new_anchor = new
     raw, anchor = torch.cat([raw, new_raw]), torch.cat([anchor, new_anchor])
     moments = Moments.concatenate([moments, Moments.fresh(new_raw)])
     band = torch.floor(anchor[:, 1] / _BAND_ROWS)
-    key = band * residual.shape[2] + anchor[:, 0]
+    key = band * width + anchor[:, 0]
     # Numpy's stable sort needs hardly any time for the former Gaussians, which are in order.
     order = torch.from_numpy(np.argsort(key.cpu().numpy(), kind="stable")).to(key.device)
     place = torch.empty_like(order)

@@ -17,13 +17,20 @@ from torch import Tensor
 
 from air.compute.backends import has_cpu_kernels
 from air.fitting.grid import LARGEST, check_residual
-from air.gaussians import COLOUR, MIN_RAW_SCALE, OFFSET, RAW_CHANNELS, SCALE, anchor_coordinates, grid_shape
+from air.gaussians import ANGLE, COLOUR, MIN_RAW_SCALE, OFFSET, RAW_CHANNELS, SCALE, anchor_coordinates, grid_shape
 
 RAW_SCALE = -3.0
-"""Raw number of both scales."""
+"""Raw number of both scales of a Gaussian that is round."""
 
 GAIN = 0.5
 """A new Gaussian gets this fraction of its least-squares colour, since neighbours explain some of the same pixels."""
+
+
+STRETCH = 1.8
+"""Where the residual is an edge, this is added to the raw scale along it and taken from the raw scale across it."""
+
+_WINDOW_REACH = 3  # pixels
+_NO_EDGE = 1e-4  # Added to the squared slope of the residual: an edge must stand out from this.
 
 
 def residual_initialization(residual: Tensor, patch_size: int) -> Tensor:
@@ -50,31 +57,72 @@ def residual_initialization(residual: Tensor, patch_size: int) -> Tensor:
     return _raw_at(x, y, colours[:, y, x].T, height, width, patch_size)[0]
 
 
-def residual_peaks(residual: Tensor, patch_size: int, count: int) -> tuple[Tensor, Tensor]:
+def residual_peaks(
+    residual: Tensor, patch_size: int, count: int, *, raw_scale: float = RAW_SCALE
+) -> tuple[Tensor, Tensor]:
     """Up to `count` raw Gaussians (n, 8) for a residual, and the anchors (n, 2) of their patches.
 
     They are centred on the image's largest peaks. A peak is a pixel where a Gaussian removes more of the residual than
     at any of the eight pixels around it. Other pixels follow when there are no more peaks; pixels where the residual is
     zero get none. A patch may get several Gaussians.
 
+    Each is stretched along the edge of the residual that it lies on. With the eigenvalues of the structure tensor, an
+    edge's coherence is (larger - smaller) / (larger + smaller); the raw scales are `raw_scale` plus `STRETCH` times the
+    coherence along the edge, and minus as much across it. The colour falls as the area grows.
+
     Args:
         residual: Image minus canvas, shape (3, height, width), any sign.
         patch_size: Pixels between anchors, at least 1.
         count: Largest number of Gaussians, at least 0.
+        raw_scale: Raw number of both scales of a Gaussian that is round.
 
     Raises:
         ValueError: As `grid_initialization`.
     """
     check_residual(residual, patch_size)
     _, height, width = residual.shape
-    taps = _matched_filter(patch_size)
+    taps = _matched_filter(patch_size, raw_scale)
     if has_cpu_kernels(residual):
         from air.fitting.filter_cpu import largest_peaks
 
-        chosen, colour = map(torch.from_numpy, largest_peaks(residual.detach().contiguous().numpy(), taps, count))
+        array = residual.detach().contiguous().numpy()
+        chosen, colour, tensor = map(torch.from_numpy, largest_peaks(array, taps, edge_window(), count))
     else:
         chosen, colour = _largest_peaks(_filtered(residual, taps), count)
-    return _raw_at(chosen % width, chosen // width, colour, height, width, patch_size)
+        tensor = _structure_tensors(residual)[:, chosen // width, chosen % width].T
+    raw, anchor = _raw_at(chosen % width, chosen // width, colour, height, width, patch_size)
+    return _stretched(raw, tensor, patch_size, raw_scale), anchor
+
+
+def _stretched(raw: Tensor, tensor: Tensor, patch_size: int, raw_scale: float) -> Tensor:
+    """Raw Gaussians (n, 8) of this scale, stretched along the edges that have these structure tensors (n, 3)."""
+    xx, xy, yy = tensor.T
+    coherence = ((xx - yy).square() + 4 * xy.square()).sqrt() / (xx + yy + _NO_EDGE)
+    raw = raw.clone()
+    # The first axis lies across the edge. Half a turn on, the raw angle is near 0, where it moves most.
+    raw[:, ANGLE] = torch.logit((torch.atan2(2 * xy, xx - yy) / 2 + math.pi) / (2 * math.pi))
+    raw[:, SCALE] = raw_scale + STRETCH * coherence[:, None] * torch.tensor([-1.0, 1.0]).to(raw)
+    area = (patch_size * torch.sigmoid(raw[:, SCALE]) + MIN_RAW_SCALE).prod(dim=1)
+    colour = torch.tanh(raw[:, COLOUR]) * (_scale(patch_size, raw_scale) ** 2 / area)[:, None]
+    raw[:, COLOUR] = torch.atanh(colour.clamp(-LARGEST, LARGEST))
+    return raw
+
+
+def edge_window() -> list[float]:
+    """Weights by distance along an axis of the window in which edges are seen; the whole window's add up to 1."""
+    weights = [math.exp(-0.5 * distance**2) for distance in range(_WINDOW_REACH + 1)]
+    total = 2 * sum(weights) - weights[0]
+    return [weight / total for weight in weights]
+
+
+def _structure_tensors(image: Tensor) -> Tensor:
+    """As `air.fitting.filter_cpu.structure_tensors` for all pixels, in plain torch, shape (3, height, width)."""
+    along_x, along_y = (
+        F.pad((image.roll(-1, dim) - image.roll(1, dim))[:, 1:-1, 1:-1] / 2, (1, 1, 1, 1)) for dim in (2, 1)
+    )
+    products = torch.stack([(a * b).sum(0) for a, b in ((along_x, along_x), (along_x, along_y), (along_y, along_y))])
+    window = edge_window()
+    return symmetric_filter(symmetric_filter(products, window, 1), window, 2)
 
 
 def _largest_peaks(colours: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -88,9 +136,14 @@ def _largest_peaks(colours: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return chosen, colours.flatten(1)[:, chosen].T
 
 
-def _matched_filter(patch_size: int) -> list[float]:
+def _scale(patch_size: int, raw_scale: float) -> float:
+    """The scale in pixels that `air.gaussians.activate` gives."""
+    return patch_size * torch.tensor(raw_scale).sigmoid().item() + MIN_RAW_SCALE
+
+
+def _matched_filter(patch_size: int, raw_scale: float = RAW_SCALE) -> list[float]:
     """Taps by distance of the filter whose value is the least-squares colour of one narrow Gaussian."""
-    scale = patch_size * torch.tensor(RAW_SCALE).sigmoid().item() + MIN_RAW_SCALE
+    scale = _scale(patch_size, raw_scale)
     radius = math.ceil(3 * scale)
     taps = [math.exp(-0.5 * (distance / scale) ** 2) for distance in range(radius + 1)]
     energy = 2 * sum(tap * tap for tap in taps) - 1
