@@ -74,6 +74,9 @@ def intrinsic(function: Callable[..., Any]) -> Any:
     return numba_intrinsic(function)
 
 
+_used: set[Any] = set()  # kernels of sets that were compiled in this process
+
+
 @dataclass(frozen=True)
 class KernelSet:
     """Kernels that are compiled together, ahead of use.
@@ -106,10 +109,12 @@ class KernelSet:
 
         While one process compiles, others on this machine that want the same kernels wait, and then load them.
         """
-        if all(dispatcher.signatures for dispatcher in self.kernels):
+        # A kernel that only others call has no signatures of its own when those come from the cache.
+        if all(dispatcher.signatures or dispatcher in _used for dispatcher in self.kernels):
             return
         with _compiling(self.kernels):
             self.use()
+        _used.update(self.kernels)
 
 
 def is_compiled(dispatcher: Any) -> bool:

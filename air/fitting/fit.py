@@ -92,8 +92,8 @@ def fit(
         device: Where to compute: "cpu", "cuda", or "auto", which is "cuda" if there is a GPU and triton. An image
             tensor on a GPU stays there. The result is on the image's device, which for arrays is the CPU.
         threads: As for `air.optimization.optimize.optimize`.
-        on_step: Called with the number of updates done, loss and PSNR in dB; after a growth once more with the same
-            number, then with the new Gaussians.
+        on_step: Called with the number of updates done, loss and PSNR in dB for every entry of the trajectory, and once
+            more for the last one if Gaussians are added after it.
 
     Raises:
         ValueError: The image is of another kind, or an option does not fit.

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from air.fitting.grid import grid_initialization
 from air.fitting.residual import residual_peaks
-from air.gaussians import Gaussians, activate, anchors, grid_shape
+from air.gaussians import activate, anchors, grid_shape
 from air.optimization.config import OptimizeConfig
 from air.optimization.optimize import optimize
-from air.optimization.problem import Moments, StepCallback, Trajectory
+from air.optimization.problem import Moments, Reuse, StepCallback, Trajectory
 from air.rendering.render import render
 
 OPTIMIZATION = OptimizeConfig(
@@ -56,27 +56,41 @@ class GrowthConfig:
 
     Attributes:
         start_fraction: Fraction of the budget that the grid at the start takes; the patch size follows from it.
-        growths: Number of times that Gaussians are added, the same number of Gaussians each time.
+        growths: Number of times that Gaussians are added, the same number of Gaussians each time; the first time before
+            the first step.
         growth_fraction: Fraction of the steps before the last growth; the remaining steps refine all Gaussians.
+        first_raw_scale, last_raw_scale: Raw number of both scales of a round Gaussian of the first growth, and of the
+            last; those of the growths between lie evenly between.
     """
 
     start_fraction: float = 0.27
     growths: int = 4
     growth_fraction: float = 0.42
+    first_raw_scale: float = -2.75
+    last_raw_scale: float = -3.5
 
     def __post_init__(self) -> None:
         for name in ("start_fraction", "growth_fraction"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be above 0 and at most 1, got {getattr(self, name)}")
+        for name in ("first_raw_scale", "last_raw_scale"):
+            if not np.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} must be a finite number, got {getattr(self, name)}")
         if self.growths < 0:
             raise ValueError(f"growths must be at least 0, got {self.growths}")
+
+    def raw_scale(self, growth: int) -> float:
+        """The raw number of both scales of a round Gaussian of a growth, counted from 1."""
+        part = (growth - 1) / max(1, self.growths - 1)
+        return self.first_raw_scale + part * (self.last_raw_scale - self.first_raw_scale)
 
     def phases(self, steps: int) -> list[int]:
         """The steps of each phase: there is a phase before every growth, and one after the last."""
         if not self.growths:
             return [steps]
-        before = min(round(steps * self.growth_fraction / self.growths), steps // self.growths)
-        return [*[before] * self.growths, steps - before * self.growths]
+        between = self.growths - 1
+        before = min(round(steps * self.growth_fraction / max(1, between)), steps // self.growths)
+        return [0, *[before] * between, steps - before * between]
 
 
 class Phase(Protocol):
@@ -97,7 +111,7 @@ def grow(
     growth: GrowthConfig,
     optimization: OptimizeConfig,
     run: Phase,
-    draw: Callable[[Gaussians], Tensor],
+    draw: Callable[[Tensor, Tensor], Tensor],
 ) -> tuple[Tensor, Tensor]:
     """Raw Gaussians (N, 8) of a fit within a budget, and their anchors (N, 2) in pixels.
 
@@ -109,7 +123,7 @@ def grow(
         growth: Settings of growth.
         optimization: Learning rates, schedule and rule of every phase.
         run: Called for every phase, in order.
-        draw: The picture (3, height, width) of Gaussians.
+        draw: The picture (3, height, width) of raw Gaussians at their anchors.
     """
     _, height, width = target.shape
     anchor = anchors(height, width, patch_size, target.dtype).to(target.device)
@@ -117,16 +131,21 @@ def grow(
     phases = growth.phases(steps)
     moments = Moments.fresh(raw)
     kept = torch.arange(len(raw), device=raw.device)
+    residual = torch.empty_like(target)
     done = 0
     for phase, count in enumerate(phases):
         if phase:
-            canvas = draw(activate(raw, anchor, patch_size))
+            torch.sub(target, draw(raw, anchor), out=residual)
             growths_left = len(phases) - phase
             addition = -(-(num_gaussians - len(raw)) // growths_left)
-            raw, anchor, moments, kept = _add(raw, anchor, moments, target - canvas, patch_size, addition)
-        config = replace(optimization, steps=count, earlier_steps=done, later_steps=steps - done - count)
-        raw, moments = run(raw, anchor, moments, config, kept)
-        done += count
+            new = residual_peaks(residual, patch_size, addition, raw_scale=growth.raw_scale(phase))
+            raw, anchor, moments, place = _add(raw, anchor, moments, new, width)
+            kept = place[kept]
+        if count or phase == len(phases) - 1:
+            config = replace(optimization, steps=count, earlier_steps=done, later_steps=steps - done - count)
+            raw, moments = run(raw, anchor, moments, config, kept)
+            kept = torch.arange(len(raw), device=raw.device)
+            done += count
     return raw, anchor
 
 
@@ -147,6 +166,9 @@ class Optimizer:
         self._target, self._patch_size = target, patch_size
         self._backend, self._threads, self._on_step = backend, threads, on_step
         self._trajectories: list[Trajectory] = []
+        self._steps: list[int] = []
+        self._reuse = Reuse()
+        self._last: Tensor | None = None
 
     def __call__(
         self, raw: Tensor, anchor: Tensor, moments: Moments, config: OptimizeConfig, kept: Tensor
@@ -162,21 +184,29 @@ class Optimizer:
             backend=self._backend,
             threads=self._threads,
             on_step=self._on_step and _counting_from(config.earlier_steps, self._on_step),
+            # After a phase come new Gaussians, and the next phase measures the state with them.
+            measure_end=config.later_steps == 0,
+            reuse=self._reuse,
         )
         assert result.moments is not None
         self._trajectories.append(result.trajectory)
+        self._steps.append(config.steps)
+        self._last = result.raw
         return result.raw, result.moments
 
-    def draw(self, gaussians: Gaussians) -> Tensor:
-        """The picture of Gaussians."""
+    def draw(self, raw: Tensor, anchor: Tensor) -> Tensor:
+        """The picture of raw Gaussians at their anchors."""
+        if raw is self._last and self._reuse.picture is not None:
+            return self._reuse.picture
         _, height, width = self._target.shape
+        gaussians = activate(raw, anchor, self._patch_size)
         return render(gaussians, height, width, backend=self._backend, threads=self._threads)
 
     def trajectory(self) -> Trajectory:
-        """That of all phases; the first entry of a phase, with the new Gaussians, replaces the last of the former."""
-        parts = self._trajectories
-        loss = np.concatenate([*(part.loss[:-1] for part in parts[:-1]), parts[-1].loss])
-        psnr = np.concatenate([*(part.psnr[:-1] for part in parts[:-1]), parts[-1].psnr])
+        """That of all phases; where one ends and the next begins, the entry is that with the new Gaussians."""
+        ends = [*self._steps[:-1], self._steps[-1] + 1]
+        parts = [(part.loss[:end], part.psnr[:end]) for part, end in zip(self._trajectories, ends, strict=True)]
+        loss, psnr = (np.concatenate(column) for column in zip(*parts, strict=True))
         return Trajectory(loss, psnr)
 
 
@@ -194,17 +224,19 @@ def largest_grid(height: int, width: int, most: int) -> int:
 
 
 def _add(
-    raw: Tensor, anchor: Tensor, moments: Moments, residual: Tensor, patch_size: int, count: int
+    raw: Tensor, anchor: Tensor, moments: Moments, new: tuple[Tensor, Tensor], width: int
 ) -> tuple[Tensor, Tensor, Moments, Tensor]:
-    """The Gaussians and up to `count` more, which had no update yet, placed where the residual is largest.
+    """The Gaussians of an image of this width, and new ones at their anchors, which had no update yet, in order.
 
-    The fourth tensor holds the places of the former Gaussians among all.
+    The fourth tensor holds the place of each former Gaussian, and then of each new one, among all.
     """
-    new_raw, new_anchor = residual_peaks(residual, patch_size, count)
-    former = len(raw)
+    new_raw, new_anchor = new
     raw, anchor = torch.cat([raw, new_raw]), torch.cat([anchor, new_anchor])
     moments = Moments.concatenate([moments, Moments.fresh(new_raw)])
     band = torch.floor(anchor[:, 1] / _BAND_ROWS)
-    order = torch.argsort(band * residual.shape[2] + anchor[:, 0], stable=True)
-    kept = torch.argsort(order)[:former]
-    return raw[order].contiguous(), anchor[order].contiguous(), moments[order], kept
+    key = band * width + anchor[:, 0]
+    # Numpy's stable sort needs hardly any time for the former Gaussians, which are in order.
+    order = torch.from_numpy(np.argsort(key.cpu().numpy(), kind="stable")).to(key.device)
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order), device=order.device)
+    return raw.index_select(0, order), anchor.index_select(0, order), moments[order], place

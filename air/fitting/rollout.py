@@ -154,9 +154,9 @@ class _Recorder:
         self._last: tuple[Callable[[Tensor], tuple[Tensor, float, float]], Tensor] | None = None
         self._last_slope = torch.empty(0)
 
-    def draw(self, gaussians) -> Tensor:
+    def draw(self, raw: Tensor, anchor: Tensor) -> Tensor:
         _, height, width = self._target.shape
-        return render(gaussians, height, width)
+        return render(activate(raw, anchor, self._patch_size), height, width)
 
     def __call__(
         self, raw: Tensor, anchor: Tensor, moments: Moments, config: OptimizeConfig, kept: Tensor

@@ -278,9 +278,7 @@ class FusedLoss:
 
     def __init__(self, target: FloatArray, workers: Workers, squared_fraction: float = 0.0) -> None:
         _, self.height, self.width = target.shape
-        self.workers = workers
-        self._squared_fraction = squared_fraction
-        self._mean_difference: float | None = None
+        self.begin(workers, squared_fraction)
         self.target = image_planes(self.height, self.width)
         self.mean = image_planes(self.height, self.width)
         self.variance = image_planes(self.height, self.width)
@@ -289,6 +287,12 @@ class FusedLoss:
         self._tasks = [(channel, *band) for channel in range(3) for band in bands(self.height, workers.count)]
         pixels(self.target, self.height, self.width)[:] = target
         workers.run(self._blur_target, self._tasks)
+
+    def begin(self, workers: Workers, squared_fraction: float) -> None:
+        """Begins a series of evaluations, with as many threads as before; no evaluation was before the next."""
+        self.workers = workers
+        self._squared_fraction = squared_fraction
+        self._mean_difference: float | None = None
 
     def _blur_target(self, channel: int, first_row: int, end_row: int) -> None:
         blur_target(self.target, self.mean, self.variance, channel, first_row, end_row, self.height, self.width)

@@ -21,7 +21,7 @@ from air.loss.cpu import FusedLoss, LossValues, blur_target, sum_differences, sw
 from air.loss.reference import L1_WEIGHT
 from air.optimization.config import OptimizeConfig
 from air.optimization.learned_cpu import AGE, BIAS_OF_MEAN, BIAS_OF_SQUARE, PackedRule, learned_step
-from air.optimization.problem import Moments, Recorder
+from air.optimization.problem import Moments, Recorder, Reuse
 from air.optimization.rule import LearnedRule
 from air.rendering.cpu_kernels import ONE, ZERO, chain_to_parameters, derive_geometry, draw_runs, gather_runs, sweep
 from air.rendering.raw_cpu import RawRaster, activate_raw, sigmoid_slope, slope_factors
@@ -75,6 +75,20 @@ def adam_step(
             store(raw, i, fma(new_mean * rate, scale, old))
 
 
+class FusedBuffers:
+    """Images that optimisations of one target use one after another.
+
+    Attributes:
+        loss: The loss against the target.
+        image: Planes of the picture.
+    """
+
+    def __init__(self, target: FloatArray, workers: Workers) -> None:
+        _, height, width = target.shape
+        self.loss = FusedLoss(target, workers)
+        self.image = image_planes(height, width)
+
+
 class FusedOptimizer:
     """The state of one optimisation in the kernels' layout: raw numbers, Adam's moments, image and loss buffers.
 
@@ -82,11 +96,13 @@ class FusedOptimizer:
 
     Args:
         raw: float32 (N, 8). anchor: float32 (N, 2), pixels.
-        target, background: float32 (3, height, width); the Gaussians are added to the background.
+        target: float32 (3, height, width).
         patch_size: Range of the activations in pixels.
+        background: float32 (3, height, width), to which the Gaussians are added; None if it is black.
         workers: The threads to use.
         config: Rates, schedule and update rule.
         moments: Adam's moments to go on from; None: those of Gaussians that had no update.
+        buffers: Those of this target and of this number of threads, if there are any yet.
 
     Attributes:
         drawing: The present Gaussians.
@@ -99,16 +115,19 @@ class FusedOptimizer:
         anchor: FloatArray,
         target: FloatArray,
         patch_size: int,
-        background: FloatArray,
+        background: FloatArray | None,
         workers: Workers,
         config: OptimizeConfig,
         moments: Moments | None = None,
+        buffers: FusedBuffers | None = None,
     ) -> None:
         self.config = config
         _, height, width = target.shape
         self.drawing = RawRaster(anchor, height, width, patch_size, workers)
         self.drawing.set_rows(raw)
-        self.loss = FusedLoss(target, workers, config.squared_fraction)
+        buffers = buffers or FusedBuffers(target, workers)
+        self.loss, self.image = buffers.loss, buffers.image
+        self.loss.begin(workers, config.squared_fraction)
         self._mean = table(RAW_CHANNELS, len(raw))
         self._square = table(RAW_CHANNELS, len(raw))
         self._age = np.zeros(len(raw), np.int32)
@@ -121,14 +140,17 @@ class FusedOptimizer:
         self._learned = None if config.learned is None else PackedRule(config.learned)
         self._squared_error = 0.0
         self.background = None
-        if background.any():
+        if background is not None and background.any():
             self.background = image_planes(height, width)
             pixels(self.background, height, width)[:] = background
-        self.image = image_planes(height, width)
+
+    def draw(self) -> None:
+        """Draws the present state."""
+        self.drawing.draw(self.image, self.background)
 
     def evaluate(self) -> LossValues:
         """Draws the present state; returns its loss and leaves the loss's gradient for `update`."""
-        self.drawing.draw(self.image, self.background)
+        self.draw()
         values = self.loss.evaluate(self.image)
         self._squared_error = values.squared_error
         return values
@@ -235,20 +257,31 @@ def optimize_cpu(
     target: Tensor,
     patch_size: int,
     config: OptimizeConfig,
-    background: Tensor,
+    background: Tensor | None,
     moments: Moments,
     threads: int,
     recorder: Recorder,
+    reuse: Reuse | None = None,
 ) -> tuple[Tensor, Moments]:
     """The optimised raw Gaussians and their moments; arguments as for `air.optimization.optimize.optimize`, checked."""
     with Workers(threads) as workers:
-        arrays = (raw.numpy(), anchor.numpy(), target.numpy(), patch_size, background.numpy())
-        state = FusedOptimizer(*arrays, workers, config, moments)
-        for step in range(config.steps + 1):
+        reuse = reuse or Reuse()
+        _, height, width = target.shape
+        reuse.buffers = reuse.buffers or FusedBuffers(target.numpy(), workers)
+        black = None if background is None else background.numpy()
+        arrays = (raw.numpy(), anchor.numpy(), target.numpy(), patch_size, black)
+        state = FusedOptimizer(*arrays, workers, config, moments, reuse.buffers)
+        for step in range(config.steps):
             values = state.evaluate()
             recorder.add(values.loss, values.squared_error)
-            if step < config.steps:
-                state.update(step)
+            state.update(step)
+        # Numbers that are not finite must not go unnoticed.
+        if recorder.wants(config.steps) or not np.isfinite(state.drawing.raw.sum()):
+            values = state.evaluate()
+            recorder.add(values.loss, values.squared_error)
+        else:
+            state.draw()
+        reuse.picture = torch.from_numpy(pixels(state.image, height, width))
         return torch.from_numpy(state.raw_rows()), state.moments()
 
 

@@ -306,7 +306,7 @@ def optimize_cuda(
     target: Tensor,
     patch_size: int,
     config: OptimizeConfig,
-    background: Tensor,
+    background: Tensor | None,
     moments: Moments,
     threads: int,
     recorder: Recorder,

@@ -11,14 +11,15 @@ This module knows nothing of files, stages or networks.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from air.compute.backends import backend_for, has_cpu_kernels, require_cuda_kernels
-from air.gaussians import activate
+from air.gaussians import activate, check_raw
 from air.optimization.config import OptimizeConfig
-from air.optimization.problem import Moments, OptimizeResult, Problem, Recorder, StepCallback, naming_image
+from air.optimization.problem import Moments, OptimizeResult, Problem, Recorder, Reuse, StepCallback, naming_image
 from air.optimization.reference import optimize_reference
 from air.rendering.render import render
 
@@ -36,6 +37,8 @@ def optimize(
     backend: str = "auto",
     threads: int = 1,
     on_step: StepCallback | None = None,
+    measure_end: bool = True,
+    reuse: Reuse | None = None,
 ) -> OptimizeResult:
     """Optimises the raw numbers of the free Gaussians with Adam.
 
@@ -56,6 +59,9 @@ def optimize(
         threads: CPU threads at most, for "cpu"; the result does not depend on it.
         on_step: Called for every entry of the trajectory, in order. With "cuda", the entries of several steps come
             together, and each time the device is waited for.
+        measure_end: Whether the trajectory has the entry after the last update. A caller that adds Gaussians and
+            goes on measures soon again, and saves the time.
+        reuse: Given to all optimisations of one target, it saves what each would make anew. The result is the same.
 
     Raises:
         InvalidGaussiansError: `raw` and `anchor` do not fit each other or are not finite.
@@ -75,19 +81,19 @@ def optimize(
     """
     backend = backend_for(raw, backend)
     _check_arguments(raw, anchor, target, patch_size, canvas, free, backend, threads)
-    start = activate(raw.detach(), anchor, patch_size)
-    start.validate()
+    check_raw(raw, anchor, patch_size)
     raw = raw.detach().clone()
     anchor = anchor.to(raw)
     _, height, width = target.shape
-    background = torch.zeros_like(target) if canvas is None else canvas.detach().to(target)
+    background = None if canvas is None else canvas.detach().to(target)
     chosen = slice(None)
     if free is not None:
         chosen = free.nonzero()[:, 0]
         frozen = activate(raw[~free], anchor[~free], patch_size)
-        background = background + render(frozen, height, width, backend=backend, threads=threads)
-    recorder = Recorder(on_step)
-    run = _backend_loop(backend, raw)
+        drawn = render(frozen, height, width, backend=backend, threads=threads)
+        background = drawn if background is None else background + drawn
+    recorder = Recorder(on_step, None if measure_end else config.steps)
+    run = _backend_loop(backend, raw, reuse)
     moments = Moments.fresh(raw[chosen]) if moments is None else moments.checked(raw[chosen])
     raw[chosen], moments = run(
         raw[chosen], anchor[chosen], target, patch_size, config, background, moments, threads, recorder
@@ -124,7 +130,7 @@ def _check_arguments(
         raise ValueError(f"the cpu backend optimises float32 on the CPU, got {raw.dtype} on {raw.device}")
 
 
-def _backend_loop(backend: str, raw: Tensor) -> Callable[..., tuple[Tensor, Moments]]:
+def _backend_loop(backend: str, raw: Tensor, reuse: Reuse | None) -> Callable[..., tuple[Tensor, Moments]]:
     """The optimiser's loop in a backend. Compiled ones load on first use.
 
     Raises:
@@ -135,7 +141,7 @@ def _backend_loop(backend: str, raw: Tensor) -> Callable[..., tuple[Tensor, Mome
         case "cpu":
             from air.optimization.cpu import optimize_cpu
 
-            return optimize_cpu
+            return partial(optimize_cpu, reuse=reuse)
         case "cuda":
             require_cuda_kernels(raw)
             from air.optimization.cuda import optimize_cuda
@@ -188,7 +194,7 @@ def optimize_batch(
         _check_arguments(raw, anchor, target, patch_size, canvas, None, backend, threads)
         if raw.device != batch[0].raw.device:
             raise ValueError(f"a batch must be on one device, got {batch[0].raw.device} and {raw.device}")
-        activate(raw.detach(), anchor, patch_size).validate()
+        check_raw(raw, anchor, patch_size)
         background = None if canvas is None else canvas.detach()
         kept = None if moments is None else moments.checked(raw)
         ready.append(Problem(raw.detach(), anchor.to(raw), target, background, kept))

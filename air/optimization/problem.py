@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from air.errors import NonFiniteLossError
+from air.gaussians import is_finite
 from air.metrics import psnr_of
 
 StepCallback = Callable[[int, float, float], None]
@@ -61,9 +62,7 @@ class Moments:
                 f"moments must be those of the {len(raw)} free Gaussians on {raw.device}, got mean, square and age of "
                 f"shapes {', '.join(str(tuple(shape)) for shape in shapes)} on {', '.join(map(str, devices))}"
             )
-        if not (
-            bool(self.mean.isfinite().all()) and bool(self.square.isfinite().all()) and bool((self.age >= 0).all())
-        ):
+        if not (is_finite(self.mean) and is_finite(self.square) and bool((self.age >= 0).all())):
             raise ValueError("moments must be finite, and ages not negative")
         mean, square = (part.detach().to(raw.dtype, copy=True) for part in (self.mean, self.square))
         return Moments(mean, square, self.age.to(torch.int32, copy=True))
@@ -76,6 +75,9 @@ class Moments:
 
     def __getitem__(self, chosen: Tensor | slice) -> Moments:
         """Those of some of the Gaussians."""
+        if isinstance(chosen, Tensor) and chosen.dtype == torch.int64:
+            # Torch's general indexing takes three times as long.
+            return Moments(*(part.index_select(0, chosen) for part in (self.mean, self.square, self.age)))
         return Moments(self.mean[chosen], self.square[chosen], self.age[chosen])
 
     @staticmethod
@@ -123,11 +125,31 @@ class Problem(NamedTuple):
     moments: Moments | None = None
 
 
+@dataclass(eq=False)
+class Reuse:
+    """What optimisations of one target, one after another, have in common: the first makes it, the others use it.
+
+    Attributes:
+        buffers: The backend's own; None before the first optimisation, and with backends that have none.
+        picture: The picture (3, height, width) after the last update, which the next optimisation overwrites; None if
+            the backend has no such buffer.
+    """
+
+    buffers: Any = None
+    picture: Tensor | None = None
+
+
 @dataclass
 class Recorder:
-    """Collects a trajectory; raises NonFiniteLossError for a loss that is NaN or infinite."""
+    """Collects a trajectory; raises NonFiniteLossError for a loss that is NaN or infinite.
+
+    Attributes:
+        on_step: Called for every entry.
+        length: Entries of the trajectory; later ones are left out. None: all are kept.
+    """
 
     on_step: StepCallback | None
+    length: int | None = None
     loss: list[float] = field(default_factory=list)
     psnr: list[float] = field(default_factory=list)
 
@@ -138,10 +160,16 @@ class Recorder:
                 f"the loss is {loss} after {step} updates; "
                 + ("check that image and canvas are finite" if step == 0 else "lower the learning rates")
             )
+        if not self.wants(step):
+            return
         self.loss.append(loss)
         self.psnr.append(psnr_of(squared_error))
         if self.on_step is not None:
             self.on_step(step, loss, self.psnr[-1])
+
+    def wants(self, step: int) -> bool:
+        """Whether the trajectory has an entry of the state after so many updates."""
+        return self.length is None or step < self.length
 
     def trajectory(self) -> Trajectory:
         return Trajectory(np.array(self.loss), np.array(self.psnr))

@@ -20,7 +20,7 @@ def optimize_reference(
     target: Tensor,
     patch_size: int,
     config: OptimizeConfig,
-    background: Tensor,
+    background: Tensor | None,
     moments: Moments,
     threads: int,
     recorder: Recorder,
@@ -48,7 +48,9 @@ def optimize_reference(
     last_error = None
     for step in range(config.steps + 1):
         raw = raw.detach().requires_grad_()
-        image = background + render(activate(raw, anchor, patch_size), height, width, backend="reference")
+        image = render(activate(raw, anchor, patch_size), height, width, backend="reference")
+        if background is not None:
+            image = background + image
         loss = torch_loss(image, target)
         squared_error = float((image.detach().clamp(0, 1) - target).square().mean())
         recorder.add(loss.item(), squared_error)

@@ -52,6 +52,11 @@ def make_set(kernel: object, used: list[object], seconds: int = 1) -> KernelSet:
     return KernelSet((kernel,), use, seconds)
 
 
+def make_set_of_two(module: ModuleType, used: list[object]) -> KernelSet:
+    """A kernel, and another that only the first calls."""
+    return KernelSet((module.double_next, module.double), lambda: used.append(module.double_next(3)), 1)
+
+
 def test_kernels_compute(tmp_path: Path) -> None:
     assert load_kernels(tmp_path).double_next(3) == 8
 
@@ -118,3 +123,14 @@ def test_who_wants_kernels_that_another_process_compiles_waits(tmp_path: Path) -
         assert not used
     thread.join(60)
     assert used == [module.double]
+
+
+def test_a_set_with_a_kernel_that_only_others_call_is_used_once(tmp_path: Path) -> None:
+    """Loaded from the cache, such a kernel has no signatures, however often the set was used."""
+    used: list[object] = []
+    for _ in range(2):
+        module = load_kernels(tmp_path)
+        used.clear()
+        for _ in range(2):
+            make_set_of_two(module, used).compile()
+    assert used == [8]
