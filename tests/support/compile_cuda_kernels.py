@@ -14,7 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from air.loss import cuda as loss_cuda
-from air.optimization import cuda as optimize_cuda
+from air.optimization import cuda_kernels as optimize_kernels
 from air.rendering import cuda_kernels
 
 BLOCKS = {"ROWS": cuda_kernels.BLOCK_ROWS, "COLUMNS": cuda_kernels.BLOCK_COLUMNS}
@@ -39,8 +39,8 @@ KERNELS = [
     (loss_cuda.blur_targets, STRIPS, 4),
     (loss_cuda.differentiate_ssim, STRIPS, 4),
     (loss_cuda.finish_gradient, STRIPS, 4),
-    (optimize_cuda.activate_raw, {"BLOCK": 64}, 4),
-    (optimize_cuda.gather_and_step, BLOCKS, 1),
+    (optimize_kernels.activate_raw, {"BLOCK": 64}, 4),
+    (optimize_kernels.gather_and_step, BLOCKS, 1),
 ]
 
 
