@@ -143,7 +143,8 @@ def main() -> None:
 def check() -> None:
     """Runs the GPU tests; ends the benchmark if one fails."""
     folder = Path(__file__).parent.parent / "tests"
-    tests = [str(folder / "air" / "test_cuda.py"), str(folder / "pipeline" / "bulk" / "test_distill_cuda.py")]
+    names = ("air/test_cuda.py", "air/test_cuda_rule.py", "pipeline/bulk/test_distill_cuda.py")
+    tests = [str(folder / name) for name in names]
     result = subprocess.run([sys.executable, "-m", "pytest", "-m", "gpu", "-rs", *tests], check=False)
     if result.returncode:
         sys.exit("the GPU tests fail, so the times would mean nothing")

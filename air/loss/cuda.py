@@ -39,13 +39,19 @@ ENOUGH_PROGRAMS = 1_000
 SUMS = 3
 """What is summed over the pixels and channels of an image: |x - y|, SSIM, squared error of x clamped to [0, 1]."""
 
+SUM_L1, SUM_SSIM, SUM_SQUARES = (tl.constexpr(column) for column in range(3))
+"""Their columns in a table of sums."""
+
+MIN_MEAN_ERROR = 1e-6
+"""As in `air.optimization.reference`, where the squared error's gradient is defined."""
+
 _WINDOW = tl.constexpr(tuple(float(weight) for weight in window_weights()))
 _TAPS = tl.constexpr(WINDOW_SIZE)
 _HALF = tl.constexpr(WINDOW_SIZE // 2)
 _C1, _C2 = tl.constexpr(SSIM_C1), tl.constexpr(SSIM_C2)
 _L1_WEIGHT, _SSIM_WEIGHT = tl.constexpr(L1_WEIGHT), tl.constexpr(SSIM_WEIGHT)
-_SUM_L1, _SUM_SSIM, _SUM_SQUARES = (tl.constexpr(column) for column in range(3))
 _SUMS = tl.constexpr(SUMS)
+_MIN_MEAN_ERROR = tl.constexpr(MIN_MEAN_ERROR)
 _BY_MEAN, _BY_SQUARE, _BY_PRODUCT = (tl.constexpr(column) for column in range(3))
 
 
@@ -190,7 +196,7 @@ def differentiate_ssim(
             tl.store(slopes + _BY_SQUARE * map_size + out, -k * ssim * b1, mask=inside)
             tl.store(slopes + _BY_PRODUCT * map_size + out, k * a1, mask=inside)
             total += tl.where(inside, ssim, 0.0)
-    _add_to_sum(sums, clock, num_images, number, _SUM_SSIM, total)
+    _add_to_sum(sums, clock, num_images, number, SUM_SSIM, total)
 
 
 @triton.jit
@@ -204,12 +210,18 @@ def finish_gradient(
     slopes,
     map_size,
     gradient,
+    first_errors,
+    squared_fraction,
     sums,
     clock,
     STRIP: tl.constexpr,
     ROWS: tl.constexpr,
+    SQUARED: tl.constexpr,
 ):
     """Writes the loss's gradient from the maps of `differentiate_ssim`; sums |x - y| and squares.
+
+    With SQUARED, `squared_fraction` of the L1 term's gradient is that of the squared error, scaled by the mean |x - y|
+    of one time before. For the first time, `first_errors` holds the sum of |x - y| of each image.
 
     Then resets the image to the background, onto which it is drawn next; no other kernel reads the image after this.
     """
@@ -218,6 +230,11 @@ def finish_gradient(
     values = 3.0 * tl.load(table + HEIGHT).to(tl.float32) * tl.load(table + WIDTH).to(tl.float32)
     l1_weight = _L1_WEIGHT / values
     ssim_weight = -_SSIM_WEIGHT / values
+    if SQUARED:
+        time = tl.load(clock) - 1
+        error = tl.load(sums + ((time - 1) * num_images + number) * _SUMS + SUM_L1, mask=time > 0, other=0.0)
+        error += tl.load(first_errors + number, mask=time == 0, other=0.0)
+        by_difference = squared_fraction / tl.maximum(error.to(tl.float32) / values, _MIN_MEAN_ERROR)
     mean_rows = _no_rows(offset)
     square_rows = _no_rows(offset)
     product_rows = _no_rows(offset)
@@ -244,6 +261,8 @@ def finish_gradient(
             y = tl.load(target + out, mask=inside, other=0.0)
             difference = x - y
             sign = tl.where(difference > 0, 1.0, tl.where(difference < 0, -1.0, 0.0))
+            if SQUARED:
+                sign = (1 - squared_fraction) * sign + by_difference * difference
             by_ssim = by_mean + x * by_square + y * by_product
             tl.store(gradient + out, l1_weight * sign + ssim_weight * by_ssim, mask=inside)
             tl.store(image + out, tl.load(background + out, mask=inside, other=0.0), mask=inside)
@@ -251,8 +270,8 @@ def finish_gradient(
             shown = tl.where(shown < 1, shown, 1.0) - y
             total += tl.abs(difference)
             squares += shown * shown
-    _add_to_sum(sums, clock, num_images, number, _SUM_L1, total)
-    _add_to_sum(sums, clock, num_images, number, _SUM_SQUARES, squares)
+    _add_to_sum(sums, clock, num_images, number, SUM_L1, total)
+    _add_to_sum(sums, clock, num_images, number, SUM_SQUARES, squares)
 
 
 class BatchLoss:
@@ -261,18 +280,22 @@ class BatchLoss:
     Args:
         layout: Where images lie in a buffer.
         targets: One per image, float32 (3, height, width).
+        squared_fraction: As in `air.optimization.config.OptimizeConfig`.
 
     Attributes:
         gradient: Buffer of the loss's gradient with respect to the images, set by `evaluate`.
+        first_errors: float64 (images,), set by `measure_first_errors`; only needed with a squared fraction.
     """
 
-    def __init__(self, layout: RaggedImages, targets: list[Tensor]) -> None:
+    def __init__(self, layout: RaggedImages, targets: list[Tensor], squared_fraction: float = 0.0) -> None:
         self.layout = layout
         self.target = layout.pack(targets)
         self.gradient = layout.buffer()
         self._mean = layout.buffer()
         self._variance = layout.buffer()
         self._slopes = layout.buffer(maps=3)
+        self._squared_fraction = squared_fraction
+        self.first_errors = torch.zeros(len(targets), dtype=torch.float64, device=layout.device)
         self._rows, work = _divide_work(layout.sizes)
         self._work = torch.tensor(work, dtype=torch.int32, device=layout.device)
         strips = {"STRIP": LANES, "ROWS": self._rows}
@@ -307,21 +330,37 @@ class BatchLoss:
             clock,
             **strips,
         )
+        self._finish_gradient(image, background, sums, clock)
+
+    def measure_first_errors(self, image: Tensor, background: Tensor, sums: Tensor, clock: Tensor) -> None:
+        """Sets `first_errors` from the first image, and resets the image to the background.
+
+        Arguments are as for `evaluate`. `sums` is zero before and after. The clock is 1.
+        """
+        self._finish_gradient(image, background, sums, clock)
+        self.first_errors.copy_(sums[0, :, SUM_L1.value])
+        sums[0].zero_()
+
+    def _finish_gradient(self, image: Tensor, background: Tensor, sums: Tensor, clock: Tensor) -> None:
         launch(
             finish_gradient,
-            programs,
+            len(self._work),
             self._work,
             self.layout.table,
-            num_images,
+            len(self.layout.sizes),
             image,
             self.target,
             background,
             self._slopes,
-            map_size,
+            self._mean.numel(),
             self.gradient,
+            self.first_errors,
+            self._squared_fraction,
             sums,
             clock,
-            **strips,
+            STRIP=LANES,
+            ROWS=self._rows,
+            SQUARED=self._squared_fraction > 0,
         )
 
     def values(self, sums: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,136 +2,45 @@
 
 A step draws (`air.rendering.cuda_kernels`) and differentiates the loss (two kernels of `air.loss.cuda`). The fourth
 kernel gathers each Gaussian's gradient, multiplies it by the slopes of the activations, makes Adam's update and
-activates the result for the next step (method.md sections 2 and 5). All buffers are allocated once. A run needs nothing
-from the host: a table on the device holds the learning rates of every step, and kernels read the row that a clock
-points to, which the drawing kernel advances. The bias of each Gaussian's moments lies beside the moments. Losses are
-summed into a table in the same way. The host fetches them at the end, or on request.
+activates the result for the next step (method.md sections 2 and 5). With a learned rule two kernels take its place:
+one gathers, and one makes the update (`air.optimization.rule_cuda`). All buffers are allocated once. A run needs
+nothing from the host: a table on the device holds the learning rates of every step, and kernels read the row that a
+clock points to, which the drawing kernel advances. The bias of each Gaussian's moments lies beside the moments. Losses
+are summed into a table in the same way. The host fetches them at the end, or on request.
 
 Tables of Gaussians are float32 (N, 8), all images' one after another. Importing this module needs triton.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 import triton
-import triton.language as tl
 from numpy.typing import NDArray
 from torch import Tensor
 
 from air.compute.launch import launch, selected
-from air.compute.ragged import IMAGE_COLUMNS, RaggedImages
-from air.gaussians import MIN_RAW_SCALE, RAW_CHANNELS
+from air.compute.ragged import RaggedImages
+from air.gaussians import RAW_CHANNELS
 from air.loss.cuda import SUMS, BatchLoss
 from air.optimization.config import OptimizeConfig
+from air.optimization.cuda_kernels import activate_raw, gather_and_step
 from air.optimization.problem import Moments, Problem, Recorder, naming_image
+from air.optimization.rule_cuda import LEARNED_BLOCK, RuleTables, learned_step
 from air.rendering.cuda import BLOCKS, launch_draw
-from air.rendering.cuda_kernels import COLOUR, HALF_TURNS, PARAMETERS, SCALE_1, gather_gradient
+from air.rendering.cuda_kernels import gather
 from air.rendering.parameters import OFF_IMAGE
 
 GRAPH_STEPS = 20
 """Steps in one CUDA graph: enough that starting a graph costs little beside its steps."""
 
 _BLOCK = 64  # Gaussians per program of `activate_raw`
-_MIN_SCALE = tl.constexpr(MIN_RAW_SCALE)
-_TWO_PI = tl.constexpr(2 * math.pi)
-
-
-@triton.jit
-def activate_channels(raw, anchor, patch_size, channel):
-    """(parameter, slope) of raw numbers in their channels, of any shape (method.md section 2).
-
-    `anchor` is the anchor's coordinate in the channels of the centre and 0 elsewhere. The slope is the derivative of
-    the parameter by the raw number, with the angle in radians.
-    """
-    is_tanh = (channel < SCALE_1) | (channel >= COLOUR)
-    # tanh(u) = 2 σ(2u) - 1
-    sigmoid = tl.sigmoid(tl.where(is_tanh, 2 * raw, raw))
-    # σ (1 - σ) = e/(1 + e)² with e = exp(-|u|), which neither cancels nor overflows.
-    e = tl.exp(-tl.abs(tl.where(is_tanh, 2 * raw, raw)))
-    bell = e / ((1 + e) * (1 + e))
-    reach = tl.where(channel < HALF_TURNS, patch_size, tl.where(channel == HALF_TURNS, _TWO_PI, 1.0))
-    slope = tl.where(is_tanh, 4 * bell, bell) * reach
-    # The angle is 2 σ half turns; whole half turns change nothing.
-    turns = 2 * sigmoid
-    turns = turns - tl.floor(turns + 0.5)
-    parameter = tl.where(is_tanh, reach * (2 * sigmoid - 1) + anchor, reach * sigmoid + _MIN_SCALE)
-    return tl.where(channel == HALF_TURNS, turns, parameter), slope
-
-
-@triton.jit
-def load_anchor(anchors, gaussian, channel, exists):
-    """The anchor's coordinate in the channels of the centre, 0 in the others."""
-    return tl.load(anchors + gaussian * 2 + channel, mask=exists & (channel < SCALE_1), other=0.0)
-
-
-@triton.jit
-def activate_raw(raw, anchors, patch_size, parameters, count, BLOCK: tl.constexpr):
-    """The parameters of `count` raw Gaussians; each program computes BLOCK of them."""
-    gaussian = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[:, None]
-    channel = tl.arange(0, PARAMETERS)[None, :]
-    exists = gaussian < count
-    place = gaussian * PARAMETERS + channel
-    anchor = load_anchor(anchors, gaussian, channel, exists)
-    parameter, _ = activate_channels(tl.load(raw + place, mask=exists, other=0.0), anchor, patch_size, channel)
-    tl.store(parameters + place, parameter, mask=exists)
-
-
-@triton.jit
-def gather_and_step(
-    raw,
-    mean,
-    square,
-    bias,
-    anchors,
-    patch_size,
-    parameters,
-    image_of,
-    images,
-    gradient,
-    rates,
-    beta1,
-    beta2,
-    eps,
-    opposed_fraction,
-    clock,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """Adam's update of raw Gaussian number program_id from the images' gradient, and its new parameters."""
-    gaussian = tl.program_id(0)
-    image = images + tl.load(image_of + gaussian) * IMAGE_COLUMNS
-    by_parameter = gather_gradient(parameters + gaussian * PARAMETERS, image, gradient, ROWS, COLUMNS)
-    channel = tl.arange(0, PARAMETERS)
-    place = gaussian * PARAMETERS + channel
-    anchor = load_anchor(anchors, gaussian, channel, channel >= 0)
-    value = tl.load(raw + place)
-    _, slope = activate_channels(value, anchor, patch_size, channel)
-    by_raw = by_parameter * slope
-    new_mean = beta1 * tl.load(mean + place) + (1 - beta1) * by_raw
-    new_square = beta2 * tl.load(square + place) + (1 - beta2) * by_raw * by_raw
-    # The bias of the moments towards zero: beta to the power of the updates that this Gaussian has had.
-    bias_of_mean = beta1 * tl.load(bias + gaussian * 2)
-    bias_of_square = beta2 * tl.load(bias + gaussian * 2 + 1)
-    corrected_mean = new_mean / (1 - bias_of_mean)
-    corrected_square = new_square / (1 - bias_of_square)
-    rate = tl.load(rates + (tl.load(clock) - 1) * PARAMETERS + channel)
-    kept = tl.where(new_mean * by_raw < 0, opposed_fraction, 1.0)
-    value -= kept * rate * corrected_mean / (tl.sqrt(corrected_square) + eps)
-    parameter, _ = activate_channels(value, anchor, patch_size, channel)
-    tl.store(mean + place, new_mean)
-    tl.store(square + place, new_square)
-    tl.store(bias + gaussian * 2, bias_of_mean)
-    tl.store(bias + gaussian * 2 + 1, bias_of_square)
-    tl.store(raw + place, value)
-    tl.store(parameters + place, parameter)
 
 
 class BatchOptimizer:
-    """Adam on the raw Gaussians of several images at once; images may differ in size and number of Gaussians.
+    """Updates of the raw Gaussians of several images at once; images may differ in size and number of Gaussians.
 
     - The constructor allocates and fills all buffers on the device of the problems.
     - `run` launches all steps of the configuration, from the start, without waiting for the device.
@@ -169,6 +78,7 @@ class BatchOptimizer:
         self._bias = torch.zeros_like(self._first_bias)
         self._parameters = torch.zeros_like(self._raw)
         self._rates = torch.from_numpy(rate_table(config)).to(self.device)
+        self._learned = RuleTables.of(config, self.patch_size, self._raw)
         self._clock = torch.zeros(1, dtype=torch.int32, device=self.device)
         self._sums = torch.zeros(config.steps + 1, len(problems), SUMS, dtype=torch.float64, device=self.device)
         black = [torch.zeros_like(problem.target) for problem in problems]
@@ -178,7 +88,7 @@ class BatchOptimizer:
         # Kept, so that it is not freed while the device still runs it.
         self._graph: torch.cuda.CUDAGraph | None = None
         with selected(self.device):
-            self._loss = BatchLoss(self.layout, [problem.target for problem in problems])
+            self._loss = BatchLoss(self.layout, [problem.target for problem in problems], config.squared_fraction)
 
     def reset(self) -> None:
         """Back to the start of the run."""
@@ -192,14 +102,28 @@ class BatchOptimizer:
         count = len(self._raw)
         blocks = triton.cdiv(count, _BLOCK)
         launch(activate_raw, blocks, self._raw, self._anchor, self.patch_size, self._parameters, count, BLOCK=_BLOCK)
+        if self.config.squared_fraction:
+            self._draw()
+            self._loss.measure_first_errors(self._image, self._background, self._sums, self._clock)
+            self._clock.zero_()
 
     def evaluate(self) -> None:
         """Launches three kernels: drawing, and the two of the loss and its gradient."""
-        launch_draw(self._parameters, self._image_of, self.layout, self._image, self._clock)
+        self._draw()
         self._loss.evaluate(self._image, self._background, self._sums, self._clock)
 
+    def _draw(self) -> None:
+        """Adds the Gaussians to the image, and 1 to the clock."""
+        launch_draw(self._parameters, self._image_of, self.layout, self._image, self._clock)
+
     def update(self) -> None:
-        """Launches the kernel of one update, from what `evaluate` left."""
+        """Launches the kernel of one update with Adam, or the two with a learned rule, from what `evaluate` left."""
+        if self._learned is None:
+            self._update_with_adam()
+        else:
+            self._update_with_learned_rule(self._learned)
+
+    def _update_with_adam(self) -> None:
         config = self.config
         launch(
             gather_and_step,
@@ -221,6 +145,51 @@ class BatchOptimizer:
             config.opposed_fraction,
             self._clock,
             **BLOCKS,
+        )
+
+    def _update_with_learned_rule(self, tables: RuleTables) -> None:
+        table = self.layout.table
+        gradient = tables.gradient
+        launch(
+            gather,
+            len(self._raw),
+            self._parameters,
+            self._image_of,
+            table,
+            self._loss.gradient,
+            gradient,
+            **BLOCKS,
+        )
+        config = self.config
+        launch(
+            learned_step,
+            triton.cdiv(len(self._raw), LEARNED_BLOCK),
+            self._raw,
+            self._mean,
+            self._square,
+            self._bias,
+            self._first_moments.age,
+            self._anchor,
+            self.patch_size,
+            self._parameters,
+            self._image_of,
+            table,
+            len(self.layout.sizes),
+            gradient,
+            self._rates,
+            tables.first_rates,
+            tables.first_biases,
+            tables.weights,
+            tables.updates,
+            config.beta1,
+            config.beta2,
+            config.eps,
+            config.opposed_fraction,
+            self._sums,
+            self._clock,
+            len(self._raw),
+            BLOCK=LEARNED_BLOCK,
+            warps=1,
         )
 
     def run(self, on_launched: Callable[[int, int], None] | None = None) -> None:

@@ -5,7 +5,6 @@ test_cuda_interpreter.py. The interpreter takes about a millisecond for every fe
 """
 
 import math
-import os
 from functools import partial
 
 import numpy as np
@@ -16,8 +15,7 @@ from torch import Tensor
 from air.compute.backends import choose_device
 from air.errors import InvalidGaussiansError, NonFiniteLossError
 from air.fitting.fit import fit
-from air.fitting.grid import grid_initialization
-from air.gaussians import SUPPORT_CUTOFF, Gaussians, activate, anchors
+from air.gaussians import SUPPORT_CUTOFF, Gaussians, activate
 from air.loss.reference import loss
 from air.optimization.config import OptimizeConfig
 from air.optimization.optimize import optimize, optimize_batch
@@ -27,9 +25,7 @@ from air.rendering.render import render
 from air.stages.control import StageControl
 from air.stages.loop import run_stages, run_stages_batch
 from tests.support.cases import needles, random_gaussians, smooth_image
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
+from tests.support.cuda_problems import DEVICE, INTERPRETED, PATCH, problem
 
 pytest.importorskip("triton", reason="the cuda backend needs triton")
 pytestmark = [
@@ -206,17 +202,6 @@ def test_the_loss_of_a_batch_and_its_gradient_agree_with_float64_torch(sizes):
     assert torch.equal(image, background)  # reset for the next step, and nothing outside touched
     inside = sum(layout.image(state.gradient, k).abs().sum() for k in range(len(sizes)))
     assert state.gradient.abs().sum().item() == pytest.approx(float(inside), rel=1e-5)
-
-
-PATCH = 5
-
-
-def problem(height: int, width: int, seed: int = 1, dtype: torch.dtype = torch.float32) -> Problem:
-    """A perturbed start: no two numbers alike, so that no gradient vanishes by symmetry."""
-    target = smooth_image(height, width, seed)
-    raw = grid_initialization(target, PATCH)
-    raw = raw + 0.2 * torch.randn(raw.shape, generator=torch.Generator().manual_seed(seed))
-    return Problem(*(part.to(DEVICE, dtype) for part in (raw, anchors(height, width, PATCH), target)))
 
 
 def definition(height: int, width: int, seed: int, config: OptimizeConfig, canvas: Tensor | None = None):

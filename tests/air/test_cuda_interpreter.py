@@ -38,7 +38,12 @@ def run(*command: str | Path, **environment: str) -> str:
 
 @needs_triton
 @pytest.mark.parametrize(
-    "tests", ["air/test_cuda.py", pytest.param("pipeline/bulk/test_distill_cuda.py", marks=pytest.mark.slow)]
+    "tests",
+    [
+        "air/test_cuda.py",
+        "air/test_cuda_rule.py",
+        pytest.param("pipeline/bulk/test_distill_cuda.py", marks=pytest.mark.slow),
+    ],
 )
 def test_the_kernels_pass_their_tests_in_the_interpreter(tests):
     options = ["-p", "no:cacheprovider", "-m", "gpu"]
@@ -53,7 +58,7 @@ def test_every_kernel_compiles_for_gpus_of_two_generations(tmp_path):
         ROOT / "tests" / "support" / "compile_cuda_kernels.py", TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0"
     )
     sizes = [int(line.split()[-1]) for line in output.splitlines() if line.startswith(("sm_80 ", "sm_90 "))]
-    assert len(sizes) == 18
+    assert len(sizes) == 22
     assert min(sizes) > 1000
 
 

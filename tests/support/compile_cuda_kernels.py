@@ -14,7 +14,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from air.loss import cuda as loss_cuda
-from air.optimization import cuda as optimize_cuda
+from air.optimization import cuda_kernels as optimize_kernels
+from air.optimization import rule_cuda
 from air.rendering import cuda_kernels
 
 BLOCKS = {"ROWS": cuda_kernels.BLOCK_ROWS, "COLUMNS": cuda_kernels.BLOCK_COLUMNS}
@@ -22,12 +23,12 @@ STRIPS = {"STRIP": loss_cuda.LANES, "ROWS": loss_cuda.SEGMENTS[0]}
 
 # Types of arguments; those not named here are pointers to float32.
 TYPES = {
-    **dict.fromkeys(["image_of", "clock", "work", "starts", "members"], "*i32"),
-    **dict.fromkeys(["count", "height", "width", "tile_columns", "num_images"], "i32"),
-    **dict.fromkeys(["patch_size", "beta1", "beta2", "eps", "opposed_fraction"], "fp32"),
+    **dict.fromkeys(["image_of", "first_age", "clock", "work", "starts", "members"], "*i32"),
+    **dict.fromkeys(["count", "height", "width", "tile_columns", "num_images", "learned_updates"], "i32"),
+    **dict.fromkeys(["patch_size", "beta1", "beta2", "eps", "opposed_fraction", "squared_fraction"], "fp32"),
     "images": "*i64",
     "map_size": "i32",
-    "sums": "*fp64",
+    **dict.fromkeys(["sums", "first_errors"], "*fp64"),
 }
 
 # (kernel, its constants, warps)
@@ -38,9 +39,11 @@ KERNELS = [
     (cuda_kernels.draw_tiles, {"SIDE": cuda_kernels.TILE}, 4),
     (loss_cuda.blur_targets, STRIPS, 4),
     (loss_cuda.differentiate_ssim, STRIPS, 4),
-    (loss_cuda.finish_gradient, STRIPS, 4),
-    (optimize_cuda.activate_raw, {"BLOCK": 64}, 4),
-    (optimize_cuda.gather_and_step, BLOCKS, 1),
+    (loss_cuda.finish_gradient, {**STRIPS, "SQUARED": False}, 4),
+    (loss_cuda.finish_gradient, {**STRIPS, "SQUARED": True}, 4),
+    (optimize_kernels.activate_raw, {"BLOCK": 64}, 4),
+    (optimize_kernels.gather_and_step, BLOCKS, 1),
+    (rule_cuda.learned_step, {"BLOCK": rule_cuda.LEARNED_BLOCK}, 1),
 ]
 
 
