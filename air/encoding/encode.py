@@ -161,7 +161,7 @@ def _meet(
         return search.for_size(math.floor(bpp * pixels[0].size / 8))
     if psnr is not None:
         return search.for_quality(10 ** (-psnr / 10))
-    return search.fit(gaussians).file()
+    return search.fit(gaussians).refined_file()
 
 
 def fit_grown(pixels: NDArray[np.float32], count: int, steps: int, stored_steps: int, workers: Workers) -> Fit:
