@@ -6,7 +6,7 @@
 The size of a file depends on the number of Gaussians and on the fineness of the quantiser. A given size holds the best
 picture if rounding adds a quarter of the fit's squared error, for all pictures measured (docs/format.md). The number of
 Gaussians therefore decides the fineness. `air.encoding.search` searches for the number, then adjusts the fineness to
-gain the last percents.
+gain the last percents, and refines the Gaussians for the fineness that is stored.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def encode(
             predictor one for every patch that its stages find bad.
         steps: Steps on all Gaussians together in each fit; a target of bits or decibels takes two to five fits. By
             default 150 for a growing fit and 10 after a prediction.
-        stored_steps: Steps on the quantised Gaussians after each fit.
+        stored_steps: Steps on the quantised Gaussians, each time that they are refined for a fineness.
         threads: CPU threads at most. The file does not depend on it: torch and predicting networks take one thread.
 
     Raises:
@@ -161,7 +161,7 @@ def _meet(
         return search.for_size(math.floor(bpp * pixels[0].size / 8))
     if psnr is not None:
         return search.for_quality(10 ** (-psnr / 10))
-    return search.fit(gaussians).file()
+    return search.fit(gaussians).refined_file()
 
 
 def fit_grown(pixels: NDArray[np.float32], count: int, steps: int, stored_steps: int, workers: Workers) -> Fit:

@@ -2,8 +2,11 @@
 
 Rounding is not differentiable, so gradients pass straight through it. Neighbours learn to correct the rounding errors
 of a Gaussian. The loss is the squared error, which PSNR measures. Each number's step is proportional to the quantiser's
-step there (`air.codec.sensitivity`), since a coarsely stored number must move far before its symbol changes. It runs on
-the CPU only.
+step there (`air.codec.sensitivity`), since a coarsely stored number must move far before its symbol changes. The step
+is Adam's without momentum: a gradient of rounded numbers says little about the next one. It runs on the CPU only.
+
+What is gained holds at the one quantiser step that the Gaussians were refined for. A thousandth beside it half of the
+gain is lost, and a hundredth beside it they are worse than unrefined ones. docs/codec.md has the measurement.
 """
 
 from __future__ import annotations
@@ -20,12 +23,11 @@ from air.compute.threads import Workers
 from air.gaussians import ANGLE, CENTRE, COLOUR, SCALE
 from air.rendering.cpu import Raster
 
-_BETA_1, _BETA_2, _EPS = 0.8, 0.95, 1e-12
-LEARNING_RATE = 0.1
-"""Adam's first step of the strength, in quantiser steps. It is constant in the first half of the steps and then falls
-linearly."""
+_BETA_2, _EPS = 0.99, 1e-12
+LEARNING_RATE = 0.2
+"""The first step of the strength, in quantiser steps. It is constant in the first half of the steps and then falls to
+zero."""
 
-_FINAL_FRACTION = 0.05  # of the learning rate, at the end
 _MAX_MOVE = 0.05  # per step: of a scale, for positions; of e, for scales; of a half turn, for angles
 
 
@@ -33,7 +35,7 @@ class Refiner:
     """Optimises the Gaussians of all stages for a quantiser.
 
     Args:
-        parameters: As from `air.codec.symbols.canonical_parameters`, shape (8, N); `run` changes them.
+        parameters: As from `air.codec.symbols.canonical_parameters`, shape (8, N): the start of every `run`.
         corner: The origin of each position, as from `air.codec.symbols.corners`, shape (2, N).
         span: The range of positions from the corner, in 64ths of a pixel.
         target: The image, float32 (3, height, width).
@@ -49,7 +51,7 @@ class Refiner:
         workers: Workers,
     ) -> None:
         _, self._height, self._width = target.shape
-        self.parameters = parameters
+        self.start = parameters
         self._corner, self._span = corner, span
         self._target = target
         count = parameters.shape[1]
@@ -59,29 +61,29 @@ class Refiner:
         self._symbols = np.zeros((count, SYMBOLS), np.int32)
         self._stored = np.empty((SYMBOLS, count))
 
-    def squared_error(self, quantizer: SensitivityQuantizer) -> float:
-        """The mean squared error of the stored picture, clamped to [0, 1]."""
-        self._draw(quantizer)
+    def squared_error(self, parameters: NDArray[np.float64], quantizer: SensitivityQuantizer) -> float:
+        """The mean squared error of the stored picture of these parameters, clamped to [0, 1]."""
+        self._draw(parameters, quantizer)
         drawn = pixels(self._image, self._height, self._width)
         return float(np.square(drawn.clip(0, 1) - self._target).mean(dtype=np.float64))
 
-    def run(self, quantizer: SensitivityQuantizer, steps: int) -> None:
-        """Makes `steps` Adam steps."""
-        mean = np.zeros_like(self.parameters)
-        square = np.zeros_like(self.parameters)
+    def run(self, quantizer: SensitivityQuantizer, steps: int) -> NDArray[np.float64]:
+        """The parameters after `steps` steps from the start; the start itself if its stored picture is better."""
+        own = self.start.copy()
+        square = np.zeros_like(own)
         for step in range(steps):
-            self._draw(quantizer)
+            self._draw(own, quantizer)
             slope = self._slope()
-            mean += (1 - _BETA_1) * (slope - mean)
             square += (1 - _BETA_2) * (slope * slope - square)
-            direction = mean / (1 - _BETA_1 ** (step + 1))
-            direction /= np.sqrt(square / (1 - _BETA_2 ** (step + 1))) + _EPS
-            factor = max(_FINAL_FRACTION, min(1.0, 2 * (1 - step / steps)))
-            self._move(direction, LEARNING_RATE * factor * quantizer.step / STEP_UNITS)
+            direction = slope / (np.sqrt(square / (1 - _BETA_2 ** (step + 1))) + _EPS)
+            factor = min(1.0, 2 * (1 - step / steps))
+            self._move(own, direction, LEARNING_RATE * factor * quantizer.step / STEP_UNITS)
+        better = self.squared_error(own, quantizer) < self.squared_error(self.start, quantizer)
+        return own if better else self.start
 
-    def _draw(self, quantizer: SensitivityQuantizer) -> None:
+    def _draw(self, parameters: NDArray[np.float64], quantizer: SensitivityQuantizer) -> None:
         step, weights = quantizer.step, quantizer.weights()
-        quantize(self.parameters, self._corner, self._span, step, weights, self._symbols)
+        quantize(parameters, self._corner, self._span, step, weights, self._symbols)
         dequantize(self._symbols, self._corner, step, weights, self._stored)
         table = self._raster.parameters[:, : self._stored.shape[1]]
         table[:] = self._stored
@@ -102,9 +104,8 @@ class Refiner:
         slope[COLOUR] = TO_RGB.T @ slope[COLOUR] / np.sqrt(scale[0] * scale[1])
         return slope
 
-    def _move(self, direction: NDArray[np.float64], rate: float) -> None:
+    def _move(self, own: NDArray[np.float64], direction: NDArray[np.float64], rate: float) -> None:
         """Moves each number by the rate over its sensitivity. Then the wider scale becomes the first one again."""
-        own = self.parameters
         strength = np.sqrt(np.square(TO_RGB @ own[COLOUR]).sum(axis=0)) + 1e-6
         relative = rate * math.sqrt(3) / strength
         first, second = own[SCALE]

@@ -34,11 +34,20 @@ _NEAR = 0.06
 _NEAR_DECIBELS = 0.25
 
 _STEPS = (16, 1 << 23)  # finest and coarsest quantiser steps
+
+# Refined Gaussians fit one step of the quantiser and no other (docs/codec.md), so the step is settled first. Refining
+# makes a file a little smaller, so the first step to refine for is finer than the one that fits without.
+_MAX_REFINEMENTS = 3
+_FINER = 0.97
+_STEP_BY_SIZE = 2.7  # log of the step that changes the log of a file's size by -1
+_FULL, _AIM = 0.996, 0.998  # of the size: enough, and what the next step aims at
+_LOG_ERROR_BY_LOG_STEP = 0.4
+_AIM_ERROR = 0.998  # of the squared error
 _BISECTIONS = 9
 
 
 class Fit:
-    """Gaussians in stages, refined for a quantiser. They can be stored with this quantiser or another.
+    """Gaussians in stages. They can be stored with any quantiser's step, and refined for one.
 
     Args:
         stages: The Gaussians.
@@ -49,7 +58,7 @@ class Fit:
         workers: The threads to use.
 
     Attributes:
-        step: The quantiser's step that they were refined for.
+        step: The quantiser's step whose rounding adds `ROUNDING_FRACTION` of the fit's squared error.
     """
 
     def __init__(
@@ -80,22 +89,84 @@ class Fit:
             pixels,
             workers,
         )
-        self._refiner.run(SensitivityQuantizer(self.step), stored_steps)
+        self._stored_steps = stored_steps
+        self._refined: tuple[int, NDArray[np.float64]] | None = None
 
-    def file(self, step: int | None = None) -> bytes:
-        """The file with a quantiser's step; by default the step that the fit was refined for."""
-        header = replace(self._header, quantizer=SensitivityQuantizer(step or self.step))
+    def refine(self, step: int) -> None:
+        """Refines the Gaussians for a quantiser's step, where `file` and `squared_error` then use them."""
+        if self._refined is None or self._refined[0] != step:
+            self._refined = step, self._refiner.run(SensitivityQuantizer(step), self._stored_steps)
+
+    def _parameters(self, step: int) -> NDArray[np.float64]:
+        if self._refined is not None and self._refined[0] == step:
+            return self._refined[1]
+        return self._refiner.start
+
+    def file(self, step: int) -> bytes:
+        """The file with a quantiser's step."""
+        header = replace(self._header, quantizer=SensitivityQuantizer(step))
         cuts = np.cumsum([len(patch) for patch in self._patches])[:-1]
-        parameters: list[NDArray[np.float64]] = np.split(self._refiner.parameters, cuts, axis=1)
+        parameters: list[NDArray[np.float64]] = np.split(self._parameters(step), cuts, axis=1)
         stages: list[QuantizedStage] = [
             quantize_stage(header, patch, np.ascontiguousarray(own))
             for patch, own in zip(self._patches, parameters, strict=False)  # np.split gives one part for no stages
         ]
         return write_stages(header, stages)
 
-    def squared_error(self, step: int | None = None) -> float:
+    def squared_error(self, step: int) -> float:
         """The mean squared error of that file's picture, clamped to [0, 1]."""
-        return self._refiner.squared_error(SensitivityQuantizer(step or self.step))
+        return self._refiner.squared_error(self._parameters(step), SensitivityQuantizer(step))
+
+    def refined_file(self) -> bytes:
+        """The file of the Gaussians refined for `step`."""
+        self.refine(self.step)
+        return self.file(self.step)
+
+    def refined_for_size(self, size: int) -> bytes:
+        """The best file found of at most `size` bytes, of Gaussians that are refined for its quantiser's step.
+
+        Raises:
+            TargetMissedError: Every file is larger.
+        """
+        safe = _finest(self.step, lambda step: len(self.file(step)) <= size)
+        if safe is None:
+            least = len(self.file(_STEPS[1]))
+            raise TargetMissedError(f"{size} bytes are too few for this image: the smallest file has {least}")
+        best, least_error = self.file(safe), self.squared_error(safe)
+        step = _allowed(safe * _FINER)
+        for _ in range(_MAX_REFINEMENTS):
+            self.refine(step)
+            blob, error = self.file(step), self.squared_error(step)
+            if len(blob) <= size and error < least_error:
+                best, least_error = blob, error
+            if _FULL * size <= len(blob) <= size:
+                break
+            step = _allowed(step * (len(blob) / (_AIM * size)) ** _STEP_BY_SIZE)
+        return best
+
+    def refined_for_quality(self, squared_error: float) -> bytes | None:
+        """A small file with at most this mean squared error, of Gaussians refined for its step; None if all miss it."""
+        best: bytes | None = None
+        step, slope = self.step, _LOG_ERROR_BY_LOG_STEP
+        known: tuple[int, float] | None = None
+        for _ in range(_MAX_REFINEMENTS + 1):
+            self.refine(step)
+            error = max(self.squared_error(step), 1e-12)
+            if error <= squared_error:
+                blob = self.file(step)
+                best = blob if best is None or len(blob) < len(best) else best
+                if error >= _AIM_ERROR**2 * squared_error:
+                    break
+            if known is not None and known[0] != step:
+                measured = math.log(error / known[1]) / math.log(step / known[0])
+                slope = min(max(measured, slope / 2), slope * 2)
+            known = step, error
+            factor = (_AIM_ERROR * squared_error / error) ** (1 / slope)
+            step = _allowed(step * min(max(factor, 0.25), 4.0))
+        if best is not None:
+            return best
+        safe = _coarsest(self.step, lambda step: self.squared_error(step) <= squared_error)
+        return None if safe is None else self.file(safe)
 
 
 class Search:
@@ -124,18 +195,14 @@ class Search:
         count = min(max(1, size * 8 // _BITS_PER_GAUSSIAN), self.max_gaussians)
         for _ in range(_MAX_FITS):
             fit = self.fit(count)
-            reached = len(fit.file())
+            reached = len(fit.file(fit.step))
             if not size or abs(reached / size - 1) <= _NEAR:
                 break
             better = min(max(1, round(count * size / reached)), self.max_gaussians)
             if better == count:
                 break
             count = better
-        step = _finest(fit.step, lambda step: len(fit.file(step)) <= size)
-        if step is None:
-            least = len(fit.file(_STEPS[1]))
-            raise TargetMissedError(f"{size} bytes are too few for this image: the smallest file has {least}")
-        return fit.file(step)
+        return fit.refined_for_size(size)
 
     def for_quality(self, squared_error: float) -> bytes:
         """A small file whose picture has at most this mean squared error.
@@ -148,10 +215,11 @@ class Search:
         best: Fit | None = None
         for _ in range(_MAX_FITS):
             fit = self.fit(count)
-            excess = 10 * math.log10(squared_error / max(fit.squared_error(), 1e-12))
-            tried.append((math.log2(count), excess))
-            if best is None or abs(excess) < abs(10 * math.log10(squared_error / max(best.squared_error(), 1e-12))):
+            fit.refine(fit.step)
+            excess = 10 * math.log10(squared_error / max(fit.squared_error(fit.step), 1e-12))
+            if not tried or abs(excess) < min(abs(other) for _, other in tried):
                 best = fit
+            tried.append((math.log2(count), excess))
             if abs(excess) <= _NEAR_DECIBELS:
                 break
             better = min(max(1, round(2 ** _where_zero(tried))), self.max_gaussians)
@@ -159,14 +227,19 @@ class Search:
                 break
             count = better
         assert best is not None
-        step = _coarsest(best.step, lambda step: best.squared_error(step) <= squared_error)
-        if step is None:
+        blob = best.refined_for_quality(squared_error)
+        if blob is None:
             reached = -10 * math.log10(best.squared_error(_STEPS[0]))
             raise TargetMissedError(
                 f"{-10 * math.log10(squared_error):.2f} dB were not reached: the best of {len(tried)} fits has "
                 f"{reached:.2f} dB; try more steps"
             )
-        return best.file(step)
+        return blob
+
+
+def _allowed(step: float) -> int:
+    """The nearest step that a quantiser may have."""
+    return min(max(round(step), _STEPS[0]), _STEPS[1])
 
 
 def _where_zero(tried: list[tuple[float, float]]) -> float:
