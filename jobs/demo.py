@@ -21,7 +21,6 @@ from pipeline.config import RunnerConfig
 from pipeline.errors import DamagedDataError
 from pipeline.inputs.packaged import collect_pictures
 from pipeline.storage.open import open_storage
-from pipeline.work.plan import read_plan
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -84,7 +83,7 @@ def run_demo(
 
     picture = out / "contact-sheet.png"
     storage = open_storage(targets)
-    save_sheet(storage, read_plan(storage).config["canvas"], picture)
+    save_sheet(storage, picture)
     print(f"\nDone in {time.monotonic() - begin:.0f} s. Side by side: originals, predictions, optimised Gaussians, and")
     print("where the stages added them:")
     print(picture.resolve())

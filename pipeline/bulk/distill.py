@@ -1,4 +1,4 @@
-"""Distillation: for every view of an image and every stage, predict Gaussians, optimise them briefly, record both.
+"""Distillation: for every view of an image, predict Gaussians stage by stage, optimise them together, record both.
 
 `process` is pure: its result depends on the image's bytes and key and on the configuration alone (on a GPU, up to the
 last bits). On a GPU many views are optimised together. This module knows nothing of Ray. Torch and the kernels load
@@ -20,7 +20,7 @@ from air.defaults import GRID
 from air.errors import InvalidGaussiansError, NonFiniteLossError
 from pipeline.bulk.views import ViewConfig, make_view
 from pipeline.config import Background, PerStage, StageControlConfig
-from pipeline.errors import Reason, Rejected
+from pipeline.errors import ConfigError, Reason, Rejected
 from pipeline.formats import images, tables
 from pipeline.identity import seed_of
 from pipeline.inputs.shards import read_samples
@@ -40,8 +40,14 @@ logger = logging.getLogger(__name__)
 
 _Rows = list[dict[str, Any]]
 
+Canvas = Literal["target", "predicted"]
+"""As `air.stages.loop.Canvas`, which is not loaded here."""
+
 _VIEWS_ON_GPU = 16
 """Views that a GPU optimises together by default."""
+
+_JOINT_STEPS = 200
+"""Joint steps by default: docs/training.md has the decibels that other numbers reach."""
 
 
 class DistillConfig(StageControlConfig, ViewConfig):
@@ -60,12 +66,21 @@ class DistillConfig(StageControlConfig, ViewConfig):
         description="stages, each adding Gaussians where the picture is bad; default: all of a network, 4 of the grid",
     )
     steps: PerStage[Annotated[int, Field(ge=0, le=100_000)]] = Field(
-        PerStage((50,)), description="optimisation steps of each stage; the last number holds for all further stages"
+        PerStage((50,)),
+        description="optimisation steps of each stage alone; the last number holds for all further stages; on a "
+        "predicted canvas these steps stand in place of the joint ones, and are not made unless they are given",
+    )
+    joint_steps: int | None = Field(
+        None,
+        ge=0,
+        le=100_000,
+        description="steps that then optimise the Gaussians of all stages together; default: 200, or 0 on a predicted "
+        "canvas if steps are given",
     )
     learning_rate_factor: float = Field(
         1.0, gt=0, le=100, description="factor on the optimiser's learning rates (docs/optimizer.md)"
     )
-    canvas: Literal["target", "predicted"] | None = Field(
+    canvas: Canvas | None = Field(
         None,
         description="what the next stage builds on: this stage's optimised Gaussians, or the predicted ones; "
         "default: target, the best picture; predicted with a network that is named, what the next round trains on",
@@ -95,21 +110,52 @@ class DistillConfig(StageControlConfig, ViewConfig):
         """The configuration with the values that depend on the predictor filled in.
 
         Raises:
-            ConfigError: More stages are asked for than the predictor has.
+            ConfigError: More stages are asked for than the predictor has; or steps of each stage and joint steps are
+                asked for on a predicted canvas.
         """
         named_network = self.predictor is not None and reference.name != GRID
         canvas = self.canvas or ("predicted" if named_network else "target")
+        steps, joint_steps = self._settled_steps(canvas)
         return self.model_copy(
-            update={"predictor": reference.name, "stages": reference.stages(self.stages), "canvas": canvas}
+            update={
+                "predictor": reference.name,
+                "stages": reference.stages(self.stages),
+                "canvas": canvas,
+                "steps": steps,
+                "joint_steps": joint_steps,
+            }
         )
 
-    def optimization(self) -> list[OptimizeConfig]:
-        """The optimiser's configuration of every stage; the configuration must be settled."""
+    def _settled_steps(self, canvas: Canvas) -> tuple[PerStage[int], int]:
+        """Steps of each stage, and joint steps.
+
+        On a predicted canvas, the joint steps start from the predictions. Targets of a stage alone would be lost.
+        """
+        if canvas == "target":
+            return self.steps, _JOINT_STEPS if self.joint_steps is None else self.joint_steps
+        asked = "steps" in self.model_fields_set and any(self.steps)
+        if asked and self.joint_steps:
+            raise ConfigError(
+                f"steps = {list(self.steps)} and joint_steps = {self.joint_steps} on a predicted canvas: the joint "
+                "steps start from the predictions, and the steps of each stage would be lost; leave one of the two "
+                "out, or set canvas to target"
+            )
+        if self.joint_steps is None and not asked:
+            return PerStage((0,)), _JOINT_STEPS
+        return (self.steps, 0) if not self.joint_steps else (PerStage((0,)), self.joint_steps)
+
+    def optimization(self) -> tuple[list[OptimizeConfig], OptimizeConfig]:
+        """The optimiser's configuration of each stage alone, and of all stages together.
+
+        The configuration must be settled. This is the one place where the optimiser of targets is chosen.
+        """
         from air.optimization.config import OptimizeConfig
 
         assert self.stages is not None
-        configs = [OptimizeConfig(steps=self.steps.at(stage)) for stage in range(self.stages)]
-        return [config.scaled(self.learning_rate_factor) for config in configs]
+        assert self.joint_steps is not None
+        alone = [OptimizeConfig(steps=self.steps.at(stage)) for stage in range(self.stages)]
+        jointly = OptimizeConfig.refinement(self.joint_steps)
+        return [config.scaled(self.learning_rate_factor) for config in alone], jointly.scaled(self.learning_rate_factor)
 
 
 class DistillJob:
@@ -269,17 +315,15 @@ def _fit(
     """
     import torch
 
+    from air.stages.joint import optimize_jointly
     from air.stages.loop import run_stages_batch
 
     assert config.canvas is not None
+    alone, jointly = config.optimization()
     try:
-        fitted = run_stages_batch(
-            pictures,
-            predictor,
-            config.optimization(),
-            control=config.control(),
-            canvas=config.canvas,
-        )
+        fitted = run_stages_batch(pictures, predictor, alone, control=config.control(), canvas=config.canvas)
+        if jointly.steps:
+            fitted = optimize_jointly(pictures, fitted, config.patch_size, jointly, canvas=config.canvas)
         return [[stage.to("cpu") for stage in stages] for stages in fitted]
     except (InvalidGaussiansError, NonFiniteLossError) as error:
         if len(pictures) == 1:

@@ -17,6 +17,7 @@ from pipeline.formats import images
 from pipeline.formats.targets import gaussians_of
 from pipeline.storage.base import Storage
 from pipeline.work.manifest import read_manifests
+from pipeline.work.plan import read_plan
 
 _CELL_WIDTH, _CELL_HEIGHT = 300, 230
 _MARGIN, _CAPTION, _HEADER = 10, 20, 64
@@ -27,13 +28,17 @@ _STAGE_COLOURS = ((43, 61, 114), (46, 134, 171), (246, 174, 45), (214, 64, 69), 
 _NO_STAGE_COLOUR = (15, 15, 15)
 
 
-def final_gaussians(row: Mapping[str, Any], canvas: str) -> Gaussians:
+def final_gaussians(row: Mapping[str, Any], canvas: str, joint: bool) -> Gaussians:
     """The Gaussians that the last PSNR of a row belongs to.
 
-    With canvas `target` all stages are optimised; with canvas `predicted` only the last one is.
+    Args:
+        row: A row of the targets table.
+        canvas: The value of `canvas` in the configuration.
+        joint: Whether the configuration has joint steps. Then, and with canvas `target`, all stages are optimised.
+            Otherwise only the last one is.
     """
     stages = list(range(len(row["gaussians"])))
-    if canvas == "target" or not stages:
+    if joint or canvas == "target" or not stages:
         return gaussians_of(row, "target", stages)
     earlier, last = gaussians_of(row, "predicted", stages[:-1]), gaussians_of(row, "target", stages[-1:])
     return Gaussians.concatenate([earlier, last])
@@ -45,22 +50,24 @@ def stage_map(row: Mapping[str, Any]) -> np.ndarray:
     return np.bincount(np.asarray(row["anchor"], np.int64), minlength=rows * columns).reshape(rows, columns)
 
 
-def save_sheet(targets: Storage, canvas: str, picture: Path) -> None:
+def save_sheet(targets: Storage, picture: Path) -> None:
     """Draws the contact sheet of all views that a distill job committed, and writes it as PNG."""
+    config = read_plan(targets).config
     rows = []
     for manifest in read_manifests(targets):
         for file in manifest.files:
             with targets.local_file(file.path) as local:
                 rows += pq.read_table(local).to_pylist()
-    contact_sheet(rows, canvas).save(picture)
+    contact_sheet(rows, config["canvas"], bool(config["joint_steps"])).save(picture)
 
 
-def contact_sheet(rows: Sequence[Mapping[str, Any]], canvas: str) -> Image.Image:
+def contact_sheet(rows: Sequence[Mapping[str, Any]], canvas: str, joint: bool) -> Image.Image:
     """Draws a line of four pictures for every target row.
 
     Args:
         rows: Rows of the targets table.
         canvas: The value of `canvas` in the configuration.
+        joint: Whether the configuration has joint steps.
     """
     titles = ("original", "predicted by stage 0", "optimised, all stages", "Gaussians per patch")
     width = _MARGIN + len(titles) * (_CELL_WIDTH + _MARGIN)
@@ -75,7 +82,7 @@ def contact_sheet(rows: Sequence[Mapping[str, Any]], canvas: str) -> Image.Image
     )
     for number, row in enumerate(rows):
         top = _HEADER + number * line
-        for column, (picture, caption) in enumerate(_cells(row, canvas)):
+        for column, (picture, caption) in enumerate(_cells(row, canvas, joint)):
             left = _MARGIN + column * (_CELL_WIDTH + _MARGIN)
             picture.thumbnail((_CELL_WIDTH, _CELL_HEIGHT), Image.Resampling.LANCZOS)
             sheet.paste(picture, (left + (_CELL_WIDTH - picture.width) // 2, top))
@@ -94,7 +101,7 @@ def _patch_colour(count: int) -> tuple[int, int, int]:
     return _NO_STAGE_COLOUR if count == 0 else _STAGE_COLOURS[min(count, len(_STAGE_COLOURS)) - 1]
 
 
-def _cells(row: Mapping[str, Any], canvas: str) -> list[tuple[Image.Image, str]]:
+def _cells(row: Mapping[str, Any], canvas: str, joint: bool) -> list[tuple[Image.Image, str]]:
     height, width = row["height"], row["width"]
     original = Image.fromarray(images.decode_png(row["image"]))
     name = row["key"].rpartition("/")[2].rpartition("-")[0]
@@ -112,7 +119,7 @@ def _cells(row: Mapping[str, Any], canvas: str) -> list[tuple[Image.Image, str]]
         (original, f"{name}, {width} x {height}"),
         (_picture(gaussians_of(row, "predicted", [0]), height, width), f"{row['psnr_predicted'][0]:.2f} dB"),
         (
-            _picture(final_gaussians(row, canvas), height, width),
+            _picture(final_gaussians(row, canvas, joint), height, width),
             f"{row['psnr_target'][-1]:.2f} dB, {total:,} Gaussians, {height * width / total:.0f} px each",
         ),
         (Image.fromarray(colours).resize((width, height), Image.Resampling.NEAREST), f"by stage: {added}"),

@@ -29,7 +29,7 @@ from pipeline.work.plan import read_plan
 from tests.support.paths import AWKWARD
 
 INLINE = RunnerConfig(executor="inline")
-QUICK = DistillConfig(predictor="grid", patch_size=7, stages=2, steps=(6, 3), views=2, min_crop=0.5)
+QUICK = DistillConfig(predictor="grid", patch_size=7, stages=2, steps=(6, 3), joint_steps=5, views=2, min_crop=0.5)
 
 
 def read_targets(folder: Path) -> pa.Table:
@@ -153,7 +153,7 @@ def test_a_black_image_needs_no_gaussians(tmp_path: Path) -> None:
     distill(str(tmp_path / "shards"), str(tmp_path / "targets"), QUICK, INLINE)
     row = read_targets(tmp_path / "targets").to_pylist()[0]
     assert row["gaussians"] == row["stage"] == row["psnr_target"] == []
-    save_sheet(open_storage(tmp_path / "targets"), "target", tmp_path / "sheet.png")
+    save_sheet(open_storage(tmp_path / "targets"), tmp_path / "sheet.png")
     assert (tmp_path / "sheet.png").stat().st_size > 0
 
 

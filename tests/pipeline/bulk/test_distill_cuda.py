@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from air.stages import loop
+from air.stages import joint, loop
 from pipeline.bulk.distill import DistillConfig, DistillJob
 from pipeline.errors import Rejected
 from pipeline.formats.images import encode_png
@@ -39,10 +39,11 @@ def test_rows_are_those_of_the_cpu_up_to_rounding(tmp_path, monkeypatch):
         EncodedImage("unit", f"image-{k}", f"{k}.png", encode_png(smooth_picture(*size, seed=k)))
         for k, size in enumerate(sizes)
     ]
-    config = DistillConfig(patch_size=4, stages=2, steps=(1,), device="cpu", batch=1)
+    config = DistillConfig(patch_size=4, stages=2, steps=(1,), joint_steps=2, device="cpu", batch=1)
     expected = DistillJob(config, open_storage(tmp_path)).process_many(images)
     if INTERPRETED:  # the kernels then take tensors of the CPU
         monkeypatch.setattr(loop, "run_stages_batch", partial(loop.run_stages_batch, backend="cuda"))
+        monkeypatch.setattr(joint, "optimize_jointly", partial(joint.optimize_jointly, backend="cuda"))
     else:
         config = config.model_copy(update={"device": "cuda"})
     job = DistillJob(config.model_copy(update={"batch": 3}), open_storage(tmp_path))

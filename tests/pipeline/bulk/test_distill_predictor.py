@@ -11,6 +11,7 @@ from air import defaults
 from air.optimization.config import OptimizeConfig
 from air.predictor.checkpoint import load_checkpoint, save_checkpoint
 from air.predictor.network import build
+from air.rendering.render import render
 from air.stages.loop import all_gaussians, run_stages
 from jobs.cli import main
 from jobs.distill import distill
@@ -20,6 +21,7 @@ from pipeline.bulk.shard import ShardConfig
 from pipeline.config import RunnerConfig
 from pipeline.errors import ConfigError, PlanMismatchError
 from pipeline.formats import images
+from pipeline.formats.targets import gaussians_of
 from pipeline.identity import checksum_of
 from pipeline.storage.open import open_storage
 from pipeline.work.manifest import read_manifests
@@ -116,6 +118,52 @@ def test_the_shipped_network_is_the_default_where_it_suits(
     assert checksum_of(defaults.COMPACT_PATH) in read_plan(open_storage(tmp_path / "targets")).config["predictor"]
     monkeypatch.setattr(defaults, "COMPACT_PATH", tmp_path / "none.safetensors")
     assert (settled().predictor, settled().stages, settled().canvas) == ("grid", 4, "target")
+
+
+def test_joint_targets_are_worth_decibels_at_equal_gaussians(shards: Path, tmp_path: Path) -> None:
+    """By default, what a named network predicts stays the canvas, and the Gaussians of all stages move together."""
+    checkpoint = save_network(tmp_path / "net.safetensors", seed=0)
+    config = DistillConfig(patch_size=6, predictor=str(checkpoint))
+    distill(str(shards), str(tmp_path / "targets"), config, INLINE)
+    plan = read_plan(open_storage(tmp_path / "targets")).config
+    assert (plan["canvas"], plan["steps"], plan["joint_steps"]) == ("predicted", [0], 200)
+    (row,) = pq.read_table(only_file(tmp_path / "targets")).to_pylist()
+    assert row["steps"] == [0, 0]
+    image = images.decode_png(row["image"]).astype(np.float64) / 255
+    for which in ("predicted", "target"):
+        drawn = render(gaussians_of(row, which), row["height"], row["width"]).clamp(0, 1).permute(1, 2, 0).numpy()
+        psnr = -10 * np.log10(np.square(drawn - image).mean())
+        assert psnr == pytest.approx(row[f"psnr_{which}"][-1], abs=5e-3)
+    assert row["psnr_target"][-1] > row["psnr_predicted"][-1] + 5
+
+
+@pytest.mark.parametrize(
+    ("given", "canvas", "steps", "joint_steps"),
+    [
+        ({}, "target", [50], 200),
+        ({"steps": 20}, "target", [20], 200),
+        ({"joint_steps": 0}, "target", [50], 0),
+        ({}, "predicted", [0], 200),
+        ({"steps": 20}, "predicted", [20], 0),
+        ({"joint_steps": 30}, "predicted", [0], 30),
+        ({"steps": 0, "joint_steps": 30}, "predicted", [0], 30),
+        ({"joint_steps": 0}, "predicted", [50], 0),
+    ],
+)
+def test_steps_of_each_stage_and_joint_steps(given: dict, canvas: str, steps: list[int], joint_steps: int) -> None:
+    config = DistillConfig.model_validate({"predictor": "grid", "canvas": canvas, **given})
+    settled = config.settled(config.find_predictor())
+    assert (list(settled.steps), settled.joint_steps) == (steps, joint_steps)
+    assert settled.settled(config.find_predictor()) == settled
+    alone, jointly = settled.optimization()
+    assert [each.steps for each in alone] == steps * 4
+    assert jointly.steps == joint_steps
+
+
+def test_steps_that_would_be_lost_are_refused() -> None:
+    config = DistillConfig.model_validate({"predictor": "grid", "canvas": "predicted", "steps": 20, "joint_steps": 30})
+    with pytest.raises(ConfigError, match=r"steps = \[20\] and joint_steps = 30 on a predicted canvas"):
+        config.settled(config.find_predictor())
 
 
 def test_the_grid_keeps_its_defaults(shards: Path, tmp_path: Path) -> None:
