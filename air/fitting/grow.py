@@ -28,23 +28,23 @@ OPTIMIZATION = OptimizeConfig(
     colour_learning_rate=0.025,
     beta1=0.85,
     opposed_fraction=0.0,
+    squared_fraction=0.5,
 )
-"""Learning rates and schedule of every phase.
+"""Learning rates and schedule of every phase, with Adam or with a learned rule.
 
 Adam's moments survive growth, so these rates are lower than those of a plain grid. No number moves against its
-gradient, since plain Adam overshoots where new Gaussians appear beside old ones.
+gradient, since plain Adam overshoots where new Gaussians appear beside old ones. The squared error's gradient in place
+of half of L1's gains decibels and similarity alike.
 """
 
 
 def rule_training_config(steps: int) -> OptimizeConfig:
     """Settings of a growing fit by a learned rule, the same where the rule is trained and where it is used.
 
-    They are `OPTIMIZATION` with the gradient of the squared error in place of that of the L1 term.
-
     Args:
         steps: Number of updates, at least 0.
     """
-    return replace(OPTIMIZATION, steps=steps, squared_fraction=1.0)
+    return replace(OPTIMIZATION, steps=steps)
 
 
 _BAND_ROWS = 8  # Gaussians are sorted into bands of this many rows, then by x, so that drawing stays in the cache
