@@ -16,6 +16,9 @@ COMPACT = "compact"
 GROW = "grow"
 """Given in place of a predictor: Gaussians are not predicted, but grow in a fit within a budget (`air.fit`)."""
 
+AUTO = "auto"
+"""The shipped update rule in short fits, and Adam in long ones."""
+
 ADAM = "adam"
 """The update rule before any training, which is the cautious Adam."""
 

@@ -16,8 +16,8 @@ counted: lanes that stand outside a support, addresses, branches, horizontal sum
 - *gather*, per pixel inside a support: 2 for the recurrence, 3 for the sums per channel, 3 for the product of colour
   and gradient, 4 for the moments; 12 bytes read in the nearest cache. Per column: as to draw, and 14 for moments. Per
   Gaussian: the chain rule to its parameters. The gradient image is read once.
-- *update* by Adam, per raw number: 4 for the derivative of its activation, 16 for the update; number and moments read and
-  written.
+- *update* by Adam, per raw number: 4 for the derivative of its activation, 16 for the update; number and moments read
+  and written.
 
 **Reached** are three speeds, measured with small kernels of the same vectors on as many threads, the best of many
 runs of a few milliseconds: multiply-adds in registers; bytes between registers and the nearest cache; and bytes

@@ -8,17 +8,22 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from air.defaults import AUTO
 from jobs.command import configure, make_parser
 from jobs.sections import FitConfig
 from pipeline.errors import Rejected, StorageError
 from pipeline.formats import images
 from pipeline.inputs.sources import find_file
+
+if TYPE_CHECKING:
+    from air.optimization.config import OptimizeConfig
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -36,6 +41,8 @@ def main(arguments: Sequence[str]) -> int:
         parser.error(f"{target}: the render is written as PNG; give it a name that ends in .png")
     if config.gaussians and config.patch_size:
         parser.error("give --gaussians or --patch-size, not both: a grid's size follows from its patches")
+    if config.seconds and (config.steps is not None or config.patch_size):
+        parser.error("give --seconds without --steps and --patch-size: the steps follow from it, for a growing fit")
     try:
         rgb = images.decode(storage.read(name), max_pixels=config.max_pixels)
     except Rejected as rejection:
@@ -58,8 +65,6 @@ def fit_image(rgb: np.ndarray, target: str, config: FitConfig) -> None:
     from air.arguments import to_levels
     from air.compute.backends import choose_device
     from air.fitting.fit import fit
-    from air.fitting.grow import OPTIMIZATION
-    from air.optimization.config import OptimizeConfig
     from air.rendering.render import render
     from air.warmup import warm_up
 
@@ -74,7 +79,7 @@ def fit_image(rgb: np.ndarray, target: str, config: FitConfig) -> None:
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=config.steps)
+        task = progress.add_task("", total=config.steps if config.seconds is None else None)
         shown = 0.0
 
         def on_step(step: int, loss: float, psnr: float) -> None:
@@ -83,18 +88,20 @@ def fit_image(rgb: np.ndarray, target: str, config: FitConfig) -> None:
                 shown = time.monotonic()
                 progress.update(task, completed=step, description=f"loss {loss:.4f}, {psnr:.2f} dB")
 
-        adam = OptimizeConfig() if config.patch_size else OPTIMIZATION
         result = fit(
             rgb,
             config.steps,
+            seconds=config.seconds,
             num_gaussians=config.gaussians,
             patch_size=config.patch_size,
-            optimization=adam.scaled(config.learning_rate_factor),
+            optimization=_scaled(config),
+            rule=config.rule if config.learning_rate_factor == 1 else AUTO,
             backend=config.backend,
             device=config.device,
             threads=config.threads or os.cpu_count() or 1,
             on_step=on_step,
         )
+    steps = len(result.trajectory.psnr) - 1
     drawn_by = "reference" if config.backend == "reference" else "auto"  # the result is on the CPU again
     picture = render(result.gaussians, result.height, result.width, backend=drawn_by)
     try:
@@ -103,6 +110,19 @@ def fit_image(rgb: np.ndarray, target: str, config: FitConfig) -> None:
         raise StorageError(f"cannot write {target}: {error.strerror or error}") from None
     first, last = result.trajectory.psnr[0], result.trajectory.psnr[-1]
     print(
-        f"{result.width} x {result.height} pixels, {len(result.gaussians):,} Gaussians, {config.steps} steps in "
+        f"{result.width} x {result.height} pixels, {len(result.gaussians):,} Gaussians, {steps} steps in "
         f"{result.seconds:.2f} s: {first:.2f} dB -> {last:.2f} dB\n{target}"
     )
+
+
+def _scaled(config: FitConfig) -> OptimizeConfig | None:
+    """The optimiser's settings with scaled learning rates; None for the usual ones."""
+    from air.fitting.fit import STEPS
+    from air.fitting.grow import fit_optimization
+    from air.optimization.config import OptimizeConfig
+
+    if config.learning_rate_factor == 1:
+        return None
+    steps = STEPS if config.steps is None else config.steps
+    usual = OptimizeConfig() if config.patch_size else fit_optimization(steps, config.rule)
+    return usual.scaled(config.learning_rate_factor)

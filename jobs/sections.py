@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from air.defaults import PIXELS_PER_GAUSSIAN
+from air.defaults import AUTO, PIXELS_PER_GAUSSIAN
 from pipeline.config import Config, RunnerConfig
 from pipeline.formats import images
 from pipeline.inputs.packaged import PICTURES
@@ -34,7 +34,17 @@ class FitConfig(Config):
         le=256,
         description="side of a patch in pixels: fit a plain grid, one Gaussian per patch, not growing",
     )
-    steps: int = Field(100, ge=0, le=1_000_000, description="optimisation steps")
+    steps: int | None = Field(
+        None, ge=0, le=1_000_000, description="optimisation steps; default: 100, or as many as `seconds` allows"
+    )
+    seconds: float | None = Field(
+        None, gt=0, le=1e6, description="seconds that the fit may take; the number of steps follows from the machine"
+    )
+    rule: str = Field(
+        AUTO,
+        description="update rule: auto, the shipped one in short fits and Adam in long ones; adam; shipped; or "
+        "NAME.safetensors",
+    )
     learning_rate_factor: float = Field(
         1.0, gt=0, le=100, description="factor on the optimiser's learning rates (docs/optimizer.md)"
     )

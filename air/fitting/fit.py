@@ -11,6 +11,7 @@ stages. docs/optimizer.md has the search for the defaults.
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,13 +22,18 @@ from torch import Tensor
 from air.arguments import check_counts, image_tensor
 from air.compute.backends import backend_for, choose_device
 from air.compute.compile import KernelSet
-from air.defaults import PIXELS_PER_GAUSSIAN
+from air.defaults import AUTO, PIXELS_PER_GAUSSIAN
 from air.fitting.grid import grid_initialization
-from air.fitting.grow import OPTIMIZATION, GrowthConfig, Optimizer, grow, largest_grid
+from air.fitting.grow import GrowthConfig, Optimizer, fit_optimization, grow, largest_grid
+from air.fitting.pace import pace_of
 from air.gaussians import Gaussians, activate, anchors
 from air.optimization.config import OptimizeConfig
 from air.optimization.optimize import optimize
 from air.optimization.problem import StepCallback, Trajectory
+from air.optimization.rule import LearnedRule
+
+STEPS = 100
+"""Updates of a fit, if neither steps nor seconds are given."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,18 +63,20 @@ class FitResult:
 
 def fit(
     image: Any,
-    steps: int = 100,
+    steps: int | None = None,
     *,
+    seconds: float | None = None,
     num_gaussians: int | None = None,
     patch_size: int | None = None,
     optimization: OptimizeConfig | None = None,
     growth: GrowthConfig | None = None,
+    rule: str | LearnedRule = AUTO,
     backend: str = "auto",
     device: str = "auto",
     threads: int = 1,
     on_step: StepCallback | None = None,
 ) -> FitResult:
-    """Fits Gaussians to one image in `steps` steps of Adam.
+    """Fits Gaussians to one image, in a number of steps or of seconds.
 
     With a budget (`num_gaussians`):
 
@@ -81,13 +89,18 @@ def fit(
 
     Args:
         image: uint8 array (height, width, 3), a PIL image, or a tensor (3, height, width) with values in [0, 1].
-        steps: Number of Adam updates.
+        steps: Number of updates; 100 if neither this nor `seconds` is given.
+        seconds: Wall time that the fit may take, in place of `steps`, for a fit with a budget. The number of steps
+            follows from the machine's pace, which the first such call of a process measures in a quarter of a second.
+            The result then depends on the machine, and on what else runs there.
         num_gaussians: The budget, at least 1. The fit has fewer Gaussians if the residual becomes zero. If neither this
             nor `patch_size` is given, one for every `air.defaults.PIXELS_PER_GAUSSIAN` pixels.
         patch_size: Pixels between the anchors of a plain grid to which nothing is added. Not with `num_gaussians`.
         optimization: Learning rates and schedule; its `steps` are not used. By default `OptimizeConfig()` for a plain
-            grid, and `air.fitting.grow.OPTIMIZATION` with a budget.
+            grid, and `air.fitting.grow.fit_optimization` with a budget.
         growth: How a fit within a budget grows.
+        rule: What makes the updates of a fit with a budget: "auto", the shipped rule in short fits and Adam in long
+            ones; "adam"; "shipped"; the path of a rule NAME.safetensors; or a rule. Not with `optimization`.
         backend: As for `air.optimization.optimize.optimize`.
         device: Where to compute: "cpu", "cuda", or "auto", which is "cuda" if there is a GPU and triton. An image
             tensor on a GPU stays there. The result is on the image's device, which for arrays is the CPU.
@@ -97,6 +110,7 @@ def fit(
 
     Raises:
         ValueError: The image is of another kind, or an option does not fit.
+        CheckpointError: There is no such rule.
         NonFiniteLossError: The loss became NaN or infinite.
 
     Example:
@@ -115,9 +129,22 @@ def fit(
         raise ValueError("give num_gaussians or patch_size, not both: a grid's size follows from its patches")
     if growth is not None and patch_size is not None:
         raise ValueError("growth is for a fit with num_gaussians: a plain grid does not grow")
-    check_counts(steps=(steps, 0), threads=(threads, 1))
+    if optimization is not None and rule != AUTO:
+        raise ValueError("give optimization or rule, not both: optimization.learned is its rule")
+    check_counts(threads=(threads, 1))
     target, home = _place(image, device, backend)
     _, height, width = target.shape
+    if num_gaussians is None:
+        num_gaussians = max(1, height * width // PIXELS_PER_GAUSSIAN)
+    check_counts(num_gaussians=(num_gaussians, 1))
+    if seconds is not None:
+        if steps is not None or patch_size is not None:
+            raise ValueError("give seconds with num_gaussians alone: steps follow from it, and a plain grid has none")
+        if not 0 < seconds < math.inf:
+            raise ValueError(f"seconds must be a positive number, got {seconds}")
+        steps = pace_of(backend, target.device.type, threads).steps(seconds, height * width, num_gaussians)
+    steps = STEPS if steps is None else steps
+    check_counts(steps=(steps, 0))
     begin = time.perf_counter()
     if patch_size is not None:
         check_counts(patch_size=(patch_size, 1))
@@ -127,13 +154,10 @@ def fit(
         result = optimize(raw, anchor, target, patch_size, config, backend=backend, threads=threads, on_step=on_step)
         raw, trajectory = result.raw, result.trajectory
     else:
-        if num_gaussians is None:
-            num_gaussians = max(1, height * width // PIXELS_PER_GAUSSIAN)
-        check_counts(num_gaussians=(num_gaussians, 1))
         growth = growth or GrowthConfig()
         patch_size = largest_grid(height, width, max(1, int(num_gaussians * growth.start_fraction)))
         run = Optimizer(target, patch_size, backend, threads, on_step)
-        config = optimization or OPTIMIZATION
+        config = optimization or fit_optimization(steps, rule)
         raw, anchor = grow(target, num_gaussians, steps, patch_size, growth, config, run, run.draw)
         trajectory = run.trajectory()
     gaussians = activate(raw, anchor, patch_size).to(home)

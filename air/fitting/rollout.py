@@ -185,8 +185,8 @@ class _Recorder:
                 eps=config.eps,
             )
             description = describe(state)
-            learned = isinstance(self._rule, LearnedRule)
-            move = self._rule(description.features) if learned else self._rule.move(state)
+            rule = self._rule
+            move = rule.move_by(description.features) if isinstance(rule, LearnedRule) else rule.move(state)
             rates = torch.from_numpy(config.learning_rates(step)).to(raw)
             self._updates.append(self._sampled(state, description, move, rates, loss))
             raw = raw + rates * move

@@ -335,4 +335,4 @@ class FusedLoss:
             self.workers.run(add_up, self._tasks)
             self._mean_difference = float(self._sums[:, :, _SUM_L1].sum()) / (3 * self.height * self.width)
         squared = L1_WEIGHT * self._squared_fraction
-        return L1_WEIGHT - squared, squared / max(self._mean_difference, MIN_MEAN_ERROR)
+        return L1_WEIGHT - squared, squared / max(self._mean_difference or 0.0, MIN_MEAN_ERROR)

@@ -179,7 +179,11 @@ class LearnedRule(nn.Module):
 
     def move(self, state: State) -> Tensor:
         """As `UpdateRule.move`."""
-        return self(describe(state).features)
+        return self.move_by(describe(state).features)
+
+    def move_by(self, features: Tensor) -> Tensor:
+        """Moves (N, 8) from features (N, 52) of any precision and device, as these."""
+        return self(features.to(self.first.weight)).to(features)
 
 
 def directions_of(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -100,3 +100,29 @@ def read_rule_card(path: str | Path) -> RuleCard:
 def shipped_rule() -> LearnedRule | None:
     """The rule that this package ships; None if this installation has none."""
     return load_rule(defaults.RULE_PATH)[0] if defaults.has_rule() else None
+
+
+def find_rule(name: str | Path) -> LearnedRule | None:
+    """A rule by name.
+
+    Args:
+        name: "adam", which is None; "shipped"; or the path of a rule NAME.safetensors.
+
+    Raises:
+        CheckpointError: There is no such rule, or it cannot be loaded.
+    """
+    if name == defaults.ADAM:
+        return None
+    if name == defaults.SHIPPED:
+        rule = shipped_rule()
+        if rule is None:
+            raise CheckpointError(
+                f"this installation ships no update rule ({defaults.RULE_PATH} is missing): train one with "
+                "`air train --phase rule` and give its path, or use adam"
+            )
+        return rule
+    if not str(name).endswith(".safetensors"):
+        raise CheckpointError(
+            f"unknown update rule {str(name)!r}: give {defaults.ADAM}, {defaults.SHIPPED} or a file NAME.safetensors"
+        )
+    return load_rule(name)[0]

@@ -25,10 +25,10 @@ class RollOutConfig(Config):
     """How fits are drawn that an update rule is rolled out in, and how later losses count for a move."""
 
     seed: int = Field(0, ge=0, lt=2**63, description="seed of crops, budgets, steps and samples; and of a fresh rule")
-    crop: int = Field(192, ge=8, le=16384, description="side of a random crop in pixels; smaller images are whole")
+    crop: int = Field(128, ge=8, le=16384, description="side of a random crop in pixels; smaller images are whole")
     turn: bool = Field(True, description="mirror and transpose crops at random")
     min_steps: int = Field(8, ge=1, le=100_000, description="fewest updates of a fit, which are drawn log-uniformly")
-    max_steps: int = Field(150, ge=1, le=100_000, description="most updates of a fit")
+    max_steps: int = Field(100, ge=1, le=100_000, description="most updates of a fit")
     min_pixels_per_gaussian: float = Field(
         5.6, ge=1, le=1e6, description="fewest pixels for each Gaussian of a fit, which are drawn log-uniformly"
     )
@@ -81,7 +81,7 @@ class DistillRuleConfig(RollOutConfig):
 class LearnerConfig(Config):
     """Adam on the rule's weights, and its schedule."""
 
-    learning_rate: float = Field(2.5e-3, gt=0, le=1, description="highest learning rate")
+    learning_rate: float = Field(5e-3, gt=0, le=1, description="highest learning rate")
     warmup_steps: int = Field(20, ge=0, le=1_000_000, description="steps in which the learning rate rises from zero")
     final_fraction: float = Field(
         0.05, ge=0, le=1, description="learning rate that the linear fall ends at, as a fraction of the highest"
@@ -123,9 +123,9 @@ class RuleConfig(RollOutConfig, LearnerConfig):
         description="stored: what a credit is divided by, to give the way to the goal: its curvature, as Newton's "
         "step does, or the root mean square of all credits of its raw number",
     )
-    step_size: float = Field(0.5, gt=0, le=100, description="stored: fraction of that way at which the goal lies")
+    step_size: float = Field(0.1, gt=0, le=100, description="stored: fraction of that way at which the goal lies")
     bound: float = Field(1.5, gt=0, le=100, description="stored: the farthest that a goal lies from the move")
-    curvature_weights: bool = Field(False, description="stored: errors count by the curvature, not alike")
+    curvature_weights: bool = Field(True, description="stored: errors count by the curvature, not alike")
     roll_outs: int = Field(1, ge=1, le=10_000, description="online: fits of a step")
     samples: int = Field(
         200_000, ge=1, le=100_000_000, description="online: updates of single Gaussians that a fit learns from, at most"
@@ -135,7 +135,7 @@ class RuleConfig(RollOutConfig, LearnerConfig):
         256, ge=16, le=16384, description="validation crops larger images to their middle, this many pixels a side"
     )
     valid_steps: tuple[_Horizon, ...] = Field(
-        (10, 20, 50, 150), min_length=1, description="updates of the fits that validation makes of each image"
+        (10, 20, 50, 100), min_length=1, description="updates of the fits that validation makes of each image"
     )
     valid_pixels_per_gaussian: float = Field(14.0, ge=1, le=1e6, description="pixels for each Gaussian of these fits")
     # These change how the work is done, not its result: they are excluded from dumps, and so from the plan.

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import air
+from air.errors import CheckpointError
 from air.fitting.grid import grid_initialization
+from air.fitting.grow import RULE_STEPS, fit_optimization
 from air.gaussians import anchors
 from air.optimization.config import OptimizeConfig
 from air.optimization.optimize import optimize
@@ -23,6 +27,7 @@ from air.optimization.rule import (
     describe,
     directions_of,
 )
+from air.optimization.rule_file import find_rule, load_rule, save_rule
 from tests.support.cases import smooth_image
 
 HEIGHT, WIDTH, PATCH = 21, 26, 5
@@ -185,3 +190,51 @@ def test_the_squared_error_gains_decibels_of_it():
 def test_other_betas_than_those_of_the_training_are_refused():
     with pytest.raises(ValueError, match=r"trained with beta1 0\.85"):
         OptimizeConfig(learned=LearnedRule(), beta1=0.9)
+
+
+def test_a_rule_that_was_stored_moves_alike(tmp_path: Path):
+    rule = a_rule()
+    saved = save_rule(tmp_path / "rule.safetensors", rule, step=7, metrics={"valid_psnr": 30.0})
+    loaded, card = load_rule(tmp_path / "rule.safetensors")
+    assert card == saved
+    assert card.step == 7
+    state = a_state()
+    assert torch.equal(loaded.move(state), rule.move(state))
+
+
+@pytest.mark.parametrize("damage", ["cut", "card", "shape", "missing", "name"])
+def test_a_damaged_rule_is_refused_by_name(tmp_path: Path, damage: str):
+    path = tmp_path / "rule.safetensors"
+    save_rule(path, a_rule())
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:-8])
+    elif damage == "card":
+        path.with_suffix(".json").write_text("{")
+    elif damage == "shape":
+        card = path.with_suffix(".json")
+        card.write_text(card.read_text().replace('"hidden": 16', '"hidden": 32'))
+    elif damage == "missing":
+        path.unlink()
+    else:
+        path = tmp_path / "rule.pt"
+    with pytest.raises(CheckpointError, match="rule"):
+        find_rule(path)
+
+
+def test_rules_have_names():
+    assert find_rule("adam") is None
+    with pytest.raises(CheckpointError, match="unknown update rule 'best'"):
+        find_rule("best")
+    assert fit_optimization(RULE_STEPS + 1).learned is None
+    assert fit_optimization(10, "adam").learned is None
+    rule = a_rule()
+    assert fit_optimization(10, rule).learned is rule
+
+
+def test_the_shipped_rule_makes_short_fits_better():
+    image = smooth_image(64, 64)
+    for steps in (10, 30):
+        adam, shipped = (air.fit(image, steps, num_gaussians=200, rule=rule) for rule in ("adam", "shipped"))
+        assert shipped.trajectory.psnr[-1] > adam.trajectory.psnr[-1] + 0.3
+        default = air.fit(image, steps, num_gaussians=200)
+        assert torch.equal(default.raw, shipped.raw)

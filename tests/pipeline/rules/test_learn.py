@@ -30,7 +30,7 @@ def test_the_stored_loss_is_the_mean_squared_distance_from_the_goals() -> None:
     rule, samples = fresh_rule(0), make_samples()
     scale = Scale(torch.full((8,), 2.0), torch.full((8,), 0.5))
     for goal, divisor in (("size", scale.credit), ("curvature", samples.curvature + 0.05)):
-        config = RuleConfig.model_validate({"goal": goal, "step_size": 0.3, "bound": 1.0})
+        config = RuleConfig.model_validate({"goal": goal, "step_size": 0.3, "bound": 1.0, "curvature_weights": False})
         error = (rule(samples.features) - goal_of(samples.move, samples.credit, divisor, 0.3, 1.0)).square()
         torch.testing.assert_close(stored_loss(rule, samples, scale, config), error.mean())
         weighted = config.model_copy(update={"curvature_weights": True})
@@ -65,7 +65,7 @@ def test_a_gradient_that_is_not_finite_leaves_the_rule_as_it_is_and_a_long_one_i
 def test_the_learning_rate_rises_over_the_warm_up_and_falls_linearly() -> None:
     config = RuleConfig()
     rates = [config.learning_rate_at(step, 1000) for step in (0, 19, 500, 999)]
-    assert rates[0] == pytest.approx(2.5e-3 / 20)
-    assert rates[1] == pytest.approx(2.5e-3, rel=0.02)
-    assert rates[2] == pytest.approx(2.5e-3 * 0.525)
-    assert rates[3] == pytest.approx(2.5e-3 * 0.05, rel=0.02)
+    assert rates[0] == pytest.approx(5e-3 / 20)
+    assert rates[1] == pytest.approx(5e-3, rel=0.02)
+    assert rates[2] == pytest.approx(5e-3 * 0.525)
+    assert rates[3] == pytest.approx(5e-3 * 0.05, rel=0.02)
