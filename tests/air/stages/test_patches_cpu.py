@@ -30,6 +30,17 @@ def test_errors_are_the_definitions(size, patch_size) -> None:
         np.testing.assert_allclose(kernel, definition.numpy(), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("level", [0, 1, 3, 35, 255])
+def test_a_flat_patch_drawn_exactly_has_no_error_however_dark(level: int) -> None:
+    """The authors' term of 1e-8 (method.md, 9.8) would make black patches bad that are drawn exactly."""
+    flat = torch.full((3, 14, 14), level / 255)
+    definition = control.patch_errors(flat.double(), flat.double(), 7)
+    kernel = patches_cpu.patch_errors(flat.numpy(), flat.numpy(), 7)
+    for errors in (*definition, *kernel):
+        np.testing.assert_allclose(np.asarray(errors), 0, atol=1e-9)
+    assert not control.active_patches(flat, flat, 7, control.StageControl()).any()
+
+
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("patch_size", [1, 5, 7, 16, 33])
 def test_pixels_are_those_of_the_patches_also_of_a_view(size, patch_size) -> None:
