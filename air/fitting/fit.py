@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from air.compute.compile import KernelSet
 from air.defaults import AUTO, PIXELS_PER_GAUSSIAN
 from air.fitting.grid import grid_initialization
 from air.fitting.grow import GrowthConfig, Optimizer, fit_optimization, grow, largest_grid
-from air.fitting.pace import pace_of
+from air.fitting.pace import Pace, measure_pace
 from air.gaussians import Gaussians, activate, anchors
 from air.optimization.config import OptimizeConfig
 from air.optimization.optimize import optimize
@@ -142,7 +143,7 @@ def fit(
             raise ValueError("give seconds with num_gaussians alone: steps follow from it, and a plain grid has none")
         if not 0 < seconds < math.inf:
             raise ValueError(f"seconds must be a positive number, got {seconds}")
-        steps = pace_of(backend, target.device.type, threads).steps(seconds, height * width, num_gaussians)
+        steps = _pace(backend, target.device.type, threads).steps(seconds, height * width, num_gaussians)
     steps = STEPS if steps is None else steps
     check_counts(steps=(steps, 0))
     begin = time.perf_counter()
@@ -163,6 +164,16 @@ def fit(
     gaussians = activate(raw, anchor, patch_size).to(home)
     seconds = time.perf_counter() - begin
     return FitResult(gaussians, raw.to(home), anchor.to(home), patch_size, trajectory, seconds, height, width)
+
+
+@lru_cache(maxsize=8)
+def _pace(backend: str, device: str, threads: int) -> Pace:
+    """The pace of fits within a budget on this machine; measured once for a process."""
+
+    def growing(picture: Tensor, budget: int, steps: int) -> None:
+        fit(picture, steps, num_gaussians=budget, backend=backend, device=device, threads=threads)
+
+    return measure_pace(growing)
 
 
 def fit_kernels() -> KernelSet:

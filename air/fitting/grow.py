@@ -41,7 +41,7 @@ of half of L1's gains decibels and similarity alike.
 """
 
 
-RULE_STEPS = 100
+RULE_STEPS = 60
 """The longest fit that the shipped rule makes by default. Adam is as good after that; docs/optimizer.md compares."""
 
 

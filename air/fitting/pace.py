@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 
@@ -65,14 +64,3 @@ def measure_pace(fit: Fit) -> Pace:
     gaussian = max((many - few) / (_MANY - _FEW), 0.01 * many / _MANY)
     pixel = max(many - gaussian * _MANY, 0.01 * many) / pixels
     return Pace(max(short - _SHORT * many, 0.0) / pixels, pixel, gaussian)
-
-
-@lru_cache(maxsize=8)
-def pace_of(backend: str, device: str, threads: int) -> Pace:
-    """The pace of `air.fit` on this machine; measured once for a process."""
-    from air.fitting.fit import fit
-
-    def growing(picture: torch.Tensor, budget: int, steps: int) -> None:
-        fit(picture, steps, num_gaussians=budget, backend=backend, device=device, threads=threads)
-
-    return measure_pace(growing)

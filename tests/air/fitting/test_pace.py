@@ -36,7 +36,7 @@ def test_the_pace_of_a_fit_of_known_cost_is_found():
 
 def test_a_fit_by_seconds_makes_the_steps_of_the_pace(monkeypatch: pytest.MonkeyPatch):
     image = smooth_image(48, 64)
-    monkeypatch.setattr(fitting, "pace_of", lambda *machine: Pace(0.0, 0.0, 1e-4))
+    monkeypatch.setattr(fitting, "_pace", lambda *machine: Pace(0.0, 0.0, 1e-4))
     result = air.fit(image, seconds=0.1, num_gaussians=50)
     assert len(result.trajectory.psnr) == 20 + 1
 
