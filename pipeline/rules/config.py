@@ -118,14 +118,15 @@ class RuleConfig(RollOutConfig, LearnerConfig):
     window: int = Field(
         8, ge=1, le=4096, description="stored: row groups, of 64 MB each at most, whose samples are mixed at a time"
     )
-    goal: Literal["curvature", "size"] = Field(
-        "curvature",
-        description="stored: what a credit is divided by, to give the way to the goal: its curvature, as Newton's "
-        "step does, or the root mean square of all credits of its raw number",
+    goal: Literal["quadratic", "size"] = Field(
+        "quadratic",
+        description="stored: quadratic follows credits as far as their curvatures allow; size goes along each credit, "
+        "over the root mean square of all credits of its raw number",
     )
-    step_size: float = Field(0.1, gt=0, le=100, description="stored: fraction of that way at which the goal lies")
-    bound: float = Field(1.5, gt=0, le=100, description="stored: the farthest that a goal lies from the move")
-    curvature_weights: bool = Field(True, description="stored: errors count by the curvature, not alike")
+    step_size: float = Field(
+        0.1, gt=0, le=100, description="stored: how far a round goes, as a fraction of a lone Gaussian's best move"
+    )
+    bound: float = Field(1.5, gt=0, le=100, description="stored, size: the farthest that a goal lies from the move")
     roll_outs: int = Field(1, ge=1, le=10_000, description="online: fits of a step")
     samples: int = Field(
         200_000, ge=1, le=100_000_000, description="online: updates of single Gaussians that a fit learns from, at most"

@@ -16,9 +16,6 @@ from pipeline.rules.config import RuleConfig
 _CHUNK = 32_768
 """Samples whose activations are in memory at a time."""
 
-_RIDGE = 0.1
-"""Times the mean curvature, this is added to a curvature that a credit is divided by."""
-
 _LEAST = 1e-30
 """The least size of a credit or curvature that something is divided by."""
 
@@ -53,7 +50,7 @@ def goal_of(move: Tensor, credit: Tensor, scale: Tensor, step_size: float, bound
     Args:
         move: The moves, shape (M, 8).
         credit: Derivatives of the objective by them, shape (M, 8).
-        scale: What the credits are divided by, shape (8,) or (M, 8): their size, or the curvatures.
+        scale: The credits' size by number, shape (8,).
         step_size: Length of the step for a credit of that size, in learning rates.
         bound: The longest step, in learning rates.
     """
@@ -61,21 +58,30 @@ def goal_of(move: Tensor, credit: Tensor, scale: Tensor, step_size: float, bound
 
 
 def stored_loss(rule: LearnedRule, samples: Samples, scale: Scale, config: RuleConfig) -> Tensor:
-    """Mean squared distance of the rule's moves from their goals, in learning rates; a scalar.
+    """What a rule should make small over stored samples; a scalar.
+
+    With the goal "quadratic" it is the change of the objective by the rule's moves u in place of the stored ones u0, as
+    credit and curvature predict it, over the mean curvature:
+
+        mean (credit · (u - u0) + curvature / (2 step_size) · (u - u0)²)
+
+    The stored curvature is that of a Gaussian that no other overlaps, at one update. Gaussians overlap, and a rule
+    moves all of them at every update. So the true curvature is several times as large, which `step_size` allows for.
+    With "size" it is the mean squared distance from `goal_of`, in learning rates.
 
     Args:
         rule: The rule that learns.
         samples: Stored samples.
         scale: Of all stored samples.
-        config: How far goals lie, and how errors count.
+        config: The goal, and how far it lies.
     """
-    by_curvature = samples.curvature + _RIDGE * scale.curvature
-    divisor = by_curvature if config.goal == "curvature" else scale.credit
-    goal = goal_of(samples.move, samples.credit, divisor, config.step_size, config.bound)
-    error = (rule(samples.features) - goal).square()
-    if config.curvature_weights:
-        error = error * (samples.curvature / scale.curvature.clamp_min(_LEAST))
-    return error.mean()
+    moves = rule(samples.features)
+    if config.goal == "size":
+        goal = goal_of(samples.move, samples.credit, scale.credit, config.step_size, config.bound)
+        return (moves - goal).square().mean()
+    change = moves - samples.move
+    predicted = samples.credit * change + samples.curvature / (2 * config.step_size) * change.square()
+    return predicted.mean() / scale.curvature.mean().clamp_min(_LEAST)
 
 
 def online_gradient(rule: LearnedRule, samples: Samples, fraction: float) -> tuple[float, list[Tensor]]:

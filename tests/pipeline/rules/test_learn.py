@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 
+from air.optimization.rule import LearnedRule
 from pipeline.rules.config import LearnerConfig, RuleConfig
 from pipeline.rules.learn import Samples, Scale, goal_of, online_gradient, stored_loss
 from pipeline.rules.reference import fresh_rule
@@ -26,16 +27,35 @@ def test_a_goal_lies_against_the_credit_and_no_farther_than_the_bound() -> None:
     torch.testing.assert_close(goal, torch.tensor([[-0.5, 1.25, -2.5]]))
 
 
-def test_the_stored_loss_is_the_mean_squared_distance_from_the_goals() -> None:
+def test_the_stored_loss_of_size_is_the_mean_squared_distance_from_the_goals() -> None:
     rule, samples = fresh_rule(0), make_samples()
     scale = Scale(torch.full((8,), 2.0), torch.full((8,), 0.5))
-    for goal, divisor in (("size", scale.credit), ("curvature", samples.curvature + 0.05)):
-        config = RuleConfig.model_validate({"goal": goal, "step_size": 0.3, "bound": 1.0, "curvature_weights": False})
-        error = (rule(samples.features) - goal_of(samples.move, samples.credit, divisor, 0.3, 1.0)).square()
-        torch.testing.assert_close(stored_loss(rule, samples, scale, config), error.mean())
-        weighted = config.model_copy(update={"curvature_weights": True})
-        expected = (error * samples.curvature / 0.5).mean()
-        torch.testing.assert_close(stored_loss(rule, samples, scale, weighted), expected)
+    config = RuleConfig.model_validate({"goal": "size", "step_size": 0.3, "bound": 1.0})
+    error = (rule(samples.features) - goal_of(samples.move, samples.credit, scale.credit, 0.3, 1.0)).square()
+    torch.testing.assert_close(stored_loss(rule, samples, scale, config), error.mean())
+
+
+def test_the_quadratic_stored_loss_has_its_least_at_a_part_of_newtons_step() -> None:
+    samples = make_samples()
+    scale = Scale(torch.full((8,), 2.0), torch.full((8,), 0.5))
+    config = RuleConfig.model_validate({"step_size": 0.3})
+    best = samples.move - 0.3 * samples.credit / samples.curvature
+
+    class Plays(LearnedRule):
+        def __init__(self, moves: torch.Tensor) -> None:
+            super().__init__()
+            self.moves = moves
+
+        def forward(self, features: torch.Tensor) -> torch.Tensor:
+            return self.moves
+
+    def loss_at(moves: torch.Tensor) -> float:
+        return float(stored_loss(Plays(moves), samples, scale, config))
+
+    assert loss_at(samples.move) == 0
+    assert loss_at(best) < 0
+    for factor in (0.9, 1.1):
+        assert loss_at(samples.move + factor * (best - samples.move)) > loss_at(best)
 
 
 def test_the_online_gradient_is_that_of_credit_times_move() -> None:
