@@ -284,13 +284,13 @@ class FusedLoss:
         self.variance = image_planes(self.height, self.width)
         self.gradient = image_planes(self.height, self.width)
         self._sums = np.zeros((3, self.height, 3))
-        self._tasks = [(channel, *band) for channel in range(3) for band in bands(self.height, workers.count)]
         pixels(self.target, self.height, self.width)[:] = target
         workers.run(self._blur_target, self._tasks)
 
     def begin(self, workers: Workers, squared_fraction: float) -> None:
-        """Begins a series of evaluations, with as many threads as before; no evaluation was before the next."""
+        """Begins a series of evaluations; the first knows of none before it."""
         self.workers = workers
+        self._tasks = [(channel, *band) for channel in range(3) for band in bands(self.height, workers.count)]
         self._squared_fraction = squared_fraction
         self._mean_difference: float | None = None
 

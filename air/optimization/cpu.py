@@ -102,7 +102,7 @@ class FusedOptimizer:
         workers: The threads to use.
         config: Rates, schedule and update rule.
         moments: Adam's moments to go on from; None: those of Gaussians that had no update.
-        buffers: Those of this target and of this number of threads, if there are any yet.
+        buffers: Those of this target, if there are any yet.
 
     Attributes:
         drawing: The present Gaussians.
@@ -275,8 +275,7 @@ def optimize_cpu(
             values = state.evaluate()
             recorder.add(values.loss, values.squared_error)
             state.update(step)
-        # Numbers that are not finite must not go unnoticed.
-        if recorder.wants(config.steps) or not np.isfinite(state.drawing.raw.sum()):
+        if recorder.wants(config.steps):
             values = state.evaluate()
             recorder.add(values.loss, values.squared_error)
         else:

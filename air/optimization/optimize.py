@@ -81,6 +81,10 @@ def optimize(
     """
     backend = backend_for(raw, backend)
     _check_arguments(raw, anchor, target, patch_size, canvas, free, backend, threads)
+    if reuse is not None:
+        if reuse.target is not None and reuse.target is not target:
+            raise ValueError("reuse is that of optimisations of another target; make a new one for this target")
+        reuse.target = target
     check_raw(raw, anchor, patch_size)
     raw = raw.detach().clone()
     anchor = anchor.to(raw)

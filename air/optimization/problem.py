@@ -130,11 +130,13 @@ class Reuse:
     """What optimisations of one target, one after another, have in common: the first makes it, the others use it.
 
     Attributes:
+        target: The target, once there was an optimisation.
         buffers: The backend's own; None before the first optimisation, and with backends that have none.
         picture: The picture (3, height, width) after the last update, which the next optimisation overwrites; None if
             the backend has no such buffer.
     """
 
+    target: Tensor | None = None
     buffers: Any = None
     picture: Tensor | None = None
 

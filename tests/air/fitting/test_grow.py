@@ -109,3 +109,26 @@ def test_wrong_options_are_refused(photograph: np.ndarray) -> None:
         fit(photograph, num_gaussians=0)
     with pytest.raises(ValueError, match="start_fraction"):
         GrowthConfig(start_fraction=0)
+
+
+@pytest.mark.parametrize("growths", [1, 2, 4])
+def test_the_first_growth_is_before_the_first_step(photograph: np.ndarray, growths: int) -> None:
+    config = GrowthConfig(growths=growths)
+    assert config.phases(30)[0] == 0
+    start = fit(photograph, num_gaussians=600, steps=0, growth=GrowthConfig(growths=0)).trajectory.psnr[0]
+    assert fit(photograph, num_gaussians=600, steps=30, growth=config).trajectory.psnr[0] > start + 0.5
+
+
+def test_round_gaussians_become_narrower_with_every_growth() -> None:
+    config = GrowthConfig(growths=4, first_raw_scale=-2.0, last_raw_scale=-5.0)
+    assert [config.raw_scale(growth) for growth in (1, 2, 3, 4)] == [-2.0, -3.0, -4.0, -5.0]
+    assert GrowthConfig(growths=1, first_raw_scale=-2.0).raw_scale(1) == -2.0
+    with pytest.raises(ValueError, match="last_raw_scale"):
+        GrowthConfig(last_raw_scale=float("nan"))
+
+
+def test_a_step_is_reported_once_whether_or_not_gaussians_follow(photograph: np.ndarray) -> None:
+    seen: list[int] = []
+    result = fit(photograph, 20, num_gaussians=500, on_step=lambda step, loss, psnr: seen.append(step))
+    assert seen == list(range(21))
+    assert np.isfinite(result.trajectory.loss).all()
