@@ -22,10 +22,10 @@ from air.optimization.problem import Moments, Reuse, StepCallback, Trajectory
 from air.rendering.render import render
 
 OPTIMIZATION = OptimizeConfig(
-    offset_learning_rate=0.04,
-    scale_learning_rate=0.2,
-    angle_learning_rate=0.1,
-    colour_learning_rate=0.025,
+    offset_learning_rate=0.032,
+    scale_learning_rate=0.16,
+    angle_learning_rate=0.08,
+    colour_learning_rate=0.02,
     beta1=0.85,
     opposed_fraction=0.0,
 )
@@ -51,7 +51,7 @@ class GrowthConfig:
             last; those of the growths between lie evenly between.
     """
 
-    start_fraction: float = 0.27
+    start_fraction: float = 0.2
     growths: int = 4
     growth_fraction: float = 0.42
     first_raw_scale: float = -2.75
