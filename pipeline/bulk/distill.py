@@ -47,7 +47,7 @@ _VIEWS_ON_GPU = 16
 """Views that a GPU optimises together by default."""
 
 _JOINT_STEPS = 200
-"""Joint steps by default: docs/training.md has the decibels that other numbers reach."""
+"""Joint steps by default; docs/training.md has what networks learn from 20 and from 200."""
 
 
 class DistillConfig(StageControlConfig, ViewConfig):

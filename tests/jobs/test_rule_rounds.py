@@ -23,9 +23,9 @@ from pipeline.rules.validation import validate_rule
 HELD_OUT = ("china.jpg", "chelsea.png", "coins.png")
 SIDE = 256
 ROUNDS = 2
-FITS = 24
-DRAWN = {"max_steps": 30, "min_pixels_per_gaussian": 10, "max_pixels_per_gaussian": 25, "discount": 0.6}
-LEARNED = {"passes": 6, "step_size": 0.1, "learning_rate": 2e-3}
+FITS = 40
+DRAWN = {"max_steps": 50, "min_pixels_per_gaussian": 14, "max_pixels_per_gaussian": 14, "discount": 0.7}
+LEARNED = {"passes": 8, "batch": 8192, "learning_rate": 3e-3}
 LEAST_GAIN = 0.2
 """dB after 10 updates, over the cautious Adam with kept moments, which is the rule before any training."""
 
