@@ -91,9 +91,9 @@ def fit(
     Args:
         image: uint8 array (height, width, 3), a PIL image, or a tensor (3, height, width) with values in [0, 1].
         steps: Number of updates; 100 if neither this nor `seconds` is given.
-        seconds: Wall time that the fit may take, in place of `steps`, for a fit with a budget. The number of steps
-            follows from the machine's pace, which the first such call of a process measures in a quarter of a second.
-            The result then depends on the machine, and on what else runs there.
+        seconds: Time that the fit may take, in place of `steps`, for a fit with a budget. The number of steps
+            follows from the machine's pace, which the first such call of a process measures in half a second. So the
+            result depends on the machine, and a fit beside other work takes longer.
         num_gaussians: The budget, at least 1. The fit has fewer Gaussians if the residual becomes zero. If neither this
             nor `patch_size` is given, one for every `air.defaults.PIXELS_PER_GAUSSIAN` pixels.
         patch_size: Pixels between the anchors of a plain grid to which nothing is added. Not with `num_gaussians`.
@@ -173,7 +173,9 @@ def _pace(backend: str, device: str, threads: int) -> Pace:
     def growing(picture: Tensor, budget: int, steps: int) -> None:
         fit(picture, steps, num_gaussians=budget, backend=backend, device=device, threads=threads)
 
-    return measure_pace(growing)
+    # The CPU time of this thread does not count waiting for a core that other work has.
+    alone = device == "cpu" and threads == 1
+    return measure_pace(growing, time.thread_time if alone else time.perf_counter)
 
 
 def fit_kernels() -> KernelSet:

@@ -71,9 +71,7 @@ TARGETS = pa.schema(
         _per_stage(
             "psnr_predicted", pa.float32(), "dB, this stage's Gaussians as predicted, on the earlier stages' canvas"
         ),
-        _per_stage(
-            "psnr_target", pa.float32(), "dB, the targets of this stage and of all earlier ones together"
-        ),
+        _per_stage("psnr_target", pa.float32(), "dB, the targets of this stage and of all earlier ones together"),
         _per_stage("loss_first", pa.float32(), "0.7 L1 + 0.3 (1 - SSIM) before the first step"),
         _per_stage("loss_last", pa.float32(), "0.7 L1 + 0.3 (1 - SSIM) of the picture of psnr_target"),
     ]

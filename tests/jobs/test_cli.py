@@ -420,3 +420,10 @@ def test_a_cluster_that_cannot_be_reached_and_one_that_is_too_small(pictures: Pa
         assert process.returncode == USAGE, err
         assert said in err
         assert "Traceback" not in err
+
+
+def test_training_by_pod_says_what_is_better(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", str(tmp_path / "missing"), str(tmp_path / "run"), "--phase", "pod"]) != 0
+    assert "--phase finetune reached a better network" in capsys.readouterr().out
+    assert main(["train", str(tmp_path / "missing"), str(tmp_path / "run"), "--phase", "finetune"]) != 0
+    assert "reached a better network" not in capsys.readouterr().out

@@ -54,6 +54,10 @@ def test_without_steps_the_start_is_drawn(
         (["fine.png", "--steps", "-1"], 2, "steps"),
         (["fine.png", "--gaussians", "9", "--patch-size", "4"], 2, "not both"),
         (["fine.png", "--stepz", "1"], 2, "--stepz"),
+        (["fine.png", "--seconds", "0.1", "--steps", "3"], 2, "--seconds"),
+        (["fine.png", "--seconds", "0.1", "--patch-size", "4"], 2, "--seconds"),
+        (["fine.png", "--rule", "best"], 1, "unknown update rule 'best'"),
+        (["fine.png", "--rule", "missing.safetensors"], 1, "missing.json"),
     ],
 )
 def test_bad_input_is_explained(
