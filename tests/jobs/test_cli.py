@@ -395,7 +395,7 @@ def test_a_ray_of_its_own_ends_with_the_job_that_a_scheduler_ends(pictures: Path
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=120)
-    assert process.returncode == 143
+    assert process.returncode == 143, err
     assert err == "air shard: terminated; run the same command again to go on\n"
 
 
