@@ -3,7 +3,8 @@
     python benchmarks/gpu.py [--json FILE] [--steps 1000] [--skip-checks]
 
 Needs a CUDA device and triton. First come the GPU tests. Then, with scales as in a fitted image, whole optimiser
-steps for the sizes of step.py, and for batches of 1, 8 and 32 images of the smallest. Last, what distilling does:
+steps for the sizes of step.py, and for batches of 1, 8 and 32 images of the smallest, with Adam and with a learned
+rule. Last, what distilling does:
 images of that size through four stages of 50 steps, one after another and in batches, in images per second.
 
 The floor is what the arithmetic and the memory traffic below would take at the speeds that this GPU reaches in the same
@@ -30,6 +31,7 @@ from workload import PATCH_SIZE, SIZES, Size, count_support, workload
 from air.optimization.config import OptimizeConfig
 from air.optimization.optimize import optimize_batch
 from air.optimization.problem import Problem
+from air.optimization.rule import LearnedRule
 from air.predictor.base import GridPredictor
 from air.stages.loop import run_stages, run_stages_batch
 
@@ -64,7 +66,9 @@ class Row:
     Attributes:
         images: In the batch.
         gaussians, height, width: Of each image.
-        steps_per_second: Of the whole batch, graphs replayed, set-up excluded.
+        steps_per_second: Of the whole batch with Adam, graphs replayed, set-up excluded.
+        learned_steps_per_second: The same with a learned rule.
+        learned_over_adam: Time of a step with the learned rule over that with Adam.
         image_steps_per_second: Times the number of images.
         fit_seconds: A whole call of `optimize_batch` with 50 steps, set-up and results included.
         floor_microseconds: Counted floor of one step.
@@ -76,6 +80,8 @@ class Row:
     height: int
     width: int
     steps_per_second: float
+    learned_steps_per_second: float
+    learned_over_adam: float
     image_steps_per_second: float
     fit_seconds: float
     floor_microseconds: float
@@ -128,10 +134,11 @@ def main() -> None:
     cases = [(1, size) for size in SIZES.values()] + [(images, BATCH_SIZE) for images in BATCHES]
     rows = [measure(images, size, arguments.steps, speeds) for images, size in cases]
     print_table(rows)
-    kernels = top_kernels(images=1, size=BATCH_SIZE)
-    print(f"\nmost time on the device, one image of {BATCH_SIZE}, microseconds a step:")
-    for name, microseconds in kernels.items():
-        print(f"  {microseconds:8.1f}  {name}")
+    kernels = {name: top_kernels(1, BATCH_SIZE, config(40)) for name, config in RULES.items()}
+    for rule, microseconds in kernels.items():
+        print(f"\nmost time on the device with {rule}, one image of {BATCH_SIZE}, microseconds a step:")
+        for name, value in microseconds.items():
+            print(f"  {value:8.1f}  {name}")
     stages = [measure_stages(detailed_images(count, BATCH_SIZE, "cuda"), STAGES) for count in BATCHES]
     print_stages(stages)
     if arguments.json:
@@ -199,44 +206,69 @@ def floor_seconds(images: int, size: Size, speeds: Speeds) -> float:
     return draw + gather + loss
 
 
+def with_adam(steps: int) -> OptimizeConfig:
+    return OptimizeConfig(steps=steps)
+
+
+def with_learned_rule(steps: int) -> OptimizeConfig:
+    """A new rule makes all steps: it fits as the cautious Adam does, and costs what a trained rule costs."""
+    rule = LearnedRule()
+    return OptimizeConfig(steps=steps, learned=rule, beta1=rule.beta1, beta2=rule.beta2)
+
+
+RULES = {"Adam": with_adam, "a learned rule": with_learned_rule}
+
+
 def measure(images: int, size: Size, steps: int, speeds: Speeds) -> Row:
     from air.optimization.cuda import BatchOptimizer
 
     batch = problems(images, size)
-    state = BatchOptimizer(batch, PATCH_SIZE, OptimizeConfig(steps=steps))
-    step = seconds_of(state.run, repeats=3) / steps
+    adam, learned = (
+        seconds_of(BatchOptimizer(batch, PATCH_SIZE, config(steps)).run, repeats=3) / steps for config in RULES.values()
+    )
     whole = seconds_of(lambda: optimize_batch(batch, PATCH_SIZE, OptimizeConfig(steps=50)), repeats=3)
     floor = floor_seconds(images, size, speeds)
     return Row(
-        images, size.gaussians, size.height, size.width, 1 / step, images / step, whole, floor * 1e6, floor / step
+        images=images,
+        gaussians=size.gaussians,
+        height=size.height,
+        width=size.width,
+        steps_per_second=1 / adam,
+        learned_steps_per_second=1 / learned,
+        learned_over_adam=learned / adam,
+        image_steps_per_second=images / adam,
+        fit_seconds=whole,
+        floor_microseconds=floor * 1e6,
+        share_of_floor=floor / adam,
     )
 
 
 def print_table(rows: list[Row]) -> None:
-    columns = ["images", "Gaussians each", "pixels each", "steps/s", "image-steps/s"]
+    columns = ["images", "Gaussians each", "pixels each", "steps/s", "with the learned rule", "image-steps/s"]
     columns += ["50 steps, whole call", "floor of a step", "of the floor"]
     print(f"| {' | '.join(columns)} |")
     print("|" + " --- |" * len(columns))
     for row in rows:
         print(
             f"| {row.images} | {row.gaussians:,} | {row.width} x {row.height} | {row.steps_per_second:,.0f} | "
+            f"{row.learned_steps_per_second:,.0f} ({row.learned_over_adam:.2f} times Adam's step) | "
             f"{row.image_steps_per_second:,.0f} | {row.fit_seconds * 1e3:.1f} ms | {row.floor_microseconds:.0f} µs | "
             f"{row.share_of_floor:.0%} |"
         )
 
 
-def top_kernels(images: int, size: Size, steps: int = 40) -> dict[str, float]:
+def top_kernels(images: int, size: Size, config: OptimizeConfig) -> dict[str, float]:
     """Microseconds per step of the five kernels that take the most time on the device."""
     from air.optimization.cuda import BatchOptimizer
 
-    state = BatchOptimizer(problems(images, size), PATCH_SIZE, OptimizeConfig(steps=steps))
+    state = BatchOptimizer(problems(images, size), PATCH_SIZE, config)
     state.run()
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         state.run()
         torch.cuda.synchronize()
     events = sorted(profile.key_averages(), key=lambda event: event.self_device_time_total, reverse=True)
-    return {event.key: event.self_device_time_total / steps for event in events[:5]}
+    return {event.key: event.self_device_time_total / config.steps for event in events[:5]}
 
 
 def detailed_images(count: int, size: Size, device: str) -> list[Tensor]:
