@@ -40,6 +40,9 @@ GROWING_STEPS, STEPS_AFTER_PREDICTION = 150, 10
 STORED_STEPS = 60
 """Steps that encoding makes on the quantised Gaussians."""
 
+FIT_STEPS = 100
+"""Updates of `air.fit`, if neither steps nor seconds are given."""
+
 PIXELS_PER_GAUSSIAN = 16
 """Pixels for each Gaussian of `air.fit`, if no number is given."""
 

@@ -15,7 +15,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from air.defaults import AUTO
+from air.defaults import AUTO, FIT_STEPS
 from jobs.command import configure, make_parser
 from jobs.sections import FitConfig
 from pipeline.errors import Rejected, StorageError
@@ -117,12 +117,11 @@ def fit_image(rgb: np.ndarray, target: str, config: FitConfig) -> None:
 
 def _scaled(config: FitConfig) -> OptimizeConfig | None:
     """The optimiser's settings with scaled learning rates; None for the usual ones."""
-    from air.fitting.fit import STEPS
     from air.fitting.grow import fit_optimization
     from air.optimization.config import OptimizeConfig
 
     if config.learning_rate_factor == 1:
         return None
-    steps = STEPS if config.steps is None else config.steps
+    steps = FIT_STEPS if config.steps is None else config.steps
     usual = OptimizeConfig() if config.patch_size else fit_optimization(steps, config.rule)
     return usual.scaled(config.learning_rate_factor)

@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from air.defaults import AUTO, PIXELS_PER_GAUSSIAN
+from air.defaults import AUTO, FIT_STEPS, PIXELS_PER_GAUSSIAN
 from pipeline.config import Config, RunnerConfig
 from pipeline.formats import images
 from pipeline.inputs.packaged import PICTURES
@@ -35,7 +35,10 @@ class FitConfig(Config):
         description="side of a patch in pixels: fit a plain grid, one Gaussian per patch, not growing",
     )
     steps: int | None = Field(
-        None, ge=0, le=1_000_000, description="optimisation steps; default: 100, or as many as `seconds` allows"
+        None,
+        ge=0,
+        le=1_000_000,
+        description=f"optimisation steps; default: {FIT_STEPS}, or as many as `seconds` allows",
     )
     seconds: float | None = Field(
         None, gt=0, le=1e6, description="seconds that the fit may take; the number of steps follows from the machine"

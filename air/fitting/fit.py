@@ -23,7 +23,7 @@ from torch import Tensor
 from air.arguments import check_counts, image_tensor
 from air.compute.backends import backend_for, choose_device
 from air.compute.compile import KernelSet
-from air.defaults import AUTO, PIXELS_PER_GAUSSIAN
+from air.defaults import AUTO, FIT_STEPS, PIXELS_PER_GAUSSIAN
 from air.fitting.grid import grid_initialization
 from air.fitting.grow import GrowthConfig, Optimizer, fit_optimization, grow, largest_grid
 from air.fitting.pace import Pace, measure_pace
@@ -32,9 +32,6 @@ from air.optimization.config import OptimizeConfig
 from air.optimization.optimize import optimize
 from air.optimization.problem import StepCallback, Trajectory
 from air.optimization.rule import LearnedRule
-
-STEPS = 100
-"""Updates of a fit, if neither steps nor seconds are given."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,7 +141,7 @@ def fit(
         if not 0 < seconds < math.inf:
             raise ValueError(f"seconds must be a positive number, got {seconds}")
         steps = _pace(backend, target.device.type, threads).steps(seconds, height * width, num_gaussians)
-    steps = STEPS if steps is None else steps
+    steps = FIT_STEPS if steps is None else steps
     check_counts(steps=(steps, 0))
     begin = time.perf_counter()
     if patch_size is not None:

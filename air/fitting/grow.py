@@ -45,17 +45,8 @@ RULE_STEPS = 60
 """The longest fit that the shipped rule makes by default. Adam is as good after that; docs/optimizer.md compares."""
 
 
-def rule_training_config(steps: int) -> OptimizeConfig:
-    """Settings of a growing fit by a learned rule, the same where the rule is trained and where it is used.
-
-    Args:
-        steps: Number of updates, at least 0.
-    """
-    return replace(OPTIMIZATION, steps=steps)
-
-
 def fit_optimization(steps: int, rule: str | LearnedRule = "auto") -> OptimizeConfig:
-    """Settings of a growing fit with an update rule.
+    """Settings of a growing fit with an update rule, the same where a rule is trained and where it is used.
 
     Args:
         steps: Number of updates, at least 0.

@@ -24,9 +24,9 @@ from air.loss.reference import L1_WEIGHT
 from air.loss.reference import loss as torch_loss
 from air.metrics import psnr_of
 from air.optimization.config import OptimizeConfig
-from air.optimization.problem import Moments
-from air.optimization.reference import descent_objective
-from air.optimization.rule import OWN_FEATURES, SHARED_FEATURES, Description, LearnedRule, State, UpdateRule, describe
+from air.optimization.problem import Moments, Reuse
+from air.optimization.reference import descent_objective, observe
+from air.optimization.rule import OWN_FEATURES, SHARED_FEATURES, State, UpdateRule
 from air.rendering.render import render
 
 
@@ -147,6 +147,7 @@ class _Recorder:
     ) -> None:
         self._target, self._rule, self._patch_size, self._workers = target, rule, patch_size, workers
         self._fraction, self._generator = fraction, generator
+        self._reuse = Reuse()
         self._updates: list[_Update] = []
         self._kept: dict[int, Tensor] = {}  # by number of update: where the Gaussians before it lie at it
         self._loss: list[float] = []
@@ -163,36 +164,18 @@ class _Recorder:
     ) -> tuple[Tensor, Moments]:
         """As `air.fitting.grow.Phase`."""
         self._kept[len(self._updates)] = kept
-        gradient_at = _gradient_source(raw, anchor, self._target, self._patch_size, config, self._workers)
-        mean, square, age = moments.mean, moments.square, moments.age
-        first_rates = torch.from_numpy(config.first_learning_rates()).to(raw)
+        gradient_at = _gradient_source(raw, anchor, self._target, self._patch_size, config, self._workers, self._reuse)
+        size = self._target.numel()
         for step in range(config.steps):
             gradient, loss, squared_error = gradient_at(raw)
             self._note(loss, squared_error)
-            mean = config.beta1 * mean + (1 - config.beta1) * gradient
-            square = config.beta2 * square + (1 - config.beta2) * gradient.square()
-            updates = (age + 1)[:, None].to(raw.dtype)
-            state = State(
-                raw=raw,
-                gradient=gradient,
-                mean=mean / (1 - config.beta1**updates),
-                square=square / (1 - config.beta2**updates),
-                age=age,
-                learning_rates=first_rates,
-                patch_size=self._patch_size,
-                num_values=self._target.numel(),
-                progress=config.progress(step, squared_error),
-                eps=config.eps,
-            )
-            description = describe(state)
-            rule = self._rule
-            move = rule.move_by(description.features) if isinstance(rule, LearnedRule) else rule.move(state)
+            state, moments = observe(raw, gradient, moments, config, step, squared_error, self._patch_size, size)
+            move = self._rule.move(state)
             rates = torch.from_numpy(config.learning_rates(step)).to(raw)
-            self._updates.append(self._sampled(state, description, move, rates, loss))
+            self._updates.append(self._sampled(state, move, rates, loss))
             raw = raw + rates * move
-            age = age + 1
         self._last = (gradient_at, raw)
-        return raw, Moments(mean, square, age)
+        return raw, moments
 
     def end(self) -> None:
         """Takes the gradient of the last state."""
@@ -243,7 +226,7 @@ class _Recorder:
         self._loss.append(loss)
         self._psnr.append(psnr_of(squared_error))
 
-    def _sampled(self, state: State, description: Description, move: Tensor, rates: Tensor, loss: float) -> _Update:
+    def _sampled(self, state: State, move: Tensor, rates: Tensor, loss: float) -> _Update:
         count = len(state.raw)
         chosen = torch.arange(count)
         if self._fraction < 1:
@@ -251,21 +234,28 @@ class _Recorder:
         chosen = chosen.to(state.raw.device)
         # The gradient is about that of half the squared error by this factor: see `air.optimization.rule`.
         per_value = L1_WEIGHT / (state.num_values * max(state.progress.rms_error, 1e-6))
-        curvature = description.curvature[chosen] * rates.square() * (per_value / loss)
-        return _Update(state.gradient / loss, rates, chosen, description.features[chosen], move[chosen], curvature)
+        features, curvature = state.description
+        curvature = curvature[chosen] * rates.square() * (per_value / loss)
+        return _Update(state.gradient / loss, rates, chosen, features[chosen], move[chosen], curvature)
 
 
 def _gradient_source(
-    raw: Tensor, anchor: Tensor, target: Tensor, patch_size: int, config: OptimizeConfig, workers: Workers
+    raw: Tensor,
+    anchor: Tensor,
+    target: Tensor,
+    patch_size: int,
+    config: OptimizeConfig,
+    workers: Workers,
+    reuse: Reuse,
 ) -> Callable[[Tensor], tuple[Tensor, float, float]]:
     """A function from raw Gaussians to the gradient (N, 8), the loss, and the squared error of the clamped picture."""
     _, height, width = target.shape
     if has_cpu_kernels(raw):
-        from air.optimization.cpu import FusedOptimizer
+        from air.optimization.cpu import FusedBuffers, FusedOptimizer
 
-        black = np.zeros((3, height, width), np.float32)
-        arrays = (raw.numpy(), anchor.numpy(), target.numpy(), patch_size, black)
-        state = FusedOptimizer(*arrays, workers, config)
+        reuse.buffers = reuse.buffers or FusedBuffers(target.numpy(), workers)
+        arrays = (raw.numpy(), anchor.numpy(), target.numpy(), patch_size, None)
+        state = FusedOptimizer(*arrays, workers, config, buffers=reuse.buffers)
 
         def compiled(raw: Tensor) -> tuple[Tensor, float, float]:
             state.drawing.set_rows(raw.numpy())

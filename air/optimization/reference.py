@@ -44,7 +44,6 @@ def optimize_reference(
     Arguments are as for `air.optimization.optimize.optimize`, checked. `threads` is not used: torch has its own number.
     """
     _, height, width = target.shape
-    mean, square, age = moments.mean, moments.square, moments.age
     last_error = None
     for step in range(config.steps + 1):
         raw = raw.detach().requires_grad_()
@@ -58,26 +57,53 @@ def optimize_reference(
             break
         objective, last_error = descent_objective(image, target, loss, config.squared_fraction, last_error)
         (gradient,) = torch.autograd.grad(objective, raw)
-        updates = (age + 1)[:, None].to(raw.dtype)
-        mean = config.beta1 * mean + (1 - config.beta1) * gradient
-        square = config.beta2 * square + (1 - config.beta2) * gradient.square()
-        state = State(
-            raw=raw.detach(),
-            gradient=gradient,
-            mean=mean / (1 - config.beta1**updates),
-            square=square / (1 - config.beta2**updates),
-            age=age,
-            learning_rates=torch.from_numpy(config.first_learning_rates()).to(raw),
-            patch_size=patch_size,
-            num_values=target.numel(),
-            progress=config.progress(step, squared_error),
-            eps=config.eps,
+        state, moments = observe(
+            raw.detach(), gradient, moments, config, step, squared_error, patch_size, target.numel()
         )
         with torch.no_grad():
             moves = config.rule(step).move(state)
         raw = raw + torch.from_numpy(config.learning_rates(step)).to(raw) * moves
-        age = age + 1
-    return raw.detach(), Moments(mean, square, age)
+    return raw.detach(), moments
+
+
+def observe(
+    raw: Tensor,
+    gradient: Tensor,
+    moments: Moments,
+    config: OptimizeConfig,
+    step: int,
+    squared_error: float,
+    patch_size: int,
+    num_values: int,
+) -> tuple[State, Moments]:
+    """What a rule sees at update number `step`, and the moments with this gradient in them.
+
+    Args:
+        raw: Raw Gaussians before the update, shape (N, 8).
+        gradient: The gradient by them, of the same shape.
+        moments: Those before the update.
+        config: Rates and schedule.
+        step: Number of the update, from 0.
+        squared_error: Mean squared error of the clamped picture.
+        patch_size: The activations' range in pixels.
+        num_values: Values of the picture: 3 · height · width.
+    """
+    mean = config.beta1 * moments.mean + (1 - config.beta1) * gradient
+    square = config.beta2 * moments.square + (1 - config.beta2) * gradient.square()
+    updates = (moments.age + 1)[:, None].to(raw.dtype)
+    state = State(
+        raw=raw,
+        gradient=gradient,
+        mean=mean / (1 - config.beta1**updates),
+        square=square / (1 - config.beta2**updates),
+        age=moments.age,
+        learning_rates=torch.from_numpy(config.first_learning_rates()).to(raw),
+        patch_size=patch_size,
+        num_values=num_values,
+        progress=config.progress(step, squared_error),
+        eps=config.eps,
+    )
+    return state, Moments(mean, square, moments.age + 1)
 
 
 def descent_objective(

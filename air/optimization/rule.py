@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -124,9 +125,20 @@ class State:
     progress: Progress
     eps: float
 
+    @cached_property
+    def root(self) -> Tensor:
+        """Root of the mean square of the gradients, which momentum and gradient are divided by."""
+        return self.square.sqrt() + self.eps
+
+    @cached_property
     def momentum(self) -> Tensor:
         """Adam's direction."""
-        return -self.mean / (self.square.sqrt() + self.eps)
+        return -self.mean / self.root
+
+    @cached_property
+    def description(self) -> Description:
+        """What `describe` gives."""
+        return describe(self)
 
 
 class UpdateRule(Protocol):
@@ -145,11 +157,11 @@ class Adam:
 
     def move(self, state: State) -> Tensor:
         """As `UpdateRule.move`."""
-        return torch.where(state.mean * state.gradient < 0, self.opposed_fraction, 1.0) * state.momentum()
+        return torch.where(state.mean * state.gradient < 0, self.opposed_fraction, 1.0) * state.momentum
 
 
 class LearnedRule(nn.Module):
-    """A network of 1,900 numbers, the same for every Gaussian: 52 features, two hidden layers of 16, 32 coefficients.
+    """A network of 1,664 numbers, the same for every Gaussian: 52 features, two hidden layers of 16, 32 coefficients.
 
     With the last layer at zero, as in a new rule, it is the cautious Adam (`Adam(0)`).
 
@@ -179,10 +191,7 @@ class LearnedRule(nn.Module):
 
     def move(self, state: State) -> Tensor:
         """As `UpdateRule.move`."""
-        return self.move_by(describe(state).features)
-
-    def move_by(self, features: Tensor) -> Tensor:
-        """Moves (N, 8) from features (N, 52) of any precision and device, as these."""
+        features = state.description.features
         return self(features.to(self.first.weight)).to(features)
 
 
@@ -219,21 +228,19 @@ def describe(state: State) -> Description:
       40: 4 / (4 + age); 41: how stretched it is, bounded.
     - 42 to 51: what all Gaussians share (`Progress.features`).
     """
-    root = state.square.sqrt() + state.eps
-    momentum = -state.mean / root
-    gradient = -state.gradient / root
-    curvature, steps = _lone_gaussian(state)
+    gradient = -state.gradient / state.root
+    offset, scale, turn, colour = _activated(state)
+    stretch = scale[:, :1] / scale[:, 1:] - scale[:, 1:] / scale[:, :1]
+    curvature, steps = _lone_gaussian(state, scale, turn, colour, stretch)
     newton = (steps / state.learning_rates).clamp(-MAX_NEWTON, MAX_NEWTON)
     newton = newton / (1 + newton.abs() / NEWTON_BOUND)
-    coherence = (state.num_values / L1_WEIGHT) * root * curvature.rsqrt()
-    offset, scale, _, colour = _activated(state)
+    coherence = (state.num_values / L1_WEIGHT) * state.root * curvature.rsqrt()
     energy = colour.square().sum(1, keepdim=True)
-    stretch = scale[:, :1] / scale[:, 1:] - scale[:, 1:] / scale[:, :1]
     age = state.age[:, None].to(state.raw.dtype)
     shared = torch.from_numpy(state.progress.features(state.patch_size)).to(state.raw)
     features = torch.cat(
         [
-            momentum,
+            state.momentum,
             gradient,
             newton,
             2 * coherence / (2 + coherence),
@@ -257,7 +264,7 @@ def _activated(state: State) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return torch.tanh(raw[:, OFFSET]), scale, torch.sigmoid(raw[:, ANGLE : ANGLE + 1]), torch.tanh(raw[:, COLOUR])
 
 
-def _lone_gaussian(state: State) -> tuple[Tensor, Tensor]:
+def _lone_gaussian(state: State, scale: Tensor, turn: Tensor, colour: Tensor, stretch: Tensor) -> tuple[Tensor, Tensor]:
     """Curvatures (N, 8) of half the squared error by raw numbers, and Gauss-Newton steps (N, 8) in raw numbers.
 
     They are those of a Gaussian that no other overlaps. Its squared error has, by the centre, the curvature
@@ -265,7 +272,6 @@ def _lone_gaussian(state: State) -> tuple[Tensor, Tensor]:
     gradient of the loss is about that of the L1 term. Where errors are as large as their root mean square, it becomes
     the gradient of half the squared error by the factor rms · num_values / 0.7.
     """
-    _, scale, turn, colour = _activated(state)
     patch_size, raw = state.patch_size, state.raw
     slope = torch.cat(
         [
@@ -282,7 +288,6 @@ def _lone_gaussian(state: State) -> tuple[Tensor, Tensor]:
     area = math.pi * scale.prod(1, keepdim=True)
     energy = area * colour.square().sum(1, keepdim=True)
     least = RIDGE * area
-    stretch = scale[:, :1] / scale[:, 1:] - scale[:, 1:] / scale[:, :1]
     bend = torch.cat(
         [
             energy / 2 * (cos * cos / variance_1 + sin * sin / variance_2),

@@ -102,6 +102,29 @@ def shipped_rule() -> LearnedRule | None:
     return load_rule(defaults.RULE_PATH)[0] if defaults.has_rule() else None
 
 
+def rule_path(name: str | Path) -> str:
+    """The path or URI of a rule's weights.
+
+    Args:
+        name: "shipped", or the path or URI of NAME.safetensors.
+
+    Raises:
+        CheckpointError: The name is of another kind, or this installation ships no rule.
+    """
+    if name == defaults.SHIPPED:
+        if not defaults.has_rule():
+            raise CheckpointError(
+                f"this installation ships no update rule ({defaults.RULE_PATH} is missing): train one with "
+                f"`air train --phase rule` and give its path, or use {defaults.ADAM}"
+            )
+        return str(defaults.RULE_PATH)
+    if not str(name).endswith(".safetensors"):
+        raise CheckpointError(
+            f"unknown update rule {str(name)!r}: give {defaults.ADAM}, {defaults.SHIPPED} or a file NAME.safetensors"
+        )
+    return str(name)
+
+
 def find_rule(name: str | Path) -> LearnedRule | None:
     """A rule by name.
 
@@ -113,16 +136,5 @@ def find_rule(name: str | Path) -> LearnedRule | None:
     """
     if name == defaults.ADAM:
         return None
-    if name == defaults.SHIPPED:
-        rule = shipped_rule()
-        if rule is None:
-            raise CheckpointError(
-                f"this installation ships no update rule ({defaults.RULE_PATH} is missing): train one with "
-                "`air train --phase rule` and give its path, or use adam"
-            )
-        return rule
-    if not str(name).endswith(".safetensors"):
-        raise CheckpointError(
-            f"unknown update rule {str(name)!r}: give {defaults.ADAM}, {defaults.SHIPPED} or a file NAME.safetensors"
-        )
-    return load_rule(name)[0]
+    path = rule_path(name)
+    return shipped_rule() if name == defaults.SHIPPED else load_rule(path)[0]

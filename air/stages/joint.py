@@ -12,12 +12,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from air.errors import NonFiniteLossError
 from air.optimization.config import OptimizeConfig
-from air.optimization.optimize import optimize_batch
-from air.optimization.problem import OptimizeResult, Problem
+from air.optimization.problem import Problem
 from air.rendering.render import render
-from air.stages.loop import Canvas, StageResult
+from air.stages.loop import Canvas, StageResult, optimize_of
 
 
 def optimize_jointly(
@@ -61,7 +59,7 @@ def optimize_jointly(
     """
     filled = [number for number, of_image in enumerate(stages) if of_image]
     problems = [_all_of(stages[number], images[number], canvas) for number in filled]
-    optimized = _optimize(problems, filled, patch_size, config, backend, threads)
+    optimized = optimize_of(problems, filled, patch_size, config, backend, threads)
     moved = [list(of_image) for of_image in stages]
     for number, problem, result in zip(filled, problems, optimized, strict=True):
         parts = result.unless_worse(problem.raw).raw.split([len(stage) for stage in stages[number]])
@@ -72,22 +70,6 @@ def optimize_jointly(
 def _all_of(stages: Sequence[StageResult], image: Tensor, canvas: Canvas) -> Problem:
     raw = torch.cat([stage.raw(canvas) for stage in stages])
     return Problem(raw, torch.cat([stage.anchor for stage in stages]), image)
-
-
-def _optimize(
-    problems: Sequence[Problem],
-    numbers: Sequence[int],
-    patch_size: int,
-    config: OptimizeConfig,
-    backend: str,
-    threads: int,
-) -> list[OptimizeResult]:
-    """`optimize_batch`, whose errors give the image's number instead of the problem's index."""
-    try:
-        return optimize_batch(problems, patch_size, config, backend=backend, threads=threads)
-    except NonFiniteLossError as error:
-        error.image = numbers[error.image]
-        raise
 
 
 def _judged(
@@ -102,12 +84,13 @@ def _judged(
             Problem(stages[number][stage].target, stages[number][stage].anchor, images[number], drawn[number])
             for number in numbers
         ]
-        seen = _optimize(problems, numbers, patch_size, OptimizeConfig(steps=0), backend, threads)
+        seen = optimize_of(problems, numbers, patch_size, OptimizeConfig(steps=0), backend, threads)
         for number, result in zip(numbers, seen, strict=True):
             added = stages[number][stage]
             loss, psnr = float(result.trajectory.loss[0]), float(result.trajectory.psnr[0])
             judged[number].append(replace(added, loss=(added.loss[0], loss), psnr=(added.psnr[0], psnr)))
-            _, height, width = images[number].shape
-            gaussians = added.gaussians("target", patch_size)
-            drawn[number] = drawn[number] + render(gaussians, height, width, backend=backend, threads=threads)
+            if stage + 1 < len(stages[number]):
+                _, height, width = images[number].shape
+                gaussians = added.gaussians("target", patch_size)
+                drawn[number] = drawn[number] + render(gaussians, height, width, backend=backend, threads=threads)
     return judged

@@ -210,13 +210,7 @@ def _each_stage(
         if not unfinished:
             return
         if judge or config.steps:
-            try:
-                optimized = optimize_batch(
-                    list(problems.values()), patch_size, config, backend=backend, threads=threads
-                )
-            except NonFiniteLossError as error:
-                error.image = unfinished[error.image]
-                raise
+            optimized = optimize_of(list(problems.values()), unfinished, patch_size, config, backend, threads)
         else:
             optimized = [_unjudged(problem, patch_size) for problem in problems.values()]
         added = {}
@@ -239,6 +233,26 @@ def _each_stage(
                 _, height, width = images[number].shape
                 drawn = render(result.gaussians(canvas, patch_size), height, width, backend=backend, threads=threads)
                 backgrounds[number] = backgrounds[number] + drawn
+
+
+def optimize_of(
+    problems: Sequence[Problem],
+    numbers: Sequence[int],
+    patch_size: int,
+    config: OptimizeConfig,
+    backend: str,
+    threads: int,
+) -> list[OptimizeResult]:
+    """`air.optimization.optimize.optimize_batch` of some of several images, which have these numbers.
+
+    Raises:
+        NonFiniteLossError: As `optimize_batch`; its `image` is the image's number.
+    """
+    try:
+        return optimize_batch(problems, patch_size, config, backend=backend, threads=threads)
+    except NonFiniteLossError as error:
+        error.image = numbers[error.image]
+        raise
 
 
 def _unjudged(problem: Problem, patch_size: int) -> OptimizeResult:

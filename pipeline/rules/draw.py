@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from air.defaults import ADAM
 from pipeline.bulk.views import check_holds_patch
 from pipeline.errors import Reason, Rejected
 from pipeline.rules.config import RollOutConfig
@@ -105,7 +106,7 @@ def run_fit(rgb: np.ndarray, draw: FitDraw, rule: LearnedRule, config: RollOutCo
     from air.arguments import image_tensor
     from air.compute.threads import limit_torch
     from air.errors import InvalidGaussiansError, NonFiniteLossError
-    from air.fitting.grow import rule_training_config
+    from air.fitting.grow import fit_optimization
     from air.fitting.rollout import roll_out
 
     with limit_torch(1):  # sums of another order would make other values on another machine
@@ -114,7 +115,7 @@ def run_fit(rgb: np.ndarray, draw: FitDraw, rule: LearnedRule, config: RollOutCo
                 image_tensor(cut(rgb, draw)),
                 rule,
                 draw.num_gaussians,
-                rule_training_config(draw.steps),
+                fit_optimization(draw.steps, ADAM),
                 growth=config.growth(),
                 credit=config.credit(),
                 fraction=fraction,

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from air import defaults
 from air.defaults import ADAM, SHIPPED
 from air.errors import CheckpointError
 from pipeline.identity import seed_of
@@ -58,16 +57,9 @@ def find_rule(name: str) -> RuleReference:
 
 
 def _uri(name: str) -> str:
-    if name == SHIPPED:
-        if not defaults.has_rule():
-            raise CheckpointError(
-                f"this installation ships no update rule ({defaults.RULE_PATH} is missing): train one with "
-                f"`air train --phase rule` and give its path, or use {ADAM}"
-            )
-        return str(defaults.RULE_PATH)
-    if not name.endswith(".safetensors"):
-        raise CheckpointError(f"unknown update rule {name!r}: give {ADAM}, {SHIPPED} or a file NAME.safetensors")
-    return normalise(name)
+    from air.optimization.rule_file import rule_path
+
+    return normalise(rule_path(name))
 
 
 @lru_cache(maxsize=2)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import replace
 
 from torch import Tensor
 
 from air.fitting.fit import fit
-from air.fitting.grow import rule_training_config
 from air.optimization.rule import LearnedRule
 from pipeline.rules.config import RuleConfig
 
@@ -28,14 +26,11 @@ def validate_rule(rule: LearnedRule, pictures: Sequence[Tensor], config: RuleCon
     frozen = copy.deepcopy(rule).eval().requires_grad_(False)
     reached = {}
     for steps in config.valid_steps:
-        optimization = replace(rule_training_config(steps), learned=frozen)
         total = 0.0
         for picture in pictures:
             _, height, width = picture.shape
             budget = max(1, round(height * width / config.valid_pixels_per_gaussian))
-            fitted = fit(
-                picture, steps, num_gaussians=budget, optimization=optimization, growth=config.growth(), device="cpu"
-            )
+            fitted = fit(picture, steps, num_gaussians=budget, growth=config.growth(), rule=frozen, device="cpu")
             total += float(fitted.trajectory.psnr[-1])
         reached[f"valid_psnr_{steps}"] = total / len(pictures)
     return {"valid_psnr": sum(reached.values()) / len(reached), **reached}

@@ -12,7 +12,7 @@ import torch
 import air
 from air.errors import CheckpointError
 from air.fitting.grid import grid_initialization
-from air.fitting.grow import RULE_STEPS, fit_optimization
+from air.fitting.grow import OPTIMIZATION, RULE_STEPS, fit_optimization
 from air.gaussians import anchors
 from air.optimization.config import OptimizeConfig
 from air.optimization.optimize import optimize
@@ -52,17 +52,7 @@ def problem(dtype: torch.dtype = torch.float32):
 
 
 def config(rule: LearnedRule | None = None, steps: int = 8, **settings) -> OptimizeConfig:
-    return OptimizeConfig(
-        steps=steps,
-        offset_learning_rate=0.04,
-        scale_learning_rate=0.2,
-        angle_learning_rate=0.1,
-        colour_learning_rate=0.025,
-        beta1=0.85,
-        opposed_fraction=0.0,
-        learned=rule,
-        **settings,
-    )
+    return replace(OPTIMIZATION, **{"steps": steps, "squared_fraction": 0.0, "learned": rule, **settings})
 
 
 def a_state(count: int = 6, **changes) -> State:

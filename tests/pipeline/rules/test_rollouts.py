@@ -168,3 +168,8 @@ def test_fits_are_drawn_within_their_bounds_and_store_about_as_many_samples_as_a
 def test_the_defaults_are_those_of_the_library() -> None:
     assert RollOutConfig().growth() == GrowthConfig()
     assert RollOutConfig().credit() == CreditConfig()
+
+
+def test_roll_outs_grow_and_give_credit_as_the_library_does_by_default() -> None:
+    assert RollOutConfig().growth() == GrowthConfig()
+    assert RollOutConfig().credit() == CreditConfig()
