@@ -55,6 +55,7 @@ _SUMS = tl.constexpr(SUMS)
 _PI = tl.constexpr(math.pi)
 _L1_WEIGHT = tl.constexpr(L1_WEIGHT)
 _RIDGE, _MIN_SLOPE = tl.constexpr(definition.RIDGE), tl.constexpr(definition.MIN_SLOPE)
+_MAX_NEWTON = tl.constexpr(definition.MAX_NEWTON)
 _NEWTON_BOUND, _FREE_MOVE = tl.constexpr(definition.NEWTON_BOUND), tl.constexpr(definition.FREE_MOVE)
 _MAX_GAIN, _MAX_MOVE = tl.constexpr(definition.MAX_GAIN), tl.constexpr(definition.MAX_MOVE)
 
@@ -198,7 +199,7 @@ def learned_step(
         pull_factor = -error * values / _L1_WEIGHT
         curvature, step, brightness, stretch = lone_gaussians(row, by_raw, slope, pull_factor, channel, exists)
         by_gradient = -by_raw / root
-        newton = step / tl.load(first_rates + channel)
+        newton = _clamp(step / tl.load(first_rates + channel), -_MAX_NEWTON, _MAX_NEWTON)
         newton = newton / (1 + tl.abs(newton) / _NEWTON_BOUND)
         coherence = values / _L1_WEIGHT * root * tl.rsqrt(curvature)
         coherence = 2 * coherence / (2 + coherence)

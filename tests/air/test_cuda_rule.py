@@ -128,6 +128,12 @@ def test_saturated_raw_numbers(extreme, columns):
     check(run(one, config), defined(one, config))
 
 
+def test_a_gauss_newton_step_of_infinitely_many_learning_rates_is_bounded():
+    one = problem(5, 9)
+    config = settings(random_rule(), steps=1, later_steps=5).scaled(1e-42)
+    check(run(one, config), defined(one, config))
+
+
 def test_gaussians_without_a_gradient():
     raw, anchor, target = problem(5, 9)[:3]
     anchor = anchor.clone()
