@@ -20,7 +20,7 @@ COMMANDS = {
     "shard": "images in folders, globs, tars, Parquet -> WebDataset shards",
     "distill": "shards -> distillation targets in Parquet",
     "train": "targets or shards -> a predictor's checkpoint",
-    "evaluate": "quality and time of a predictor beside grids, or of the codec beside other codecs",
+    "evaluate": "quality and time of a predictor beside grids or fits, or of the codec beside other codecs",
     "encode": "images or shards -> .air files in tars, and a Parquet row about each; or one image -> one file",
     "decode": ".air files -> pictures, at any size",
     "render": "one .air file -> a picture",

@@ -1,5 +1,6 @@
 """Measures a predictor on images, before and after refinement, beside plain grids: PSNR, MS-SSIM, counts and times.
 With --codec it measures .air files beside JPEG, WebP, JPEG 2000 and AVIF, for targets of bits per pixel.
+With --front it measures predictor and fits over time; `air evaluate --front --help` has the options of that.
 
 IMAGES are folders, globs, image files, tars and Parquet, or the output of `air shard` or `air distill`. Images are
 measured whole. Each number of refinement steps starts from the prediction and moves all Gaussians together. Times are
@@ -15,26 +16,16 @@ that was found.
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-from air.version import __version__
 from jobs.command import configure, make_parser
-from jobs.report import counted, print_table, rejections
-from pipeline.errors import ConfigError, JobFailedError, StorageError
+from jobs.measuring import check_output, deliver, measure_inputs, print_means_of, write_table
+from jobs.report import counted
+from pipeline.errors import ConfigError
 from pipeline.evaluation.config import EvaluateConfig
 from pipeline.formats import tables
-from pipeline.inputs.pictures import Picture, find_pictures
 from pipeline.predictors import default_predictor, find_predictor
-from pipeline.storage.open import check_writable, open_parent
 
 if TYPE_CHECKING:
     from pipeline.evaluation.predictor import Evaluation
@@ -49,8 +40,7 @@ def evaluate(inputs: Sequence[str], config: EvaluateConfig, output: str | None =
         JobFailedError: No image could be used.
         StorageError: The output cannot be written. This is checked before anything is measured, as far as possible.
     """
-    _check_output(output, ".parquet", "the table is one Parquet file")
-    from air.warmup import kernels_of
+    check_output(output, ".parquet", "the table is one Parquet file")
     from pipeline.evaluation.predictor import evaluate as measure
 
     reference = (
@@ -58,14 +48,12 @@ def evaluate(inputs: Sequence[str], config: EvaluateConfig, output: str | None =
         if config.predictor is None
         else find_predictor(config.predictor, config.patch_size)
     )
-    kernels = kernels_of("predict")
-    seconds = 0 if kernels.is_compiled() else kernels.seconds
-    evaluation = _measure(
-        inputs, config, seconds, lambda pictures, report: measure(pictures, reference, config, report)
+    evaluation = measure_inputs(
+        inputs, config, "predict", lambda pictures, report: measure(pictures, reference, config, report)
     )
     print_means(evaluation, inputs)
     if output is not None:
-        _write_table(evaluation.rows, output, tables.EVALUATION, config, {"air.model": reference.model})
+        write_table(evaluation.rows, output, tables.EVALUATION, config, {"air.model": reference.model})
     return evaluation
 
 
@@ -79,9 +67,8 @@ def evaluate_codec(
         JobFailedError: No image could be used.
         StorageError: An output cannot be written. This is checked before anything is measured, as far as possible.
     """
-    _check_output(output, ".parquet", "the table is one Parquet file")
-    _check_output(plot, ".svg", "the plot is an SVG file")
-    from air.warmup import kernels_of
+    check_output(output, ".parquet", "the table is one Parquet file")
+    check_output(plot, ".svg", "the plot is an SVG file")
     from pipeline.evaluation import baselines
     from pipeline.evaluation.codec import evaluate_codec as measure
     from pipeline.reports.charts import svg
@@ -91,22 +78,27 @@ def evaluate_codec(
     missing = [baseline.name for baseline in baselines.BASELINES if baseline not in others]
     if missing:
         print(f"not measured: {', '.join(missing)}; this Pillow is built without them", flush=True)
-    kernels = kernels_of("encode")
-    seconds = 0 if kernels.is_compiled() else kernels.seconds
-    evaluation = _measure(inputs, config, seconds, lambda pictures, report: measure(pictures, others, config, report))
+    evaluation = measure_inputs(
+        inputs, config, "encode", lambda pictures, report: measure(pictures, others, config, report)
+    )
     print_codec_means(evaluation, inputs)
     if output is not None:
-        _write_table(
+        write_table(
             evaluation.rows, output, tables.CODEC_EVALUATION, config, {"air.codecs": baselines.describe(others)}
         )
     if plot is not None:
-        _deliver(lambda local: local.write_text(svg(charts(evaluation.rows)), encoding="utf-8"), plot)
+        deliver(lambda local: local.write_text(svg(charts(evaluation.rows)), encoding="utf-8"), plot)
     return evaluation
 
 
 def main(arguments: Sequence[str]) -> int:
     """The command."""
+    if "--front" in arguments:
+        from jobs.evaluate_front import main as evaluate_front
+
+        return evaluate_front(arguments)
     parser = make_parser("evaluate", __doc__, EvaluateConfig)
+    parser.add_argument("--front", action="store_true", help="measure quality over time, of predictor and fits")
     parser.add_argument("images", nargs="+", metavar="IMAGES", help="images to measure on; local paths or URIs")
     parser.add_argument(
         "--output", metavar="OUT.parquet", help="Parquet file to write, with a row for each measurement"
@@ -119,39 +111,13 @@ def main(arguments: Sequence[str]) -> int:
     if config.codec:
         evaluation = evaluate_codec(given.images, config, given.output, given.plot)
     elif given.plot:
-        raise ConfigError("--plot: only with --codec; add --codec, or leave out --plot")
+        raise ConfigError("--plot: only with --codec or --front; add one of these, or leave out --plot")
     else:
         evaluation = evaluate(given.images, config, given.output)
     written = [name for name in (given.output, given.plot) if name]
     if written:
         print(f"{counted(len(evaluation.rows), 'row')}. Output: {', '.join(written)}")
     return 0
-
-
-def _measure(
-    inputs: Sequence[str],
-    config: EvaluateConfig,
-    compile_seconds: int,
-    measure: Callable[[list[Picture], Any], Evaluation],
-) -> Evaluation:
-    """Calls `measure` with the pictures of the inputs, shows progress, and says first how long kernels compile."""
-    pictures = find_pictures(inputs, config.max_pixels)
-    if compile_seconds:
-        print(f"compiling kernels, once on this machine: about {compile_seconds} s", flush=True)
-    with _progress(min(len(pictures), config.limit or len(pictures))) as report:
-        evaluation = measure(pictures, report)
-    if not evaluation.rows:
-        raise JobFailedError(f"no image could be used: {_skipped(evaluation)}")
-    return evaluation
-
-
-def _check_output(name: str | None, ending: str, what: str) -> None:
-    """Refuses, before anything is measured, an output that cannot be written."""
-    if name is None:
-        return
-    if not name.endswith(ending):
-        raise ConfigError(f"{name}: {what}; give it a name that ends in {ending}")
-    check_writable(name)
 
 
 def print_codec_means(evaluation: Evaluation, inputs: Sequence[str]) -> None:
@@ -172,7 +138,7 @@ def print_codec_means(evaluation: Evaluation, inputs: Sequence[str]) -> None:
         )
         for (target, codec), mean in means(evaluation.rows).items()
     ]
-    _print_means(evaluation, inputs, columns, lines)
+    print_means_of(evaluation, inputs, columns, lines)
 
 
 def print_means(evaluation: Evaluation, inputs: Sequence[str]) -> None:
@@ -211,62 +177,8 @@ def print_means(evaluation: Evaluation, inputs: Sequence[str]) -> None:
                 _mean(rows, "refine_seconds"),
             )
         )
-    _print_means(evaluation, inputs, columns, lines)
-
-
-def _print_means(
-    evaluation: Evaluation, inputs: Sequence[str], columns: Sequence[str], lines: Sequence[Sequence[object]]
-) -> None:
-    count = len({row["key"] for row in evaluation.rows})
-    print(f"means over {counted(count, 'image')} of {', '.join(inputs)}; {_skipped(evaluation)}")
-    print_table("", columns, lines)
-
-
-def _skipped(evaluation: Evaluation) -> str:
-    return rejections(evaluation.rejected.most_common(), "skipped")
+    print_means_of(evaluation, inputs, columns, lines)
 
 
 def _mean(rows: Sequence[Mapping[str, Any]], name: str) -> float:
     return sum(row[name] for row in rows) / len(rows)
-
-
-def _write_table(
-    rows: list[dict[str, Any]], output: str, schema: pa.Schema, config: EvaluateConfig, metadata: dict[str, str]
-) -> None:
-    stamps = {**metadata, "air.config": config.model_dump_json(), "air.code_version": __version__}
-    schema = tables.stamped(schema, stamps)
-
-    def write(local: Path) -> None:
-        with tables.open_writer(str(local), schema) as parquet:
-            parquet.write_table(pa.Table.from_pylist(rows, schema=schema))
-
-    _deliver(write, output)
-
-
-def _deliver(write: Callable[[Path], object], output: str) -> None:
-    """Writes a local file and copies it to `output`. A file that cannot be copied is kept, as measuring took long."""
-    storage, name = open_parent(output)
-    folder = Path(tempfile.mkdtemp(prefix="air-"))
-    local = folder / name
-    write(local)
-    try:
-        storage.upload(local, name)
-    except StorageError as error:
-        raise StorageError(f"{error}. The file is kept as {local}") from None
-    shutil.rmtree(folder)
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Any]:
-    console = Console(stderr=True)
-    columns = (TextColumn("evaluate"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
-    with Progress(
-        *columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal
-    ) as progress:
-        task = progress.add_task("", total=total)
-
-        def report(done: int, rows: Sequence[Mapping[str, Any]]) -> None:
-            shown = f"{rows[0]['psnr']:.2f} dB" if rows else "skipped"
-            progress.update(task, completed=done, description=shown)
-
-        yield report

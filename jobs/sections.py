@@ -64,15 +64,15 @@ class FitConfig(Config):
 def sections() -> dict[str, type[Config]]:
     """The configuration class of every section.
 
-    There is one per command; `rollout` for `air distill --rule` and `rule` for `air train --phase rule`; `trainer` for
-    other training and `runner` for other jobs.
+    There is one per command; `rollout` for `air distill --rule`, `rule` for `air train --phase rule` and `front` for
+    `air evaluate --front`; `trainer` for other training and `runner` for other jobs.
     """
     # Imported here, so that a command starts without the other commands' modules.
     from pipeline.bulk.decode import DecodeConfig
     from pipeline.bulk.distill import DistillConfig
     from pipeline.bulk.encode import EncodeConfig
     from pipeline.bulk.shard import ShardConfig
-    from pipeline.evaluation.config import EvaluateConfig
+    from pipeline.evaluation.config import EvaluateConfig, FrontConfig
     from pipeline.rules.config import DistillRuleConfig, RuleConfig
     from pipeline.training.config import TrainConfig, TrainerConfig
 
@@ -86,6 +86,7 @@ def sections() -> dict[str, type[Config]]:
         "rule": RuleConfig,
         "trainer": TrainerConfig,
         "evaluate": EvaluateConfig,
+        "front": FrontConfig,
         "encode": EncodeConfig,
         "decode": DecodeConfig,
         "runner": RunnerConfig,

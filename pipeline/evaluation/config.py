@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pydantic import Field, model_validator
 
-from air.defaults import GROWING_STEPS, STORED_STEPS
-from pipeline.config import StageControlConfig
+from air.defaults import ADAM, GROWING_STEPS, PIXELS_PER_GAUSSIAN, SHIPPED, STORED_STEPS
+from pipeline.config import Config, StageControlConfig
 from pipeline.formats import images
 
 _ABOUT_PREDICTORS = (
@@ -21,6 +21,16 @@ _ABOUT_PREDICTORS = (
 )
 _ABOUT_THE_CODEC = ("bpp", "steps", "stored_steps")
 _MAX_BPP = 24.0
+
+
+_MAX_STEPS = 100_000
+
+
+def _check_steps(name: str, counts: tuple[int, ...]) -> None:
+    if not counts or not all(0 <= count <= _MAX_STEPS for count in counts):
+        raise ValueError(f"{name} must be one or more counts from 0 to {_MAX_STEPS}")
+    if list(counts) != sorted(set(counts)):
+        raise ValueError(f"{name} must rise, without repetition")
 
 
 class EvaluateConfig(StageControlConfig):
@@ -71,10 +81,7 @@ class EvaluateConfig(StageControlConfig):
 
     @model_validator(mode="after")
     def _bounded(self) -> EvaluateConfig:
-        if not self.refine or not all(0 <= steps <= 100_000 for steps in self.refine):
-            raise ValueError("refine must be one or more counts from 0 to 100000")
-        if list(self.refine) != sorted(set(self.refine)):
-            raise ValueError("refine must rise, without repetition")
+        _check_steps("refine", self.refine)
         if not self.bpp or not all(0 < bpp <= _MAX_BPP for bpp in self.bpp):
             raise ValueError(f"bpp must be one or more numbers above 0, at most {_MAX_BPP:g}")
         if list(self.bpp) != sorted(set(self.bpp)):
@@ -85,4 +92,41 @@ class EvaluateConfig(StageControlConfig):
             raise ValueError(f"{', '.join(wrong)}: not with codec, which measures no predictor; leave this out")
         if wrong:
             raise ValueError(f"{', '.join(wrong)}: only with codec; set codec, or leave this out")
+        return self
+
+
+class FrontConfig(Config):
+    """What `air evaluate --front` measures: the quality that each way to get Gaussians reaches over time."""
+
+    predictor: str | None = Field(
+        None,
+        description="grid, compact, a checkpoint NAME.safetensors, or grow for none; default: compact if it is "
+        "shipped, else grid",
+    )
+    gaussians: int | None = Field(
+        None,
+        ge=1,
+        le=100_000_000,
+        description="most Gaussians of an image; default: as many as are predicted, or without a predictor one for "
+        f"every {PIXELS_PER_GAUSSIAN} pixels",
+    )
+    steps: tuple[int, ...] = Field(
+        (0, 10, 20, 30, 50, 75, 150),
+        description="numbers of steps: each is a fit of its own, and a refinement of its own after a prediction",
+    )
+    rules: tuple[str, ...] = Field(
+        (ADAM, SHIPPED),
+        description="update rules of growing fits: adam, shipped, NAME.safetensors, or auto for the one that `air fit` "
+        "takes",
+    )
+    baseline: bool = Field(True, description="also measure a plain grid with about as many Gaussians")
+    limit: int | None = Field(None, ge=1, description="number of images to measure, the first ones; default: all")
+    threads: int = Field(1, ge=1, le=1024, description="CPU threads of every method")
+    max_pixels: int = Field(images.MAX_PIXELS, ge=1, description="images with more pixels are refused before decoding")
+
+    @model_validator(mode="after")
+    def _bounded(self) -> FrontConfig:
+        _check_steps("steps", self.steps)
+        if not self.rules or len(set(self.rules)) != len(self.rules):
+            raise ValueError("rules must be one or more rules, without repetition")
         return self

@@ -32,7 +32,7 @@ from air.optimization.optimize import optimize
 from air.predictor.base import GridPredictor, Predictor
 from air.rendering.render import render
 from air.stages.control import StageControl
-from air.stages.loop import all_predicted
+from air.stages.loop import StageResult, all_predicted
 from air.stages.predict import predict
 from air.warmup import warm_up
 from pipeline.errors import Reason, Rejected
@@ -50,7 +50,8 @@ PLAIN_GRID = "plain grid"
 _EVERYWHERE = StageControl(max_mse=-1.0, max_dssim=-1.0)
 """Every patch counts as bad, as a plain grid has a Gaussian in each."""
 
-_WARM_UP_SIDE = 64
+WARM_UP_SIDE = 64
+"""Pixels along a side of the crop that is measured first, for nothing: the first call loads kernels."""
 
 
 @dataclass
@@ -58,7 +59,7 @@ class Evaluation:
     """What was measured.
 
     Attributes:
-        rows: Rows of `EVALUATION` or of `CODEC_EVALUATION` in `pipeline.formats.tables`, in the order of images.
+        rows: Rows of `EVALUATION`, `CODEC_EVALUATION` or `FRONT` in `pipeline.formats.tables`, in the order of images.
         rejected: Number of images that could not be used, by reason.
     """
 
@@ -67,7 +68,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class _Contestant:
+class Contestant:
     """A predictor that is measured, with its stages, budget and control.
 
     `optimization` gives the optimiser's configuration for a number of steps. A grid is farther from the image than a
@@ -80,6 +81,31 @@ class _Contestant:
     budget: int | None
     control: StageControl
     optimization: Callable[[int], OptimizeConfig]
+
+    @staticmethod
+    def find(
+        reference: PredictorReference, stages: int | None, budget: int | None, control: StageControl
+    ) -> Contestant:
+        """Loads a predictor onto the CPU.
+
+        Raises:
+            CheckpointError: The predictor cannot be loaded.
+            ConfigError: The predictor has fewer stages than are asked for.
+        """
+        optimization = OptimizeConfig if reference.name == GRID else OptimizeConfig.refinement
+        predictor = load(reference, torch.device("cpu"))
+        return Contestant(reference.model, predictor, reference.stages(stages), budget, control, optimization)
+
+    def predict(self, image: Tensor, threads: int) -> list[StageResult]:
+        """The predictions of all stages, for an image of shape (3, H, W)."""
+        return predict(image, self.predictor, self.stages, control=self.control, budget=self.budget, threads=threads)
+
+    def refine(self, raw: Tensor, anchor: Tensor, image: Tensor, steps: int, factor: float, threads: int) -> Tensor:
+        """Moves raw Gaussians (N, 8) at anchors (N, 2) together, with learning rates multiplied by `factor`."""
+        if not steps or not len(raw):
+            return raw
+        optimization = self.optimization(steps).scaled(factor)
+        return optimize(raw, anchor, image, self.predictor.patch_size, optimization, threads=threads).raw
 
 
 def evaluate(
@@ -102,19 +128,18 @@ def evaluate(
     """
     warm_up("predict")
     control = config.control()
-    same = (reference.stages(config.stages), config.gaussians, control)
-    optimization = OptimizeConfig if reference.name == GRID else OptimizeConfig.refinement
-    contestants = [_Contestant(reference.model, load(reference, torch.device("cpu")), *same, optimization)]
+    contestants = [Contestant.find(reference, config.stages, config.gaussians, control)]
     if config.baseline and reference.name != GRID:
         grid = GridPredictor(reference.patch_size)
-        contestants.append(_Contestant(GRID, grid, *same, OptimizeConfig))
+        stages = reference.stages(config.stages)
+        contestants.append(Contestant(GRID, grid, stages, config.gaussians, control, OptimizeConfig))
     warm = False
 
     def measure(key: str, rgb: np.ndarray) -> Rows:
         nonlocal warm
         image = image_tensor(rgb)
         if not warm:  # the first call has costs of its own, such as loading kernels
-            _measure_all("", image[:, :_WARM_UP_SIDE, :_WARM_UP_SIDE], contestants, config)
+            _measure_all("", image[:, :WARM_UP_SIDE, :WARM_UP_SIDE], contestants, config)
             warm = True
         return _measure_all(key, image, contestants, config)
 
@@ -154,14 +179,14 @@ def _reject(evaluation: Evaluation, picture: Picture, rejection: Rejected) -> Ro
     return []
 
 
-def _measure_all(key: str, image: Tensor, contestants: Sequence[_Contestant], config: EvaluateConfig) -> Rows:
+def _measure_all(key: str, image: Tensor, contestants: Sequence[Contestant], config: EvaluateConfig) -> Rows:
     """The rows of one image, from every contestant and from the plain grid."""
     rows = [row for contestant in contestants for row in _measure(key, image, contestant, config)]
     if config.baseline:
         _, height, width = image.shape
         patch_size = nearest_patch_size(height, width, rows[0]["num_gaussians"])
         grid = GridPredictor(patch_size)
-        plain = _Contestant(PLAIN_GRID, grid, 1, None, _EVERYWHERE, OptimizeConfig)
+        plain = Contestant(PLAIN_GRID, grid, 1, None, _EVERYWHERE, OptimizeConfig)
         rows += _measure(key, image, plain, config)
     return rows
 
@@ -176,34 +201,24 @@ def nearest_patch_size(height: int, width: int, num_gaussians: int) -> int:
     return min(range(1, max(height, width) + 1), key=distance)
 
 
-def _measure(key: str, image: Tensor, contestant: _Contestant, config: EvaluateConfig) -> Iterator[dict[str, Any]]:
+def _measure(key: str, image: Tensor, contestant: Contestant, config: EvaluateConfig) -> Iterator[dict[str, Any]]:
     """A row for every number of refinement steps."""
     _, height, width = image.shape
-    predictor = contestant.predictor
+    patch_size = contestant.predictor.patch_size
     begin = time.perf_counter()
-    stages = predict(
-        image,
-        predictor,
-        contestant.stages,
-        control=contestant.control,
-        budget=contestant.budget,
-        threads=config.threads,
-    )
+    stages = contestant.predict(image, config.threads)
     predict_seconds = time.perf_counter() - begin
     predicted, anchor = all_predicted(stages)
     for steps in config.refine:
-        raw, refine_seconds = predicted, 0.0
-        if steps and len(raw):
-            optimization = contestant.optimization(steps).scaled(config.learning_rate_factor)
-            begin = time.perf_counter()
-            raw = optimize(raw, anchor, image, predictor.patch_size, optimization, threads=config.threads).raw
-            refine_seconds = time.perf_counter() - begin
-        gaussians = activate(raw, anchor, predictor.patch_size)
+        begin = time.perf_counter()
+        raw = contestant.refine(predicted, anchor, image, steps, config.learning_rate_factor, config.threads)
+        refine_seconds = time.perf_counter() - begin if steps else 0.0
+        gaussians = activate(raw, anchor, patch_size)
         drawn = render(gaussians, height, width, threads=config.threads)
         yield {
             "key": key,
             "predictor": contestant.name,
-            "patch_size": predictor.patch_size,
+            "patch_size": patch_size,
             "refine_steps": steps,
             "height": height,
             "width": width,

@@ -196,6 +196,27 @@ CODEC_EVALUATION = pa.schema(
 )
 """Quality, size and time of codecs: one row per image, target and codec."""
 
+FRONT = pa.schema(
+    [
+        _field("key", pa.string(), "identifies the image"),
+        _field(
+            "method",
+            pa.string(),
+            "architecture:checksum of a network; grid; growing and the update rule; or plain grid",
+        ),
+        _field("steps", pa.int32(), "steps of the fit, or of joint optimisation after the prediction"),
+        _field("height", pa.int32(), "pixels"),
+        _field("width", pa.int32(), "pixels"),
+        _field("num_gaussians", pa.int32(), "Gaussians of the image"),
+        _field("psnr", pa.float64(), "dB, of the image clamped to [0, 1]"),
+        _field("ms_ssim", pa.float64(), "multi-scale structural similarity, at most 1"),
+        _field("loss", pa.float64(), "0.7 L1 + 0.3 (1 - SSIM) of the image as drawn, not clamped"),
+        _field("seconds", pa.float64(), "wall time from pixels to Gaussians"),
+        _field("cpu_seconds", pa.float64(), "time of all cores together from pixels to Gaussians"),
+    ]
+)
+"""Quality over time of the ways to Gaussians: one row per image, number of steps and method."""
+
 
 class RowWriter:
     """Writes rows to one Parquet file, one row group at a time, so memory is bounded."""
@@ -253,7 +274,7 @@ def open_writer(path: str, schema: pa.Schema) -> pq.ParquetWriter:
             encodings[column] = "BYTE_STREAM_SPLIT"
         elif field.name == "anchor":
             encodings[column] = "DELTA_BINARY_PACKED"
-        elif field.name in ("shard", "stage", "reason", "predictor", "codec", "rule"):
+        elif field.name in ("shard", "stage", "reason", "predictor", "codec", "rule", "method"):
             dictionaries.append(column)
     options: dict[str, Any] = {"use_dictionary": dictionaries or False, "column_encoding": encodings or None}
     return pq.ParquetWriter(path, schema, compression="zstd", **options)

@@ -163,7 +163,7 @@ def test_an_output_that_cannot_be_written_is_found_before_measuring(
 ) -> None:
     shutil.copy(one_picture, tmp_path)
     (tmp_path / "folder.parquet").mkdir()
-    monkeypatch.setattr("jobs.evaluate.find_pictures", lambda *_: pytest.fail("it measures"))
+    monkeypatch.setattr("jobs.measuring.find_pictures", lambda *_: pytest.fail("it measures"))
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(StorageError, match=output):
         evaluate([str(one_picture)], EvaluateConfig(predictor="grid"), str(tmp_path / output))

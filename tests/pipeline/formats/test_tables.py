@@ -23,9 +23,10 @@ DOCUMENT = ROOT / "docs" / "tables.md"
         tables.QUARANTINE,
         tables.EVALUATION,
         tables.CODEC_EVALUATION,
+        tables.FRONT,
         tables.ENCODED_WITH_FILES,
     ],
-    ids=["targets", "roll-outs", "quarantine", "evaluation", "codec-evaluation", "encoded"],
+    ids=["targets", "roll-outs", "quarantine", "evaluation", "codec-evaluation", "front", "encoded"],
 )
 def test_every_column_is_documented_with_its_type_and_unit(schema: pa.Schema) -> None:
     text = DOCUMENT.read_text()

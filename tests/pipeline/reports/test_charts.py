@@ -58,6 +58,36 @@ def test_charts_stand_side_by_side_and_points_may_stay_apart() -> None:
         assert 0 < y < 200
 
 
+def test_charts_may_stand_in_rows() -> None:
+    chart = Chart("t", [Curve("x", [(3.0, 4.0)])])
+    root = ElementTree.fromstring(svg([chart] * 3, width=300, height=200, columns=2))
+    assert (root.attrib["width"], root.attrib["height"]) == ("600", "400")
+    moves = [group.attrib["transform"] for group in root.iter(f"{NAMESPACE}g")]
+    assert moves == ["translate(0 0)", "translate(300 0)", "translate(0 200)"]
+
+
+def test_a_long_name_is_within_its_chart_and_right_of_all_points() -> None:
+    name = "a name of forty letters, digits or signs"
+    document = svg([Chart("t", [Curve(name, [(0, 0), (1, 1)]), Curve("short", [(0, 1), (2, 2)])])], width=300)
+    width = float(ElementTree.fromstring(document).attrib["width"])
+    begin = ticks(document)[name][0]
+    assert begin + 7 * len(name) <= width  # 7 pixels a letter, at 12 pixels
+    assert max(x for x, _ in circles(document)) < begin
+
+
+def test_a_logarithmic_axis_of_y_is_evenly_divided_by_factors() -> None:
+    document = svg([Chart("t", [Curve("x", [(20, 0.1), (21, 1.0), (22, 10.0)])], log_y=True)])
+    (_, bottom), (_, middle), (_, top) = circles(document)
+    assert middle - top == pytest.approx(bottom - middle, abs=0.2)
+    assert ticks(document)["1"][1] - 4 == pytest.approx(middle, abs=0.2)
+    assert {"0.1", "0.2", "0.5", "2", "5", "10"} <= set(ticks(document))
+
+
+def test_a_short_logarithmic_axis_has_ticks_too() -> None:
+    document = svg([Chart("t", [Curve("x", [(1, 0.021), (2, 0.046)])], log_y=True)])
+    assert {"0.025", "0.03", "0.035", "0.04", "0.045"} <= set(ticks(document))
+
+
 def test_round_numbers_are_round_and_within() -> None:
     assert round_numbers(0.0, 1.0) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
     assert round_numbers(23.4, 40.1) == pytest.approx([25, 30, 35, 40])
