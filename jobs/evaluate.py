@@ -20,8 +20,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from jobs.command import configure, make_parser
-from jobs.measuring import check_output, deliver, measure_inputs, print_means_of, write_table
-from jobs.report import counted
+from jobs.measuring import check_output, deliver, measure_inputs, print_means_of, print_written, write_table
 from pipeline.errors import ConfigError
 from pipeline.evaluation.config import EvaluateConfig
 from pipeline.formats import tables
@@ -114,9 +113,7 @@ def main(arguments: Sequence[str]) -> int:
         raise ConfigError("--plot: only with --codec or --front; add one of these, or leave out --plot")
     else:
         evaluation = evaluate(given.images, config, given.output)
-    written = [name for name in (given.output, given.plot) if name]
-    if written:
-        print(f"{counted(len(evaluation.rows), 'row')}. Output: {', '.join(written)}")
+    print_written(evaluation, given.output, given.plot)
     return 0
 
 

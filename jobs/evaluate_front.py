@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING
 
 from air.defaults import GRID, GROW
 from jobs.command import configure, make_parser
-from jobs.measuring import check_output, deliver, measure_inputs, print_means_of, write_table
-from jobs.report import counted
+from jobs.measuring import check_output, deliver, measure_inputs, print_means_of, print_written, write_table
 from pipeline.evaluation.config import FrontConfig
 from pipeline.formats import tables
 from pipeline.predictors import PredictorReference, default_predictor, find_predictor
@@ -106,7 +105,5 @@ def main(arguments: Sequence[str]) -> int:
     given = parser.parse_args(arguments)
     (config,) = configure(given, front=FrontConfig)
     evaluation = evaluate_front(given.images, config, given.output, given.plot)
-    written = [name for name in (given.output, given.plot) if name]
-    if written:
-        print(f"{counted(len(evaluation.rows), 'row')}. Output: {', '.join(written)}")
+    print_written(evaluation, given.output, given.plot)
     return 0

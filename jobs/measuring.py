@@ -78,6 +78,13 @@ def print_means_of(
     print_table("", columns, lines)
 
 
+def print_written(evaluation: Evaluation, *names: str | None) -> None:
+    """Prints the number of rows and the files that were written, if any."""
+    written = [name for name in names if name]
+    if written:
+        print(f"{counted(len(evaluation.rows), 'row')}. Output: {', '.join(written)}")
+
+
 def _skipped(evaluation: Evaluation) -> str:
     return rejections(evaluation.rejected.most_common(), "skipped")
 

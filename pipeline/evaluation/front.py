@@ -91,7 +91,14 @@ class GrowingRule(NamedTuple):
 
 
 def growing(name: str, rule: str | LearnedRule, num_gaussians: int, threads: int) -> Method:
-    """Fits that grow within a budget."""
+    """Fits that grow within a budget.
+
+    Args:
+        name: Its name in tables.
+        rule: The update rule, as `air.fit` takes it.
+        num_gaussians: The budget, at least 1.
+        threads: CPU threads.
+    """
 
     def grow(image: Tensor, steps: int) -> Gaussians:
         result = fit(image, steps, num_gaussians=num_gaussians, rule=rule, device="cpu", threads=threads)
@@ -101,7 +108,7 @@ def growing(name: str, rule: str | LearnedRule, num_gaussians: int, threads: int
 
 
 def plain_grid(name: str, patch_size: int, threads: int) -> Method:
-    """Fits of a grid to which nothing is added."""
+    """Fits of a grid to which nothing is added, with a Gaussian for every `patch_size` x `patch_size` pixels."""
     return Method(
         name,
         lambda image, steps: fit(image, steps, patch_size=patch_size, device="cpu", threads=threads).gaussians,
@@ -115,7 +122,19 @@ def _predict_and_refine(contestant: Contestant, threads: int, image: Tensor, ste
 
 
 def measure_methods(key: str, image: Tensor, methods: Sequence[Method], steps: Sequence[int], threads: int) -> Rows:
-    """Rows of `pipeline.formats.tables.FRONT`: all methods with the first number of steps, then with the next."""
+    """Rows of `pipeline.formats.tables.FRONT`: all methods with the first number of steps, then with the next.
+
+    Args:
+        key: Identifies the image.
+        image: Shape (3, H, W), float32 in [0, 1].
+        methods: What takes turns.
+        steps: Numbers of steps.
+        threads: CPU threads of drawing what is judged.
+
+    Raises:
+        InvalidGaussiansError: A method gave numbers that are not finite.
+        NonFiniteLossError: A loss became NaN or infinite.
+    """
     return [_measure(key, image, method, count, threads) for count in steps for method in methods]
 
 
