@@ -117,8 +117,8 @@ def fit_image(rgb: np.ndarray, target: str, config: FitConfig) -> None:
 
 def _scaled(config: FitConfig) -> OptimizeConfig | None:
     """The optimiser's settings with scaled learning rates; None for the usual ones."""
-    from air.fitting.grow import fit_optimization
     from air.optimization.config import OptimizeConfig
+    from air.optimization.settings import fit_optimization
 
     if config.learning_rate_factor == 1:
         return None

@@ -42,8 +42,8 @@ from air.defaults import (
 from air.encoding.search import Fit, Search
 from air.fitting.fit import fit
 from air.gaussians import activate
-from air.optimization.config import OptimizeConfig
 from air.optimization.optimize import optimize
+from air.optimization.settings import refinement
 from air.predictor.base import Predictor
 from air.predictor.load import load_predictor
 from air.stages.loop import all_predicted, stage_kernels
@@ -196,7 +196,7 @@ def fit_predicted(
         anchor,
         image,
         predictor.patch_size,
-        OptimizeConfig.refinement(steps),
+        refinement(steps),
         backend="cpu",
         threads=workers.count,
     ).unless_worse(raw)

@@ -25,13 +25,14 @@ from air.compute.backends import backend_for, choose_device
 from air.compute.compile import KernelSet
 from air.defaults import AUTO, FIT_STEPS, PIXELS_PER_GAUSSIAN
 from air.fitting.grid import grid_initialization
-from air.fitting.grow import GrowthConfig, Optimizer, fit_optimization, grow, largest_grid
+from air.fitting.grow import GrowthConfig, Optimizer, grow, largest_grid
 from air.fitting.pace import Pace, measure_pace
 from air.gaussians import Gaussians, activate, anchors
 from air.optimization.config import OptimizeConfig
 from air.optimization.optimize import optimize
 from air.optimization.problem import StepCallback, Trajectory
 from air.optimization.rule import LearnedRule
+from air.optimization.settings import fit_optimization
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +96,7 @@ def fit(
             nor `patch_size` is given, one for every `air.defaults.PIXELS_PER_GAUSSIAN` pixels.
         patch_size: Pixels between the anchors of a plain grid to which nothing is added. Not with `num_gaussians`.
         optimization: Learning rates and schedule; its `steps` are not used. By default `OptimizeConfig()` for a plain
-            grid, and `air.fitting.grow.fit_optimization` with a budget.
+            grid, and `air.optimization.settings.fit_optimization` with a budget.
         growth: How a fit within a budget grows.
         rule: What makes the updates of a fit with a budget: "auto", the shipped rule in short fits and Adam in long
             ones; "adam"; "shipped"; the path of a rule NAME.safetensors; or a rule. Not with `optimization`.

@@ -13,58 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from air.defaults import AUTO
 from air.fitting.grid import grid_initialization
 from air.fitting.residual import residual_peaks
 from air.gaussians import activate, anchors, grid_shape
 from air.optimization.config import OptimizeConfig
 from air.optimization.optimize import optimize
 from air.optimization.problem import Moments, Reuse, StepCallback, Trajectory
-from air.optimization.rule import LearnedRule
-from air.optimization.rule_file import find_rule, shipped_rule
 from air.rendering.render import render
-
-OPTIMIZATION = OptimizeConfig(
-    offset_learning_rate=0.04,
-    scale_learning_rate=0.2,
-    angle_learning_rate=0.1,
-    colour_learning_rate=0.025,
-    beta1=0.85,
-    opposed_fraction=0.0,
-    squared_fraction=0.5,
-)
-"""Learning rates and schedule of every phase, with Adam or with a learned rule.
-
-Adam's moments survive growth, so these rates are lower than those of a plain grid. No number moves against its
-gradient, since plain Adam overshoots where new Gaussians appear beside old ones. The squared error's gradient in place
-of half of L1's gains decibels and similarity alike.
-"""
-
-
-RULE_STEPS = 60
-"""The longest fit that the shipped rule makes by default. Adam is as good after that; docs/optimizer.md compares."""
-
-
-def fit_optimization(steps: int, rule: str | LearnedRule = "auto") -> OptimizeConfig:
-    """Settings of a growing fit with an update rule, the same where a rule is trained and where it is used.
-
-    Args:
-        steps: Number of updates, at least 0.
-        rule: "auto", the shipped rule in fits of at most `RULE_STEPS` steps and Adam in longer ones; "adam";
-            "shipped"; the path of a rule NAME.safetensors; or a rule.
-
-    Raises:
-        CheckpointError: There is no such rule.
-        ValueError: The rule was trained with other betas than those of `OPTIMIZATION`.
-    """
-    if isinstance(rule, LearnedRule):
-        learned = rule
-    elif rule == AUTO:
-        learned = shipped_rule() if steps <= RULE_STEPS else None
-    else:
-        learned = find_rule(rule)
-    return replace(OPTIMIZATION, steps=steps, learned=learned)
-
 
 _BAND_ROWS = 8  # Gaussians are sorted into bands of this many rows, then by x, so that drawing stays in the cache
 

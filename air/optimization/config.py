@@ -82,19 +82,6 @@ class OptimizeConfig:
                 f"configuration has {self.beta1} and {self.beta2}"
             )
 
-    @staticmethod
-    def refinement(steps: int) -> OptimizeConfig:
-        """Settings for a start that is good already, such as a prediction: lower rates, and no opposed updates.
-
-        The rates that suit a plain grid first make a prediction several decibels worse; docs/optimizer.md has both.
-        A fifth of them is best for 10 steps, two fifths for 50. The formula is 0.06 √steps.
-
-        Args:
-            steps: Number of Adam updates, at least 0.
-        """
-        factor = min(1.0, 0.06 * math.sqrt(max(1, steps)))
-        return replace(OptimizeConfig(steps=steps).scaled(factor), opposed_fraction=0.0)
-
     def scaled(self, factor: float) -> OptimizeConfig:
         """The same settings with all learning rates multiplied by `factor`."""
         rates = {name: getattr(self, name) * factor for name in (f"{group}_learning_rate" for group in COLUMN_GROUPS)}

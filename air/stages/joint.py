@@ -34,7 +34,7 @@ def optimize_jointly(
         images: Each of shape (3, H, W), float32 in [0, 1], all on one device.
         stages: The stages of each image, from `run_stages_batch`.
         patch_size: The predictor's, in pixels.
-        config: Steps and rates; the start is good already, as `OptimizeConfig.refinement` expects.
+        config: Steps and rates; the start is good already, as `air.optimization.settings.refinement` expects.
         canvas: The start: the Gaussians that the loop drew its canvases from, as predicted or as optimised.
         backend: As for `air.optimization.optimize.optimize`.
         threads: CPU threads at most.
@@ -49,11 +49,12 @@ def optimize_jointly(
         NonFiniteLossError: The loss became NaN or infinite. Its `image` is the index of the image.
 
     Example:
+        >>> from air.optimization.settings import refinement
         >>> from air.predictor.base import GridPredictor
         >>> from air.stages.loop import run_stages
         >>> image = torch.linspace(0, 1, 28).square().expand(3, 14, 28).contiguous()
         >>> stages = list(run_stages(image, GridPredictor(7), [OptimizeConfig(steps=0)] * 2, canvas="predicted"))
-        >>> (joint,) = optimize_jointly([image], [stages], 7, OptimizeConfig.refinement(20), canvas="predicted")
+        >>> (joint,) = optimize_jointly([image], [stages], 7, refinement(20), canvas="predicted")
         >>> joint[-1].psnr[1] > joint[-1].psnr[0]
         True
     """

@@ -149,12 +149,12 @@ class DistillConfig(StageControlConfig, ViewConfig):
 
         The configuration must be settled. This is the one place where the optimiser of targets is chosen.
         """
-        from air.optimization.config import OptimizeConfig
+        from air.optimization.settings import refinement
 
         assert self.stages is not None
         assert self.joint_steps is not None
-        alone = [OptimizeConfig(steps=self.steps.at(stage)) for stage in range(self.stages)]
-        jointly = OptimizeConfig.refinement(self.joint_steps)
+        alone = [refinement(self.steps.at(stage)) for stage in range(self.stages)]
+        jointly = refinement(self.joint_steps)
         return [config.scaled(self.learning_rate_factor) for config in alone], jointly.scaled(self.learning_rate_factor)
 
 

@@ -29,6 +29,7 @@ from air.gaussians import activate, grid_shape
 from air.metrics import ms_ssim, psnr
 from air.optimization.config import OptimizeConfig
 from air.optimization.optimize import optimize
+from air.optimization.settings import refinement
 from air.predictor.base import GridPredictor, Predictor
 from air.rendering.render import render
 from air.stages.control import StageControl
@@ -71,8 +72,8 @@ class Evaluation:
 class Contestant:
     """A predictor that is measured, with its stages, budget and control.
 
-    `optimization` gives the optimiser's configuration for a number of steps. A grid is farther from the image than a
-    network's prediction, so its learning rates are higher.
+    `optimization` gives the optimiser's configuration for a number of steps. A plain grid is farther from the image
+    than a prediction in stages, so its learning rates are higher.
     """
 
     name: str
@@ -80,7 +81,7 @@ class Contestant:
     stages: int
     budget: int | None
     control: StageControl
-    optimization: Callable[[int], OptimizeConfig]
+    optimization: Callable[[int], OptimizeConfig] = refinement
 
     @staticmethod
     def find(
@@ -92,9 +93,8 @@ class Contestant:
             CheckpointError: The predictor cannot be loaded.
             ConfigError: The predictor has fewer stages than are asked for.
         """
-        optimization = OptimizeConfig if reference.name == GRID else OptimizeConfig.refinement
         predictor = load(reference, torch.device("cpu"))
-        return Contestant(reference.model, predictor, reference.stages(stages), budget, control, optimization)
+        return Contestant(reference.model, predictor, reference.stages(stages), budget, control)
 
     def predict(self, image: Tensor, threads: int) -> list[StageResult]:
         """The predictions of all stages, for an image of shape (3, H, W)."""
@@ -132,7 +132,7 @@ def evaluate(
     if config.baseline and reference.name != GRID:
         grid = GridPredictor(reference.patch_size)
         stages = reference.stages(config.stages)
-        contestants.append(Contestant(GRID, grid, stages, config.gaussians, control, OptimizeConfig))
+        contestants.append(Contestant(GRID, grid, stages, config.gaussians, control))
     warm = False
 
     def measure(key: str, rgb: np.ndarray) -> Rows:

@@ -106,8 +106,8 @@ def run_fit(rgb: np.ndarray, draw: FitDraw, rule: LearnedRule, config: RollOutCo
     from air.arguments import image_tensor
     from air.compute.threads import limit_torch
     from air.errors import InvalidGaussiansError, NonFiniteLossError
-    from air.fitting.grow import fit_optimization
     from air.fitting.rollout import roll_out
+    from air.optimization.settings import fit_optimization
 
     with limit_torch(1):  # sums of another order would make other values on another machine
         try:

@@ -96,8 +96,8 @@ def fresh_rule(seed: int) -> LearnedRule:
     """A rule before any training. The seed draws the hidden layers, which make no move yet."""
     import torch
 
-    from air.fitting.grow import OPTIMIZATION
     from air.optimization.rule import LearnedRule
+    from air.optimization.settings import OPTIMIZATION
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(seed, "weights"))

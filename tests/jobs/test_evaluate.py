@@ -15,8 +15,8 @@ from PIL import Image
 from air.fitting.grid import grid_initialization
 from air.gaussians import activate, anchors
 from air.metrics import ms_ssim, psnr
-from air.optimization.config import OptimizeConfig
 from air.optimization.optimize import optimize
+from air.optimization.settings import refinement
 from air.predictor.checkpoint import save_checkpoint
 from air.predictor.network import build
 from air.rendering.render import render
@@ -61,7 +61,7 @@ def test_the_figures_of_a_grid_are_those_of_its_render(one_picture: Path) -> Non
     _, height, width = image.shape
     bad = active_patches(torch.zeros_like(image), image, 6, StageControl())  # all patches except nearly black ones
     raw, anchor = grid_initialization(image, 6)[bad], anchors(height, width, 6)[bad]
-    better = optimize(raw, anchor, image, 6, OptimizeConfig(steps=5)).raw
+    better = optimize(raw, anchor, image, 6, refinement(5)).raw
     for row, numbers in ((predicted, raw), (refined, better)):
         drawn = render(activate(numbers, anchor, 6), height, width)
         assert row["psnr"] == pytest.approx(psnr(drawn, image), abs=1e-4)

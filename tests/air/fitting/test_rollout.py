@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 import air
-from air.fitting.grow import OPTIMIZATION, GrowthConfig
+from air.fitting.grow import GrowthConfig
 from air.fitting.rollout import CreditConfig, roll_out
 from air.optimization.rule import OWN_FEATURES, SHARED_FEATURES, Adam, LearnedRule, State
+from air.optimization.settings import OPTIMIZATION
 from tests.support.cases import smooth_image
 
 HEIGHT, WIDTH = 24, 31

@@ -15,6 +15,7 @@ from air.metrics import psnr
 from air.optimization.config import OptimizeConfig
 from air.optimization.cpu import FusedOptimizer
 from air.optimization.optimize import optimize
+from air.optimization.settings import refinement
 from air.rendering.render import render
 from air.warmup import kernels_of, warm_up
 from tests.support.cases import smooth_image
@@ -59,9 +60,9 @@ def test_a_good_start_is_refined_and_not_thrown_back():
     def refined(config: OptimizeConfig) -> float:
         return optimize(good, anchor, target, PATCH, config).trajectory.psnr[-1]
 
-    assert refined(OptimizeConfig.refinement(10)) > refined(OptimizeConfig(steps=0))
+    assert refined(refinement(10)) > refined(OptimizeConfig(steps=0))
     for steps in (3, 10):
-        assert refined(OptimizeConfig.refinement(steps)) > refined(OptimizeConfig(steps=steps))
+        assert refined(refinement(steps)) > refined(OptimizeConfig(steps=steps))
 
 
 @pytest.mark.parametrize("opposed_fraction", [0.0, 0.3, 1.0])

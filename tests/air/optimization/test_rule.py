@@ -12,7 +12,6 @@ import torch
 import air
 from air.errors import CheckpointError
 from air.fitting.grid import grid_initialization
-from air.fitting.grow import OPTIMIZATION, RULE_STEPS, fit_optimization
 from air.gaussians import anchors
 from air.optimization.config import OptimizeConfig
 from air.optimization.optimize import optimize
@@ -28,6 +27,10 @@ from air.optimization.rule import (
     directions_of,
 )
 from air.optimization.rule_file import find_rule, load_rule, save_rule
+from air.optimization.settings import OPTIMIZATION, REFINEMENT_RULE_STEPS, RULE_STEPS, fit_optimization, refinement
+from air.predictor.base import GridPredictor
+from air.stages.loop import all_predicted
+from air.stages.predict import predict
 from tests.support.cases import smooth_image
 
 HEIGHT, WIDTH, PATCH = 21, 26, 5
@@ -219,6 +222,27 @@ def test_rules_have_names():
     assert fit_optimization(10, "adam").learned is None
     rule = a_rule()
     assert fit_optimization(10, rule).learned is rule
+    assert refinement(REFINEMENT_RULE_STEPS + 1).learned is None
+    assert refinement(10, "adam").learned is None
+    assert refinement(100, rule).learned is rule
+
+
+def test_few_steps_from_a_good_start_are_smaller_and_many_are_not():
+    few, some, many = (refinement(steps, "adam").learning_rates(0) for steps in (1, 10, 100))
+    assert (few < some).all()
+    assert (some < many).all()
+    assert many.tolist() == OPTIMIZATION.learning_rates(0).tolist()
+
+
+@pytest.mark.parametrize("steps", [5, 10, 20])
+def test_the_shipped_rule_refines_better_than_adam(steps: int):
+    image = smooth_image(64, 64)
+    raw, anchor = all_predicted(predict(image, GridPredictor(7), 3))
+
+    def refined(rule: str) -> float:
+        return optimize(raw, anchor, image, 7, refinement(steps, rule)).trajectory.psnr[-1]
+
+    assert refined("shipped") > refined("adam")
 
 
 def test_the_shipped_rule_makes_short_fits_better():

@@ -10,6 +10,7 @@ from air.errors import NonFiniteLossError
 from air.gaussians import activate
 from air.loss.reference import loss as reference_loss
 from air.optimization.config import OptimizeConfig
+from air.optimization.settings import refinement
 from air.predictor.base import GridPredictor
 from air.rendering.render import render
 from air.stages.joint import optimize_jointly
@@ -17,7 +18,7 @@ from air.stages.loop import Canvas, StageResult, all_gaussians, run_stages, run_
 
 PATCH = 7
 ALONE = [OptimizeConfig(steps=8)] * 3
-JOINTLY = OptimizeConfig.refinement(40)
+JOINTLY = refinement(40)
 
 
 @pytest.fixture(scope="module")

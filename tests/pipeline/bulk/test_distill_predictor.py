@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from air import defaults
-from air.optimization.config import OptimizeConfig
+from air.optimization.settings import refinement
 from air.predictor.checkpoint import load_checkpoint, save_checkpoint
 from air.predictor.network import build
 from air.rendering.render import render
@@ -63,7 +63,7 @@ def test_targets_hold_what_the_checkpoint_predicts(shards: Path, tmp_path: Path)
     image = torch.from_numpy(images.decode_png(row["image"]).astype(np.float32) / 255).permute(2, 0, 1).contiguous()
     network, _ = load_checkpoint(checkpoint)
     # In use a network sees the canvas of its own predictions, so its targets are made on that canvas.
-    stages = list(run_stages(image, network, [OptimizeConfig(steps=5)] * 2, canvas="predicted"))
+    stages = list(run_stages(image, network, [refinement(5)] * 2, canvas="predicted"))
     assert row["gaussians"] == [len(stage) for stage in stages]
     for which in ("predicted", "target"):
         expected = all_gaussians(stages, 6, which)

@@ -17,9 +17,9 @@ from air.errors import CheckpointError
 from air.gaussians import Gaussians, grid_shape
 from air.loss.reference import loss
 from air.metrics import HIGHEST_PSNR
-from air.optimization.config import OptimizeConfig
 from air.optimization.optimize import optimize
 from air.optimization.rule_file import save_rule
+from air.optimization.settings import refinement
 from air.predictor.load import load_predictor
 from air.stages.loop import all_predicted
 from air.stages.predict import predict
@@ -70,7 +70,7 @@ def test_figures_are_those_of_the_fits_and_refinements_that_the_methods_name(pho
         if row["method"] == network:
             refined = raw
             if steps:
-                refined = optimize(raw, anchor, image, predictor.patch_size, OptimizeConfig.refinement(steps)).raw
+                refined = optimize(raw, anchor, image, predictor.patch_size, refinement(steps)).raw
             expected = air.gaussians.activate(refined, anchor, predictor.patch_size)
         elif row["method"] == "plain grid":
             expected = air.fit(image, steps, patch_size=patch_of(row, image)).gaussians
