@@ -82,7 +82,22 @@ class StageControlConfig(Config):
         return StageControl(self.max_patch_mse, self.max_patch_dssim)
 
 
-class RunnerConfig(Config):
+class LeaseConfig(Config):
+    """How a process holds its output folder against others. Nothing here is in a dump, so nothing belongs to a plan."""
+
+    lease_seconds: float = Field(
+        30.0,
+        ge=1,
+        le=3600,
+        exclude=True,
+        description="others may take over the output folder after so many seconds without a sign of life",
+    )
+    lease_wait_seconds: float = Field(
+        0.0, ge=0, le=1e7, exclude=True, description="wait so long for a command that works in the output folder"
+    )
+
+
+class RunnerConfig(LeaseConfig):
     """Where and how work runs. Nothing here changes a result, so nothing here belongs to a plan."""
 
     executor: Literal["ray", "inline"] = Field("ray", description="run on Ray, or one shard after another in-process")

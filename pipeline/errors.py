@@ -28,6 +28,14 @@ class JobFailedError(AirError):
     """A job ended with work undone. What was committed stays; the same command goes on from there."""
 
 
+class LeaseHeldError(AirError):
+    """Another process holds the lease of the output folder. The message says who, and since when."""
+
+
+class LeaseLostError(AirError):
+    """Another process has taken over the lease of the output folder, and this process must write no more."""
+
+
 class TrainingError(AirError):
     """A training run cannot begin, go on or be resumed. Its last checkpoint stays."""
 

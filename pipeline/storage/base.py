@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, Self
 
 from pipeline.errors import StorageError
 from pipeline.storage.uri import join
@@ -42,6 +42,14 @@ class Storage(ABC):
     """
 
     root: str
+
+    @abstractmethod
+    def guarded(self, guard: Callable[[], None]) -> Self:
+        """The same folder, with a guard that may refuse changes.
+
+        Args:
+            guard: Called just before a file appears, changes or disappears. If it raises, nothing has happened.
+        """
 
     def uri(self, path: str = "") -> str:
         """The full location of `path`, for messages, other tools and `normalise`."""

@@ -14,11 +14,11 @@ import shutil
 import stat
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Self
 
 from pipeline.errors import StorageError
 from pipeline.storage.base import Entry, ForbiddenFileError, MissingFileError, Storage
@@ -30,6 +30,14 @@ class LocalStorage(Storage):
     """A folder on a file system of this machine. The file system may be shared by machines: see `put_if_absent`."""
 
     root: str
+    guard: Callable[[], None] | None = field(default=None, repr=False, compare=False)
+
+    def guarded(self, guard: Callable[[], None]) -> Self:
+        return replace(self, guard=guard)
+
+    def _ask(self) -> None:
+        if self.guard is not None:
+            self.guard()
 
     def _local(self, path: str) -> Path:
         return Path(self.root, check_path(path))
@@ -66,6 +74,7 @@ class LocalStorage(Storage):
     def write(self, path: str, data: bytes) -> None:
         with _explained("write", self.uri(path)), _temporary_beside(self._local(path)) as temporary:
             _write_through(temporary, data)
+            self._ask()
             os.replace(temporary, self._local(path))
             _sync_folder(temporary.parent)
 
@@ -76,6 +85,7 @@ class LocalStorage(Storage):
                 shutil.copyfile(source, temporary)
                 with temporary.open("rb+") as file:
                     os.fsync(file.fileno())
+                self._ask()
                 os.replace(temporary, self._local(path))
                 _sync_folder(temporary.parent)
 
@@ -88,12 +98,14 @@ class LocalStorage(Storage):
         target = self._local(path)
         with _explained("write", self.uri(path)), _temporary_beside(target) as temporary:
             _write_through(temporary, data)
+            self._ask()
             created = _move_if_absent(temporary, target)
             _sync_folder(target.parent)
             return created
 
     def delete(self, path: str) -> None:
         with _explained("delete", self.uri(path)):
+            self._ask()
             self._local(path).unlink(missing_ok=True)
 
     def delete_folder(self, path: str) -> None:

@@ -11,12 +11,12 @@ import io
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, Self
 
 from pipeline.errors import StorageError
 from pipeline.storage.base import Entry, MissingFileError, Storage
@@ -47,10 +47,18 @@ class RemoteStorage(Storage):
     """A key prefix in a bucket. Each process connects at first use."""
 
     root: str
+    guard: Callable[[], None] | None = field(default=None, repr=False, compare=False)
 
-    def __reduce__(self) -> tuple[type[RemoteStorage], tuple[str]]:
+    def __reduce__(self) -> tuple[type[RemoteStorage], tuple[str, Callable[[], None] | None]]:
         """Pickling leaves the connection out."""
-        return RemoteStorage, (self.root,)
+        return RemoteStorage, (self.root, self.guard)
+
+    def guarded(self, guard: Callable[[], None]) -> Self:
+        return replace(self, guard=guard)
+
+    def _ask(self) -> None:
+        if self.guard is not None:
+            self.guard()
 
     # Connects lazily: a storage travels to other processes and is often never used in the process that made it.
     @functools.cached_property
@@ -112,6 +120,7 @@ class RemoteStorage(Storage):
             return self._store.head(self._key(path))["size"]
 
     def write(self, path: str, data: bytes) -> None:
+        self._ask()
         with _explained("write", self.uri(path)):
             self._store.put(self._key(path), data, **UPLOAD)
 
@@ -119,6 +128,7 @@ class RemoteStorage(Storage):
         source = Path(local_file)
         if not source.is_file():
             raise MissingFileError(f"cannot upload {source}: no such file; check the path")
+        self._ask()
         with _explained("upload", f"{source} to {self.uri(path)}"):
             self._store.put(self._key(path), source, **UPLOAD)
 
@@ -128,6 +138,7 @@ class RemoteStorage(Storage):
         # A store may also answer "conflict" when two requests merely coincide. That answer alone does not prove that
         # the file exists, so the file is looked up.
         for _ in range(5):
+            self._ask()
             with _explained("write", self.uri(path)), suppress(AlreadyExistsError):
                 self._store.put(self._key(path), data, mode="create")
                 return True
@@ -138,6 +149,7 @@ class RemoteStorage(Storage):
         )
 
     def delete(self, path: str) -> None:
+        self._ask()
         with suppress(MissingFileError), _explained("delete", self.uri(path)):
             self._store.delete(self._key(path))
 

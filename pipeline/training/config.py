@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.config import Config, PerStage, StageControlConfig
+from pipeline.config import Config, LeaseConfig, PerStage, StageControlConfig
 from pipeline.training.augment import AugmentConfig
 from pipeline.training.order import FeedConfig
 
@@ -175,7 +175,7 @@ class TrainConfig(FeedConfig, AugmentConfig, LossConfig, OptimizerConfig):
         return step >= self.steps or (self.max_seconds is not None and seconds >= self.max_seconds)
 
 
-class TrainerConfig(Config):
+class TrainerConfig(LeaseConfig):
     """Where and how training runs. Nothing here changes the weights, so nothing here belongs to the plan."""
 
     executor: Literal["ray", "inline"] = Field("ray", description="workers on Ray, or a single one in this process")

@@ -185,3 +185,37 @@ def test_processes_race_and_one_wins(kind: str, request: pytest.FixtureRequest, 
         winners = [me for me in range(processes) if won[me][number]]
         assert len(winners) == 1
         assert open_storage(root).read(f"race/{number}") == b"%d" % winners[0]
+
+
+def test_a_guard_refuses_every_change_and_no_read(store: Storage, tmp_path: Path):
+    store.write("folder/kept", b"old")
+    (tmp_path / "new").write_bytes(b"new")
+
+    class NotNowError(Exception):
+        pass
+
+    def refuse() -> None:
+        raise NotNowError
+
+    guarded = store.guarded(refuse)
+    for change in (
+        lambda: guarded.write("folder/kept", b"new"),
+        lambda: guarded.upload(tmp_path / "new", "folder/kept"),
+        lambda: guarded.put_if_absent("other", b"new"),
+        lambda: guarded.delete("folder/kept"),
+        lambda: guarded.delete_folder("folder"),
+    ):
+        with pytest.raises(NotNowError):
+            change()
+    assert guarded.read("folder/kept") == b"old"
+    assert [entry.path for entry in guarded.list()] == ["folder/kept"]
+
+
+def test_a_guard_that_agrees_is_asked_before_each_change(store: Storage):
+    asked = []
+    guarded = store.guarded(lambda: asked.append(sorted(path for path, _ in store.list())))
+    guarded.write("a", b"1")
+    assert guarded.put_if_absent("b", b"2")
+    guarded.delete("a")
+    assert asked == [[], ["a"], ["a", "b"]]
+    assert store.read("b") == b"2"
