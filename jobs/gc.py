@@ -1,7 +1,7 @@
 """Removes what killed attempts left behind: data that no manifest names, and temporary files.
 
-A job that ends well does this itself, except for temporary files of the last day. Do not run it while a job is working
-in the folder: attempts that have not committed yet would lose their files. A training run removes its old checkpoints
+A job that ends well does this itself, except for temporary files of the last day. While a job works in the folder, this
+command refuses: attempts that have not committed yet would lose their files. A training run removes its old checkpoints
 itself; of a training run only temporary files are removed.
 
   air gc targets/
@@ -13,6 +13,7 @@ from jobs.command import make_parser
 from jobs.report import counted
 from pipeline.storage.open import open_storage
 from pipeline.work.audit import remove_garbage
+from pipeline.work.lease import hold
 from pipeline.work.plan import read_plan
 
 
@@ -23,11 +24,12 @@ def main(arguments: Sequence[str]) -> int:
     given = parser.parse_args(arguments)
     output = open_storage(given.out)
     plan = read_plan(output)  # refuses a folder that is not the output of a job
-    temporaries = output.sweep_temporaries(older_than=0)
-    if plan.job == "train":
-        print(f"{given.out}: a training run keeps no garbage; removed {counted(temporaries, 'temporary file')}")
-        return 0
-    files, size = remove_garbage(output)
+    with hold(output, "gc") as lease:
+        temporaries = output.sweep_temporaries(older_than=0)
+        if plan.job == "train":
+            print(f"{given.out}: a training run keeps no garbage; removed {counted(temporaries, 'temporary file')}")
+            return 0
+        files, size = remove_garbage(output.guarded(lease.check))
     print(
         f"{given.out}: removed {counted(files, 'file')} ({size / 1e6:.1f} MB) and "
         f"{counted(temporaries, 'temporary file')}"

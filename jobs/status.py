@@ -1,4 +1,5 @@
-"""Shows how far a job is: which shards of its plan are committed; of a training run, its steps and validations.
+"""Shows how far a job is: which shards of its plan are committed; of a training run, its steps and validations. It also
+shows which process holds the folder's lease, which is the one that works there.
 
 It needs no running service and no log.
 
@@ -12,6 +13,7 @@ from jobs.command import make_parser
 from jobs.report import mean_psnr, print_table, rejections
 from pipeline.storage.base import Storage
 from pipeline.storage.open import open_storage
+from pipeline.work.lease import describe, read_standing
 from pipeline.work.manifest import count_rows, read_manifests
 from pipeline.work.plan import Plan, read_plan
 
@@ -41,6 +43,7 @@ def main(arguments: Sequence[str]) -> int:
         ("job", plan.job),
         ("plan", plan.hash[:12]),
         ("input", ", ".join(plan.source)),
+        ("lease", describe(read_standing(output))),
         ("shards done", f"{len(manifests)} of {len(plan.units)}"),
         ("images seen", sum(manifest.samples for manifest in manifests)),
         ("quarantined", rejections(rejected.most_common())),
@@ -72,6 +75,7 @@ def print_training(title: str, output: Storage, plan: Plan) -> None:
         ("job", plan.job),
         ("plan", plan.hash[:12]),
         ("input", ", ".join(plan.source)),
+        ("lease", describe(read_standing(output))),
         ("steps, by the newest checkpoint", f"{run.step} of {run.steps}"),
         ("steps, by metrics.jsonl", run.told),
         ("samples", run.samples),

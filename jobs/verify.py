@@ -2,7 +2,7 @@
 
 The exit status is 1 if anything is. With --repair it takes back the commits that do not verify; the job's own command
 then does those shards again. Of a training run it checks checkpoints, cards and metrics; --repair removes damaged files
-from OUT/checkpoints.
+from OUT/checkpoints. While a job works in the folder, --repair refuses.
 
 air verify targets/ && next-step
 """
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from jobs.command import make_parser
 from jobs.report import counted
 from pipeline.storage.open import open_storage
+from pipeline.work.lease import hold
 from pipeline.work.manifest import count_rows, read_manifests
 from pipeline.work.plan import read_plan
 
@@ -35,8 +36,9 @@ def main(arguments: Sequence[str]) -> int:
     else:
         from pipeline.work.audit import repair, verify
     if given.repair:
-        for path in repair(output):
-            print(f"took back {path}", file=sys.stderr)
+        with hold(output, "verify --repair") as lease:
+            for path in repair(output.guarded(lease.check)):
+                print(f"took back {path}", file=sys.stderr)
     problems = 0
     for problem in verify(output):
         problems += 1

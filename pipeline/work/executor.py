@@ -12,6 +12,7 @@ from typing import Protocol
 
 from air.errors import AirError
 from pipeline.errors import StorageError
+from pipeline.work.lease import Fence, Lease
 from pipeline.work.manifest import Manifest
 from pipeline.work.plan import Unit
 from pipeline.work.process import Job, Progress, execute
@@ -29,6 +30,7 @@ class Task:
     unit: Unit
     plan_hash: str
     output_uri: str
+    fence: Lease | Fence
     isolate: bool
 
 
@@ -116,4 +118,6 @@ class InlineExecutor:
 
 def execute_attempt(task: Task, report: Report) -> Manifest:
     """Runs a task in the process that calls this; returns the manifest that is committed."""
-    return execute(task.job, task.unit, task.plan_hash, task.output_uri, isolate=task.isolate, report=report)
+    return execute(
+        task.job, task.unit, task.plan_hash, task.output_uri, fence=task.fence, isolate=task.isolate, report=report
+    )

@@ -53,7 +53,7 @@ DEFAULTS = LeaseConfig.model_validate({})
 _KEPT = 16  # newest entries that stay
 _BEATS = 3  # in `lease_seconds`
 _MARGIN = 0.25  # of `lease_seconds`: a holder stops writing so long before others may take over
-_LOOK_SECONDS = 1.0  # a holder looks for newer numbers, before a write, if its last look is older
+_LOOK_SECONDS = 0.1  # a holder looks for newer numbers before a write, unless it has just done so
 _LONGEST_PAUSE = 2.0  # between a contender's looks at the beat
 
 

@@ -39,6 +39,8 @@ class Manifest(Config):
         rejected: Number of rejected samples by reason.
         seconds: Wall time of the attempt.
         summary: Sums that the job chooses, such as views or decibels, so that totals need no data file.
+        fence: Fencing number of the lease that the attempt worked under (`pipeline.work.lease`); None before there were
+            leases.
     """
 
     unit: str
@@ -50,6 +52,7 @@ class Manifest(Config):
     rejected: dict[str, int]
     seconds: float
     summary: dict[str, float]
+    fence: int | None = None
 
 
 def read_manifests(output: Storage) -> Iterator[Manifest]:

@@ -8,6 +8,7 @@ folder holds
     data/<unit>-<attempt>.*                results, invisible until a manifest names them
     quarantine/<unit>-<attempt>.parquet    rejected samples, invisible likewise
     manifest/<unit>.json                   the commit, created with put-if-absent (`pipeline.work.manifest`)
+    lease/                                 who works in the folder (`pipeline.work.lease`)
 
 A unit is the work of one task: an input shard, or a list of input files. This module must not know Ray, images or what
 a job does with a unit.
@@ -135,7 +136,7 @@ def settle_plan(output: Storage, plan: Plan, listings: Mapping[str, bytes] | Non
     """
     if not output.exists(PLAN_PATH):
         # Listings are written first, so a plan never names a missing listing. A run that died here leaves listings.
-        stranger = next((path for path, _ in output.list("") if not path.startswith("plan/")), None)
+        stranger = next((path for path, _ in output.list("") if not path.startswith(("plan/", "lease/"))), None)
         if stranger is not None:
             raise StorageError(
                 f"{output.uri()} is not empty and has no {PLAN_PATH} (it holds {stranger}); choose a new folder"

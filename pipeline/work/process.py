@@ -30,6 +30,7 @@ from pipeline.formats import tables
 from pipeline.identity import checksum_of, printable
 from pipeline.storage.base import Storage
 from pipeline.storage.open import open_storage
+from pipeline.work.lease import Fence, Lease
 from pipeline.work.manifest import DataFile, Manifest, commit
 from pipeline.work.plan import Unit
 
@@ -134,6 +135,7 @@ def execute(
     plan_hash: str,
     output_uri: str,
     *,
+    fence: Lease | Fence | None = None,
     isolate: bool = False,
     report: Callable[[Progress], None] = lambda progress: None,
 ) -> Manifest:
@@ -144,14 +146,20 @@ def execute(
         unit: The unit.
         plan_hash: Hash of the plan, written into every file.
         output_uri: The output folder.
+        fence: The lease under which the attempt works. Once it is lost, nothing more is written or committed.
         isolate: Process every image in a child process. An image that kills its process or raises an unexpected error
             is then quarantined, instead of ending the attempt.
         report: Called when the work begins and after every sample.
 
     Returns:
         The committed manifest: this attempt's, or that of another attempt that committed first.
+
+    Raises:
+        LeaseLostError: Another process has taken over the output folder.
     """
     output = open_storage(output_uri)
+    if fence is not None:
+        output = output.guarded(fence.check)
     attempt = uuid.uuid4().hex[:12]
     begin = time.perf_counter()
     metadata = {"air.plan": plan_hash, "air.code_version": __version__, "air.job": job.name, "air.unit": unit.name}
@@ -199,6 +207,7 @@ def execute(
             rejected=dict(sorted(Counter(row["reason"] for row in rejections).items())),
             seconds=round(time.perf_counter() - begin, 3),
             summary={key: float(value) for key, value in sorted(summary.items())},
+            fence=fence.number if fence is not None else None,
         )
     return commit(output, manifest)
 

@@ -12,16 +12,17 @@ import statistics
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Protocol
 
 from pipeline.config import RunnerConfig
-from pipeline.errors import JobFailedError
+from pipeline.errors import JobFailedError, StorageError
 from pipeline.storage.base import Storage
 from pipeline.work.audit import check_present, remove_garbage
 from pipeline.work.executor import Executor, Failure, Handle, InlineExecutor, Report, Task
+from pipeline.work.lease import Lease, hold
 from pipeline.work.manifest import Manifest, read_manifests, read_quarantine
 from pipeline.work.plan import Plan, Unit
 from pipeline.work.process import Job, Progress
@@ -107,7 +108,7 @@ class Silent:
 
 
 def run(job: Job, plan: Plan, output: Storage, config: RunnerConfig, display: Display | None = None) -> Tally:
-    """Runs every unit of the plan that is not committed yet.
+    """Runs every unit of the plan that is not committed yet, while this process holds the lease of the output folder.
 
     Returns:
         The totals over all units, including those that earlier runs committed.
@@ -115,8 +116,14 @@ def run(job: Job, plan: Plan, output: Storage, config: RunnerConfig, display: Di
     Raises:
         JobFailedError: Units failed in their last attempt, or too many images are bad. What was committed stays.
         DamagedDataError: A committed file is missing or has another size.
+        LeaseHeldError: Another process works in the output folder.
+        LeaseLostError: Another process has taken over the output folder, as this one gave no sign of life for long.
     """
-    display = display or Silent()
+    with hold(output, plan.job, config) as lease:
+        return _run(job, plan, output.guarded(lease.check), config, display or Silent(), lease)
+
+
+def _run(job: Job, plan: Plan, output: Storage, config: RunnerConfig, display: Display, lease: Lease) -> Tally:
     manifests = list(read_manifests(output))
     check_present(output, manifests)
     done = {manifest.unit for manifest in manifests}
@@ -131,7 +138,7 @@ def run(job: Job, plan: Plan, output: Storage, config: RunnerConfig, display: Di
     tally.samples_before = tally.samples
     display.update(tally)
     if todo:
-        failures = _Drive(job, plan, output, config, tally, display)(todo)
+        failures = _Drive(job, plan, output, config, tally, display, lease)(todo)
         if failures:
             listed = "".join(f"\n  {unit}: {cause}" for unit, cause in sorted(failures.items())[:5])
             raise JobFailedError(
@@ -170,7 +177,14 @@ class _Drive:
     """One run: submits units within the window, takes outcomes and repeats attempts, until no unit is left."""
 
     def __init__(
-        self, job: Job, plan: Plan, output: Storage, config: RunnerConfig, tally: Tally, display: Display
+        self,
+        job: Job,
+        plan: Plan,
+        output: Storage,
+        config: RunnerConfig,
+        tally: Tally,
+        display: Display,
+        lease: Lease,
     ) -> None:
         self._job = job
         self._plan_hash = plan.hash
@@ -178,6 +192,7 @@ class _Drive:
         self._config = config
         self._tally = tally
         self._display = display
+        self._lease = lease
         self._attempts: Counter[str] = Counter()
         self._crashes: Counter[str] = Counter()
         self._at_work: dict[Handle, Unit] = {}
@@ -192,6 +207,7 @@ class _Drive:
         with open_executor(self._config, self._report) as self._executor:
             try:
                 while pending or self._at_work:
+                    self._lease.raise_if_lost()
                     while len(self._at_work) < self._executor.window() and (unit := self._next(pending)):
                         self._submit(unit)
                     if not pending:
@@ -233,7 +249,7 @@ class _Drive:
     def _submit(self, unit: Unit) -> None:
         self._attempts[unit.name] += 1
         isolate = self._crashes[unit.name] >= CRASHES_BEFORE_ISOLATION
-        task = Task(self._job, unit, self._plan_hash, self._output.uri(), isolate)
+        task = Task(self._job, unit, self._plan_hash, self._output.uri(), self._lease, isolate)
         self._at_work[self._executor.submit(task)] = unit
 
     def _finish(self, unit: Unit, manifest: Manifest) -> None:
@@ -246,6 +262,9 @@ class _Drive:
 
     def _again(self, unit: Unit, failure: Failure) -> bool:
         """Whether to try the unit again. If not, the failure is recorded as final."""
+        if not failure.may_pass:
+            with suppress(StorageError):
+                self._lease.check()  # if the worker was fenced off, the run is over, and not the unit at fault
         attempt = self._attempts[unit.name]
         logger.warning("%s: attempt %d of %d failed: %s", unit.name, attempt, self._config.max_attempts, failure.cause)
         self._crashes[unit.name] += failure.crashed

@@ -279,7 +279,7 @@ def test_a_damaged_lease_is_explained(output: Storage) -> None:
 def test_a_deleted_lease_is_lost(output: Storage, clock: Clock) -> None:
     held = acquire(output, "distill", CONFIG)
     output.delete_folder("lease")
-    clock.time += 2
+    clock.time += 1
     with pytest.raises(LeaseLostError, match="deleted"):
         held.check()
 
@@ -325,6 +325,7 @@ def test_a_stopped_process_of_this_machine_is_watched(tmp_path: Path) -> None:
     output = open_storage(tmp_path)
     with holding(tmp_path) as process:
         process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
         begin = time.monotonic()
         assert acquire(output, "distill", CONFIG).number == 2
         assert time.monotonic() - begin > 1

@@ -11,11 +11,14 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import RunnerConfig
-from pipeline.errors import JobFailedError, StorageError
+from pipeline.errors import JobFailedError, LeaseHeldError, LeaseLostError, StorageError
 from pipeline.storage.base import Storage
+from pipeline.storage.journal import Journal
 from pipeline.storage.open import open_storage
 from pipeline.work import executor, runner
 from pipeline.work.executor import Failure, Handle, Task
+from pipeline.work.holder import Holder
+from pipeline.work.lease import read_standing
 from pipeline.work.manifest import Manifest, committed_units, read_manifests
 from pipeline.work.process import Progress, execute
 from pipeline.work.ray import hide_unreserved_gpus
@@ -195,12 +198,57 @@ def test_inline_and_ray_give_the_same(tmp_path: Path, local_ray: None):
     assert (one.samples, one.rejected, one.summary) == (other.samples, other.rejected, other.summary)
 
 
-def test_two_drivers_of_one_folder_do_every_unit_once_for_the_reader(tmp_path: Path):
-    bench = Bench(tmp_path, 12)
+def run_two_drivers(bench: Bench, config: RunnerConfig) -> list[Tally | LeaseHeldError]:
+    def drive(_: int) -> Tally | LeaseHeldError:
+        try:
+            return bench.run(config)
+        except LeaseHeldError as error:
+            return error
+
     with ThreadPoolExecutor(2) as pool:
-        tallies = list(pool.map(lambda _: bench.run(INLINE), range(2)))
+        return list(pool.map(drive, range(2)))
+
+
+def test_of_two_drivers_of_one_folder_one_writes_and_the_other_says_who(tmp_path: Path):
+    bench = Bench(tmp_path, 12, orders={"unit-0/000": "sleep 0.3"})
+    outcomes = run_two_drivers(bench, INLINE)
+    assert {type(outcome) for outcome in outcomes} == {Tally, LeaseHeldError}
+    assert all(f"pid {os.getpid()}" in str(outcome) for outcome in outcomes if isinstance(outcome, LeaseHeldError))
     bench.assert_rows()
-    assert [(tally.units_done, tally.samples, tally.summary["rows"]) for tally in tallies] == [(12, 36, 36)] * 2
+    assert set(bench.job.count("attempt").values()) == {1}
+    assert {manifest.fence for manifest in read_manifests(bench.output)} == {1}
+
+
+def test_a_second_driver_may_wait_and_then_finds_all_done(tmp_path: Path):
+    bench = Bench(tmp_path, 12)
+    tallies = run_two_drivers(bench, INLINE.model_copy(update={"lease_wait_seconds": 60, "lease_seconds": 2}))
+    bench.assert_rows()
+    assert set(bench.job.count("attempt").values()) == {1}
+    assert [(t.units_done, t.samples, t.summary["rows"]) for t in tallies if isinstance(t, Tally)] == [(12, 36, 36)] * 2
+
+
+@pytest.mark.parametrize("config", [INLINE, RAY])
+def test_a_driver_that_lost_its_lease_ends_and_its_workers_commit_nothing(
+    tmp_path: Path, config: RunnerConfig, request: pytest.FixtureRequest
+):
+    if config is RAY:
+        request.getfixturevalue("local_ray")
+    bench = Bench(tmp_path, 2, orders=dict.fromkeys(("unit-0/001", "unit-1/001"), "sleep 2"))
+
+    class Thief(Recorder):
+        """Takes the lease as if its holder had been silent for long, once a unit is at work."""
+
+        def update(self, tally: Tally) -> None:
+            super().update(tally)
+            standing = read_standing(bench.output)
+            if tally.running and standing is not None and standing.number == 1:
+                thief = Holder.of_this_process("theft", 30).model_dump_json().encode()
+                assert Journal(bench.output, "lease").append(1, thief)
+
+    with pytest.raises(LeaseLostError, match="theft"):
+        bench.run(config, Thief())
+    assert committed_units(bench.output) == set()
+    assert not list(bench.output.list("data"))
 
 
 def bad_keys(units: int, samples: int, bad: int) -> dict[str, str]:
