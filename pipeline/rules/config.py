@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field, model_validator
 
 from air.defaults import ADAM
-from pipeline.config import Background, Config
+from pipeline.config import Background, Config, LeaseConfig
 from pipeline.formats import images
 from pipeline.training.order import FeedConfig
 
@@ -98,7 +98,7 @@ class LearnerConfig(Config):
         return self.learning_rate * warm * (1 - (1 - self.final_fraction) * step / steps)
 
 
-class RuleConfig(RollOutConfig, LearnerConfig):
+class RuleConfig(RollOutConfig, LearnerConfig, LeaseConfig):
     """How `air train --phase rule` learns a rule from stored roll-outs, or from roll-outs of its own."""
 
     from_: str | None = Field(
@@ -144,7 +144,14 @@ class RuleConfig(RollOutConfig, LearnerConfig):
     log_every: int = Field(10, ge=1, exclude=True, description="steps between entries of metrics.jsonl")
     validate_every: int = Field(200, ge=1, exclude=True, description="steps between validations")
     checkpoint_every: int = Field(
-        100, ge=1, exclude=True, description="steps between checkpoints; a stop costs that many steps at most"
+        100, ge=1, exclude=True, description="steps between checkpoints; a crash costs that many steps at most"
+    )
+    checkpoint_seconds: float = Field(
+        60.0,
+        gt=0,
+        le=1e6,
+        exclude=True,
+        description="seconds between checkpoints, at most; a crash costs that much time at most",
     )
     keep: int = Field(
         2, ge=1, le=1000, exclude=True, description="checkpoints that stay in the folder, the newest ones"

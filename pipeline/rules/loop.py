@@ -28,7 +28,9 @@ from pipeline.rules.validation import validate_rule
 from pipeline.storage.open import open_storage
 from pipeline.training.log import TrainingLog, read_metrics
 from pipeline.training.state import checkpoints, refuse_strangers, remove_old_checkpoints
+from pipeline.training.stop import Stopped, StopSignals
 from pipeline.training.validation import load_images
+from pipeline.work.lease import Lease, hold
 from pipeline.work.runner import MIN_SAMPLES_TO_JUDGE
 
 logger = logging.getLogger(__name__)
@@ -64,20 +66,24 @@ def train_rule(job: RuleJob, report: Report = lambda figures: None) -> dict[str,
         DamagedDataError: A stored file or a checkpoint cannot be read.
         NonFiniteLossError: A fit of the validation diverged.
         TrainingError: The checkpoint does not fit, or too many pictures cannot be used.
+        LeaseHeldError: Another process works in the run's folder.
+        LeaseLostError: Another process has taken over the run's folder. This one wrote nothing since.
+        KeyboardInterrupt: SIGINT or SIGTERM came, and the run has written a checkpoint.
     """
     warm_up("fit")
-    with limit_torch(1):  # sums of another order would make other weights on another machine
-        return _Run(job, report)()
+    # One thread: sums of another order would make other weights on another machine.
+    with hold(open_storage(job.output), "train", job.config) as lease, limit_torch(1):
+        return _Run(job, report, lease)()
 
 
 class _Run:
     """A run from its start or restart to the end."""
 
-    def __init__(self, job: RuleJob, report: Report) -> None:
+    def __init__(self, job: RuleJob, report: Report, lease: Lease) -> None:
         self._job = job
         self._config = job.config
         self._report = report
-        self._output = open_storage(job.output)
+        self._output = open_storage(job.output).guarded(lease.check)
         self._about = {"plan": job.plan, "phase": PHASE, "seed": job.config.seed}
         rule = fresh_rule(job.config.seed)
         if job.begin.sha256:
@@ -86,6 +92,7 @@ class _Run:
         saved = checkpoints(self._output)
         if saved:
             self._state.load(self._output, saved[-1], self._about)
+        self._saved_seconds = self._state.seconds
         self._pictures: list[Tensor] | None = None
         self._log = TrainingLog(self._output, self._state.step)
 
@@ -98,13 +105,18 @@ class _Run:
             elif state.step < steps:
                 teacher = self._teacher()
                 open_parts.callback(teacher.close)
+                signals = open_parts.enter_context(StopSignals())
                 while state.step < steps:
                     self._step(teacher)
                     over = state.step == steps
+                    stops = signals.came and not over
+                    late = state.seconds - self._saved_seconds >= config.checkpoint_seconds
                     if over or state.step % config.validate_every == 0:
                         self._validate()
-                    if over or state.step % config.checkpoint_every == 0:
+                    if over or late or stops or state.step % config.checkpoint_every == 0:
                         self._save()
+                    if stops:
+                        raise Stopped
         rows = [row for row in read_metrics(self._output) if "valid_psnr" in row]
         validation = {name: value for name, value in (rows[-1] if rows else {}).items() if name.startswith("valid_")}
         return {**self._position(), **validation}
@@ -153,6 +165,7 @@ class _Run:
 
     def _save(self) -> None:
         """Writes the metrics, and then the checkpoint, whose presence says that all is written."""
+        self._saved_seconds = self._state.seconds
         refuse_strangers(self._output, self._state.step)
         self._log.flush()
         self._state.save(self._output, self._about)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -101,6 +102,7 @@ _workers: list[_Worker] = []  # this process's own, if it is a worker
 
 
 def _begin_worker(inputs: Sequence[str], config: RuleConfig) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ^C at a terminal reaches all processes; the first one decides
     warm_up("fit")
     _workers.append(_Worker(find_pictures(inputs, config.max_pixels), config))
 

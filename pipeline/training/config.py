@@ -186,11 +186,17 @@ class TrainerConfig(LeaseConfig):
     )
     num_gpus: float = Field(0.0, ge=0, le=1, description="GPUs of a worker; 0 trains on the CPU")
     max_failures: int = Field(3, ge=0, le=1000, description="how often lost workers are replaced")
+    max_wait_seconds: float | None = Field(
+        None, ge=1, le=1e7, description="end if the cluster has no room for the workers for so long; default: wait"
+    )
     max_bad_share: float = Field(0.5, ge=0, le=1, description="stop above this fraction of unusable samples")
     log_every: int = Field(10, ge=1, description="steps between entries of metrics.jsonl and TensorBoard")
     validate_every: int = Field(500, ge=1, description="steps between validations")
     checkpoint_every: int = Field(
         250, ge=1, description="steps between checkpoints; a crash costs that many steps at most"
+    )
+    checkpoint_seconds: float = Field(
+        60.0, gt=0, le=1e6, description="seconds between checkpoints, at most; a crash costs that much time at most"
     )
     keep: int = Field(2, ge=1, le=1000, description="checkpoints that stay in the folder, the newest ones")
     cache_mb: int = Field(1024, ge=0, description="memory of a worker for decoded images, in MB")

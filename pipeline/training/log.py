@@ -31,6 +31,7 @@ class StepSums:
         usable: Number of usable samples.
         skipped: Number of samples that could not be used.
         seconds: Training time, which rank 0 alone measures.
+        told_to_stop: Number of workers that were told to stop.
     """
 
     loss: float = 0.0
@@ -38,6 +39,7 @@ class StepSums:
     usable: float = 0.0
     skipped: float = 0.0
     seconds: float = 0.0
+    told_to_stop: float = 0.0
 
     def add(self, other: StepSums) -> None:
         """Adds the figures of further steps."""
@@ -46,6 +48,7 @@ class StepSums:
         self.usable += other.usable
         self.skipped += other.skipped
         self.seconds += other.seconds
+        self.told_to_stop += other.told_to_stop
 
     def all_reduce(self, group: Group) -> StepSums:
         """The sums over all workers, formed in float64."""
@@ -74,10 +77,10 @@ class TrainingLog:
         self._output = output
         self._rows = [row for row in read_metrics(output) if row["step"] <= step]
         self._written = time.monotonic()
-        # An object store cannot append to a file: events are written to a local folder and copied from there.
-        self._folder = Path(output.root) / "tensorboard" if output.root.startswith("/") else None
-        self._scratch = None if self._folder else tempfile.TemporaryDirectory(prefix="air-")
-        self._events = SummaryWriter(str(self._folder or (self._scratch and self._scratch.name)), purge_step=step + 1)
+        # TensorBoard's writer appends to its file when it likes; an object store cannot append, and a run that has lost
+        # its lease may not. So events are written to a scratch folder, and copied from there.
+        self._scratch = tempfile.TemporaryDirectory(prefix="air-")
+        self._events = SummaryWriter(self._scratch.name, purge_step=step + 1)
 
     def add(self, step: int, figures: Mapping[str, float]) -> None:
         """Takes the figures of a step, by name."""
@@ -85,7 +88,7 @@ class TrainingLog:
         for name, value in figures.items():
             self._events.add_scalar(name, value, step)
         if time.monotonic() - self._written > _WRITE_SECONDS:
-            self.flush()
+            self._write_rows()
 
     def add_pictures(self, step: int, name: str, grid: np.ndarray) -> None:
         """Takes a picture, shape (3, H, W), values in [0, 1]."""
@@ -93,19 +96,22 @@ class TrainingLog:
 
     def flush(self) -> None:
         """Writes everything that was taken so far."""
+        self._write_rows()
+        self._events.flush()
+        for file in Path(self._scratch.name).iterdir():
+            self._output.upload(file, f"tensorboard/{file.name}")
+
+    def _write_rows(self) -> None:
         self._written = time.monotonic()
         text = "".join(json.dumps(row) + "\n" for row in self._rows)
         self._output.write(METRICS_PATH, text.encode())
-        self._events.flush()
-        if self._scratch:
-            for file in Path(self._scratch.name).iterdir():
-                self._output.upload(file, f"tensorboard/{file.name}")
 
     def close(self) -> None:
         """Flushes, and closes the files."""
-        self.flush()
-        self._events.close()
-        if self._scratch:
+        try:
+            self.flush()
+        finally:
+            self._events.close()
             self._scratch.cleanup()
 
 

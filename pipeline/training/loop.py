@@ -43,7 +43,9 @@ from pipeline.training.state import (
     refuse_strangers,
     remove_old_checkpoints,
 )
+from pipeline.training.stop import Stopped, StopSignals
 from pipeline.training.validation import load_images, picture_grid, validate
+from pipeline.work.lease import Fence, Lease, hold
 from pipeline.work.runner import MIN_SAMPLES_TO_JUDGE
 
 logger = logging.getLogger(__name__)
@@ -62,7 +64,12 @@ MakeFeed = Callable[[TrainJob, Group], BatchSource]
 
 
 def train(
-    job: TrainJob, group: Group, report: Report = lambda figures: None, make_feed: MakeFeed = Feed
+    job: TrainJob,
+    group: Group,
+    report: Report = lambda figures: None,
+    make_feed: MakeFeed = Feed,
+    fence: Lease | Fence | None = None,
+    told_to_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
     """Trains to the end, from the last checkpoint if there is one. Every worker of the group calls this once.
 
@@ -71,6 +78,8 @@ def train(
         group: The workers.
         report: Takes the figures of logged steps and of validations.
         make_feed: Makes this worker's source of batches.
+        fence: The lease of the run's folder, if the caller holds it. Otherwise rank 0 takes it.
+        told_to_stop: Whether the run should stop after this step; what one worker is told holds for all.
 
     Returns:
         The last figures: step, samples, seconds, best_psnr.
@@ -78,22 +87,40 @@ def train(
     Raises:
         NonFiniteLossError: A loss is not a number. The error names the keys of its batch; the last checkpoint stays.
         TrainingError: The checkpoint does not fit, or too many samples cannot be used.
+        LeaseHeldError: Another process works in the run's folder.
+        LeaseLostError: Another process has taken over the run's folder. This one wrote nothing since.
+        Stopped: The run was told to stop, and has written a checkpoint.
+        KeyboardInterrupt: SIGINT or SIGTERM came, and the run has written a checkpoint.
     """
+    if fence is None and group.rank == 0:
+        with hold(open_storage(job.output), "train", job.trainer) as lease:
+            return train(job, group, report, make_feed, lease, told_to_stop)
     if group.device.type == "cpu":
         warm_up("predict")
     with limit_torch(job.threads), Workers(job.threads) as workers:
-        return _Run(job, group, workers, report)(make_feed)
+        return _Run(job, group, workers, report, fence, told_to_stop)(make_feed)
 
 
 class _Run:
     """One worker's part in a run, from its start or restart to the end."""
 
-    def __init__(self, job: TrainJob, group: Group, workers: Workers, report: Report) -> None:
+    def __init__(
+        self,
+        job: TrainJob,
+        group: Group,
+        workers: Workers,
+        report: Report,
+        fence: Lease | Fence | None,
+        told_to_stop: Callable[[], bool],
+    ) -> None:
         self._job = job
         self._config = job.config
         self._group = group
         self._report = report
+        self._told_to_stop = told_to_stop
         self._output = open_storage(job.output)
+        if fence is not None:
+            self._output = self._output.guarded(fence.check)
         network, taken = make_network(job.config)
         network.gradient_checkpointing = job.trainer.gradient_checkpointing
         self._state = TrainingState(network.to(group.device).train(), job.config, stages=0)
@@ -105,6 +132,8 @@ class _Run:
         saved = checkpoints(self._output)
         if saved:
             self._state.load(self._output, saved[-1], self._about)
+        self._saved_seconds = self._state.seconds
+        self._stops = False
         self._sums = StepSums()
         self._refused: list[str] = []
         self._log: TrainingLog | None = None
@@ -123,25 +152,30 @@ class _Run:
             open_parts.callback(feed.close)
             batches = Prefetcher(feed.batch, state.step, trainer.prefetch)
             open_parts.callback(batches.close)
+            signals = open_parts.enter_context(StopSignals())
             self._mark = time.perf_counter()
             over = config.is_over(state.step, state.seconds)
             while not over:
-                self._step(batches.take())
+                self._step(batches.take(), signals)
                 over = config.is_over(state.step, state.seconds)
                 validates = over or state.step % trainer.validate_every == 0
-                saves = over or state.step % trainer.checkpoint_every == 0
+                # All workers see the same seconds, which are rank 0's.
+                late = state.seconds - self._saved_seconds >= trainer.checkpoint_seconds
+                saves = over or late or self._stops or state.step % trainer.checkpoint_every == 0
                 self._check_samples(validates or saves, over)
                 if validates:
                     self._validate()
                 if saves:
                     self._save()
+                if self._stops and not over:
+                    raise Stopped
         return {**self._position(), "best_psnr": state.best_psnr}
 
     def _position(self) -> dict[str, float]:
         state = self._state
         return {"step": state.step, "samples": state.step * self._config.batch, "seconds": round(state.seconds, 3)}
 
-    def _step(self, batch: LocalBatch) -> None:
+    def _step(self, batch: LocalBatch, signals: StopSignals) -> None:
         state, config = self._state, self._config
         progress = config.progress(state.step, state.seconds)
         self._choose_what_trains(progress)
@@ -151,7 +185,9 @@ class _Run:
         if self._group.rank == 0:
             own.seconds = now - self._mark
         self._mark = now
+        own.told_to_stop = float(signals.came or self._told_to_stop())
         sums = own.all_reduce(self._group)
+        self._stops = sums.told_to_stop > 0
         norm = self._gradients.all_reduce()
         if not math.isfinite(sums.loss) or not math.isfinite(norm):
             self._stop(batch)
@@ -261,6 +297,7 @@ class _Run:
 
     def _save(self) -> None:
         """Writes `last.safetensors`, the metrics, and then the checkpoint, whose presence says that all is written."""
+        self._saved_seconds = self._state.seconds
         if self._log is None:
             return
         refuse_strangers(self._output, self._state.step)

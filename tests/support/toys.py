@@ -238,3 +238,9 @@ def committed_bytes(folder: Path) -> dict[str, bytes]:
         for manifest in read_manifests(open_storage(folder))
         for file in manifest.files
     }
+
+
+def bytes_without_lease(folder: Path) -> dict[str, bytes]:
+    """The bytes of all files of an output folder, by path, but those of its lease."""
+    files = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+    return {name: path.read_bytes() for name, path in files.items() if not name.startswith("lease/")}
