@@ -96,7 +96,7 @@ def train_on_ray(job: TrainJob, report: Report) -> dict[str, float]:
         tempfile.TemporaryDirectory(prefix="air-") as folder,
     ):
         # The board stays with the driver: otherwise it could be lost with a node whose loss it should outlive.
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        here: Any = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         board = ray.remote(num_cpus=0, scheduling_strategy=here)(_Board).remote()
         run = TorchTrainer(
             _work,
@@ -178,9 +178,7 @@ class _Asking:
 class _Driver:
     """The driver while the workers train: hands on their figures, and looks after the lease, the cluster and ^C."""
 
-    def __init__(
-        self, board: Any, report: Callable[[Mapping[str, float]], None], lease: Lease, room: RoomWatch
-    ) -> None:
+    def __init__(self, board: Any, report: Report, lease: Lease, room: RoomWatch) -> None:
         self._board = board
         self._report = report
         self._lease = lease
@@ -193,7 +191,7 @@ class _Driver:
         def work() -> None:
             try:
                 ending.set_result(fit())
-            except BaseException as error:  # whatever it is, it is raised in the driver's thread
+            except BaseException as error:  # noqa: BLE001 - it is raised again in the driver's thread
                 ending.set_exception(error)
 
         threading.Thread(target=work, name="ray-train", daemon=True).start()
