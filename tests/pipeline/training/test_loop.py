@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
+import signal
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -18,7 +20,8 @@ from air.errors import NonFiniteLossError
 from air.predictor.checkpoint import load_checkpoint
 from jobs.cli import main
 from jobs.train import train
-from pipeline.errors import PlanMismatchError, TrainingError
+from pipeline.errors import LeaseHeldError, LeaseLostError, PlanMismatchError, TrainingError
+from pipeline.storage.journal import Journal
 from pipeline.storage.open import open_storage
 from pipeline.training.audit import verify_run
 from pipeline.training.batches import Feed, LocalBatch
@@ -28,7 +31,9 @@ from pipeline.training.log import read_metrics
 from pipeline.training.loop import MakeFeed
 from pipeline.training.loop import train as train_here
 from pipeline.training.plan import plan_training
-from pipeline.training.state import remove_old_checkpoints
+from pipeline.training.state import checkpoints, remove_old_checkpoints
+from pipeline.work.holder import Holder
+from pipeline.work.lease import describe, hold, read_standing
 from tests.support.toys import bytes_without_lease
 
 TINY: dict[str, Any] = {
@@ -54,9 +59,9 @@ def run(shards: Path, out: Path, trainer: dict[str, Any] | None = None, **change
     return train(str(shards), str(out), config, where, valid=str(shards))
 
 
-def run_fed_by(make_feed: MakeFeed, shards: Path, out: Path) -> dict[str, float]:
+def run_fed_by(make_feed: MakeFeed, shards: Path, out: Path, **trainer: Any) -> dict[str, float]:
     """The same run with another source of batches."""
-    config, where = TrainConfig.model_validate(TINY), TrainerConfig.model_validate(INLINE)
+    config, where = TrainConfig.model_validate(TINY), TrainerConfig.model_validate({**INLINE, **trainer})
     return train_here(plan_training(str(shards), str(out), config, where, str(shards)), Group(), make_feed=make_feed)
 
 
@@ -260,6 +265,58 @@ def test_a_second_process_in_the_same_folder_stops(shards: Path, tmp_path: Path)
 
     with pytest.raises(TrainingError, match=r"step-00000006 is there, .* another `air train` is at work"):
         run_fed_by(BesideAnother, shards, tmp_path / "run")
+
+
+def test_a_second_training_in_a_folder_is_refused_and_told_who_is_there(shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    with hold(open_storage(tmp_path / "run"), "train"), pytest.raises(LeaseHeldError, match=f"pid {os.getpid()} on"):
+        run(shards, tmp_path / "run")
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    run(shards, tmp_path / "run")
+
+
+def test_a_training_that_lost_its_lease_writes_nothing_more(shards: Path, tmp_path: Path) -> None:
+    """Another holder appends the next number in step 3, as if this process had been stopped for long."""
+    before = {}
+
+    class Overtaken(Feed):
+        def batch(self, step: int) -> LocalBatch:
+            if step == 3:
+                while not (tmp_path / "run" / "checkpoints" / "step-00000002" / "state.json").exists():
+                    time.sleep(0.01)
+                time.sleep(0.5)  # metrics and events of the step before are written
+                other = Holder.of_this_process("theft", 30).model_dump_json().encode()
+                assert Journal(open_storage(tmp_path / "run"), "lease").append(1, other)
+                before.update(bytes_without_lease(tmp_path / "run"))
+            return super().batch(step)
+
+    with pytest.raises(LeaseLostError, match="theft"):
+        run_fed_by(Overtaken, shards, tmp_path / "run")
+    assert bytes_without_lease(tmp_path / "run") == before
+
+
+def test_an_interrupted_training_keeps_its_last_step(shards: Path, whole_run: Path, tmp_path: Path) -> None:
+    class Stopping(Feed):
+        def batch(self, step: int) -> LocalBatch:
+            if step == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().batch(step)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_fed_by(Stopping, shards, tmp_path / "run", checkpoint_every=1000)
+    (kept,) = checkpoints(open_storage(tmp_path / "run"))
+    assert kept < "checkpoints/step-00000006"
+    assert describe(read_standing(open_storage(tmp_path / "run"))) == "no holder"
+    run(shards, tmp_path / "run")
+    assert losses(tmp_path / "run") == losses(whole_run)
+    for name in ("model", "average", "optimizer"):
+        file = Path("checkpoints", "step-00000006", f"{name}.safetensors")
+        assert (tmp_path / "run" / file).read_bytes() == (whole_run / file).read_bytes()
+
+
+def test_a_checkpoint_is_due_after_so_many_seconds(shards: Path, tmp_path: Path) -> None:
+    run(shards, tmp_path / "run", {"checkpoint_every": 1000, "checkpoint_seconds": 1e-3, "keep": 10}, steps=3)
+    assert len(checkpoints(open_storage(tmp_path / "run"))) == 3
 
 
 @pytest.mark.parametrize(("key", "value"), [("seed", 5), ("batch", 4), ("learning_rate", 1e-4)])
