@@ -92,5 +92,5 @@ def print_training(title: str, output: Storage, plan: Plan) -> None:
     print(
         "finished"
         if run.finished
-        else "not finished. If no `air train` is running, run the same command again to go on."
+        else "not finished. If no `air train` holds the lease, run the same command again to go on."
     )

@@ -28,10 +28,10 @@ from pipeline.rules.validation import validate_rule
 from pipeline.storage.open import open_storage
 from pipeline.training.log import TrainingLog, read_metrics
 from pipeline.training.state import checkpoints, refuse_strangers, remove_old_checkpoints
-from pipeline.training.stop import Stopped, StopSignals
 from pipeline.training.validation import load_images
 from pipeline.work.lease import Lease, hold
 from pipeline.work.runner import MIN_SAMPLES_TO_JUDGE
+from pipeline.work.stop import Stopped, StopSignals
 
 logger = logging.getLogger(__name__)
 

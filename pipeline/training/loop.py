@@ -43,10 +43,10 @@ from pipeline.training.state import (
     refuse_strangers,
     remove_old_checkpoints,
 )
-from pipeline.training.stop import Stopped, StopSignals
 from pipeline.training.validation import load_images, picture_grid, validate
 from pipeline.work.lease import Fence, Lease, hold
 from pipeline.work.runner import MIN_SAMPLES_TO_JUDGE
+from pipeline.work.stop import Stopped, StopSignals
 
 logger = logging.getLogger(__name__)
 

@@ -28,10 +28,10 @@ from pipeline.storage.open import open_storage
 from pipeline.training.group import Group
 from pipeline.training.loop import Report, train
 from pipeline.training.plan import TrainJob
-from pipeline.training.room import RoomWatch
-from pipeline.training.stop import Stopped
 from pipeline.work.lease import Lease, hold
 from pipeline.work.ray import ray_session
+from pipeline.work.room import RoomWatch
+from pipeline.work.stop import Stopped
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +45,7 @@ class _Board:
     def __init__(self) -> None:
         self._posts: list[dict[str, float]] = []
         self._stops = False
+        self._asked = False
 
     def post(self, figures: dict[str, float]) -> None:
         self._posts.append(figures)
@@ -53,10 +54,12 @@ class _Board:
         posts, self._posts = self._posts, []
         return posts
 
-    def stop(self) -> None:
+    def stop(self) -> bool:
         self._stops = True
+        return self._asked  # a worker is there that will hear of it
 
     def stops(self) -> bool:
+        self._asked = True
         return self._stops
 
 
@@ -168,8 +171,10 @@ class _Asking:
         if not self._stops and time.monotonic() - self._asked > _POLL_SECONDS:
             ready, _ = ray.wait([self._question], timeout=0)
             if ready:
-                with suppress(RayError):  # the board is gone, and the driver with it
+                try:
                     self._stops = ray.get(ready[0])
+                except RayError:  # the board is gone, and the driver with it
+                    self._stops = True
                 self._asked = time.monotonic()
                 self._question = self._board.stops.remote()
         return self._stops
@@ -202,19 +207,37 @@ class _Driver:
                 self._take()
                 self._wait(ending, _POLL_SECONDS)
         except KeyboardInterrupt:
-            logger.warning(
-                "stopping after this step, with a checkpoint, in %.0f s at most; once more stops at once", _STOP_SECONDS
-            )
-            self._board.stop.remote()
-            self._wait(ending, _STOP_SECONDS)
+            self._stop(ending)
             raise
+        finally:
+            if not ending.done():
+                self._end_board()
         self._take()
         return ending.result()
+
+    def _stop(self, ending: Future[Any]) -> None:
+        """Lets the workers write a checkpoint, if they are at work."""
+        import ray
+        from ray.exceptions import RayError
+
+        with suppress(RayError):
+            if ray.get(self._board.stop.remote(), timeout=10 * _POLL_SECONDS) and not self._room.is_short:
+                logger.warning(
+                    "stopping after this step, with a checkpoint, in %.0f s at most; once more stops at once",
+                    _STOP_SECONDS,
+                )
+                self._wait(ending, _STOP_SECONDS)
 
     @staticmethod
     def _wait(ending: Future[Any], seconds: float) -> None:
         with suppress(TimeoutError):
             ending.exception(seconds)
+
+    def _end_board(self) -> None:
+        """Lets workers stop that this driver leaves behind: a Ray of the caller outlives the run."""
+        import ray
+
+        ray.kill(self._board)
 
     def _take(self) -> None:
         import ray

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from jobs.cli import main
 from jobs.distill_rule import distill_rule
 from jobs.train_rule import train_rule
 from pipeline.config import RunnerConfig
-from pipeline.errors import DamagedDataError, TrainingError
+from pipeline.errors import DamagedDataError, LeaseHeldError, TrainingError
 from pipeline.formats import tables
 from pipeline.rules.audit import repair_rule, standing, verify_rule
 from pipeline.rules.config import DistillRuleConfig, RuleConfig
@@ -26,6 +27,7 @@ from pipeline.rules.reference import fresh_rule
 from pipeline.rules.stored import SampleFeed, find_roll_outs
 from pipeline.storage.open import open_storage
 from pipeline.training.log import read_metrics
+from pipeline.work.lease import describe, hold, read_standing
 
 INLINE = RunnerConfig(executor="inline")
 SHORT: dict[str, Any] = {
@@ -85,6 +87,23 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(
     ]
     assert rows[0] == rows[1]
     assert not list(verify_rule(open_storage(tmp_path / "stopped")))
+
+
+def test_an_interrupted_run_keeps_its_last_step(roll_outs: Path, photographs: Path, tmp_path: Path) -> None:
+    """^C in step 4: the checkpoint is of step 4, though they are due after 3 and 6. Then nobody holds the folder."""
+
+    def interrupt(figures: Mapping[str, float]) -> None:
+        if figures["step"] == 4:
+            signal.raise_signal(signal.SIGINT)
+
+    output = open_storage(tmp_path / "run")
+    job = plan_rule([str(roll_outs)], output.uri(), config_of(), str(photographs))
+    with pytest.raises(KeyboardInterrupt):
+        learn(job, interrupt)
+    assert standing(output).step == 4
+    assert describe(read_standing(output)) == "no holder"
+    with hold(output, "train"), pytest.raises(LeaseHeldError):
+        learn(job)
 
 
 def test_processes_change_no_bit(shards: Path, photographs: Path, tmp_path: Path) -> None:

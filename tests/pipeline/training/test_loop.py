@@ -232,7 +232,7 @@ def test_status_and_verify_and_gc_know_training(
     assert "best.json" in said
     assert "its newest checkpoint is of step 4 of 6" in said
     assert air("status")[1].endswith(
-        "not finished. If no `air train` is running, run the same command again to go on.\n"
+        "not finished. If no `air train` holds the lease, run the same command again to go on.\n"
     )
     run(shards, out)
     assert air("verify")[0] == 0

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from pipeline.errors import JobFailedError
-from pipeline.training import room
-from pipeline.training.room import RoomWatch, room_on
+from pipeline.work import room
+from pipeline.work.room import RoomWatch, room_on
 
 ray = pytest.importorskip("ray")
 

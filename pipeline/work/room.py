@@ -35,6 +35,11 @@ class RoomWatch:
         self._short_since: float | None = None
         self._seen: dict[str, str] = {}
 
+    @property
+    def is_short(self) -> bool:
+        """Whether there was too little room at the last look."""
+        return self._short_since is not None
+
     def look(self) -> None:
         """Looks at the nodes, every two seconds at most.
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from pipeline.training.stop import Stopped, StopSignals
+from pipeline.work.stop import Stopped, StopSignals
 
 
 @pytest.fixture(autouse=True)
