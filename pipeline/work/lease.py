@@ -239,6 +239,7 @@ class Lease:
             self.number += 1
             self._until = begin + self.holder.lease_seconds
         self._look()
+        self._beat()  # the new number has no sign of life yet, and `since` is old
 
 
 def acquire(storage: Storage, purpose: str, config: LeaseConfig) -> Lease:

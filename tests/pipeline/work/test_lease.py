@@ -238,14 +238,12 @@ def test_old_entries_go(output: Storage, clock: Clock) -> None:
 
 def test_a_lease_is_kept_alive_by_itself(tmp_path: Path) -> None:
     output = open_storage(tmp_path)
-    with hold(output, "distill", LeaseConfig(lease_seconds=1)) as held:
+    with hold(output, "distill", LeaseConfig(lease_seconds=1)):
         time.sleep(1.6)
         standing = read_standing(output)
         assert standing is not None
         assert standing.beat is not None
-        assert standing.beat.count >= 3
-        assert held.number == 1
-        assert "last sign of life 0 s ago" in describe(standing)
+        assert standing.silence < 1
 
 
 def test_a_storage_that_fails_for_a_while_loses_no_lease(
