@@ -63,11 +63,15 @@ def shards(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def local_ray() -> Iterator[None]:
-    """A Ray of this machine with more slots than cores, shared by all tests: jobs find it initialised."""
+    """A Ray of this machine, shared by all tests: jobs find it initialised.
+
+    It has more slots than cores, and two GPUs that exist in its books alone.
+    """
     import ray
 
     slots = max(4, (os.cpu_count() or 1) + 1)
-    ray.init("local", num_cpus=slots, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    quiet = {"include_dashboard": False, "log_to_driver": False, "configure_logging": False}
+    ray.init("local", num_cpus=slots, num_gpus=2, **quiet)
     yield
     ray.shutdown()
 

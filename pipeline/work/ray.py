@@ -20,23 +20,20 @@ from typing import Any
 
 from pipeline.config import RunnerConfig
 from pipeline.errors import ConfigError, JobFailedError
-from pipeline.work.executor import Failure, Handle, Report, Task, execute_attempt, failure_of
+from pipeline.work.executor import Failure, Handle, Report, Task
 from pipeline.work.manifest import Manifest
 from pipeline.work.process import Progress
+from pipeline.work.ray_workers import ActorWorkers, TaskWorkers, Workers
 
 logger = logging.getLogger(__name__)
 
-_POLL_SECONDS = 0.5  # between looks at the board and at tasks
-_REPORT_SECONDS = 0.5  # between two posts of a worker
+_POLL_SECONDS = 0.5  # between looks at the board, and for a task to end
 _CONNECT_SECONDS = 10.0  # for the head of a cluster to answer
 _MEGABYTE = 1_000_000
 
 
 class RayExecutor:
-    """Runs tasks on a Ray cluster. Ray must be initialised.
-
-    Ray itself repeats no task (`max_retries=0`), because the runner must see and count attempts and crashes.
-    """
+    """Runs tasks on a Ray cluster. Ray must be initialised."""
 
     def __init__(self, config: RunnerConfig, report: Report) -> None:
         import ray
@@ -46,10 +43,11 @@ class RayExecutor:
         self._config = config
         self._report = report
         self._board = self._ray.remote(num_cpus=0, max_restarts=-1)(_Board).remote()
-        resources: dict[str, Any] = {"num_cpus": config.num_cpus, "num_gpus": config.num_gpus, "max_retries": 0}
+        resources: dict[str, Any] = {"num_cpus": config.num_cpus, "num_gpus": config.num_gpus}
         if config.memory_mb:
             resources["memory"] = config.memory_mb * _MEGABYTE
-        self._work = self._ray.remote(**resources)(_work)
+        kind = ActorWorkers if config.num_gpus else TaskWorkers
+        self._workers: Workers = kind(resources, self._board)
         self._asked = 0.0
 
     def window(self) -> int:
@@ -65,28 +63,13 @@ class RayExecutor:
         return max(1, 2 * math.floor(slots))
 
     def submit(self, task: Task) -> Handle:
-        """Hands the task to Ray."""
-        return self._work.remote(task, self._board)
+        """Hands the task to a worker, now or when one is free."""
+        return self._workers.submit(task)
 
     def wait(self, handles: Sequence[Handle]) -> list[tuple[Handle, Manifest | Failure]]:
         """Waits half a second at most, and reports the progress that workers posted meanwhile."""
         self._pass_on()
-        ready, _ = self._ray.wait(list(handles), num_returns=len(handles), timeout=0)
-        if not ready:
-            ready, _ = self._ray.wait(list(handles), num_returns=1, timeout=_POLL_SECONDS)
-        return [(handle, self._outcome(handle)) for handle in ready]
-
-    def _outcome(self, handle: Any) -> Manifest | Failure:
-        exceptions = self._ray.exceptions
-        try:
-            return self._ray.get(handle)
-        except exceptions.RayTaskError as error:
-            logger.debug("%s", error)
-            return failure_of(error.cause)
-        except exceptions.RayError as error:
-            # The task did not raise this: its process died, its node is lost, or memory ran out.
-            first_line = str(error).strip().splitlines()[0][:120]
-            return Failure(f"its worker died ({type(error).__name__}: {first_line})", crashed=True, may_pass=True)
+        return self._workers.wait(handles, _POLL_SECONDS)
 
     def _pass_on(self) -> None:
         if time.monotonic() - self._asked < _POLL_SECONDS:
@@ -101,7 +84,11 @@ class RayExecutor:
 
     def cancel(self, handle: Handle) -> None:
         """Kills the worker of the task."""
-        self._ray.cancel(handle, force=True)
+        self._workers.cancel(handle)
+
+    def close(self) -> None:
+        """Ends workers that would hold GPUs."""
+        self._workers.close()
 
 
 class _Board:
@@ -116,31 +103,6 @@ class _Board:
     def take(self) -> list[Progress]:
         posts, self._posts = self._posts, {}
         return list(posts.values())
-
-
-def _work(task: Task, board: Any) -> Manifest:
-    """Runs a task in a Ray worker."""
-    hide_unreserved_gpus()
-    posted = 0.0
-
-    def report(progress: Progress) -> None:
-        nonlocal posted
-        if time.monotonic() - posted > _REPORT_SECONDS:
-            posted = time.monotonic()
-            board.post.remote(progress)
-
-    return execute_attempt(task, report)
-
-
-def hide_unreserved_gpus() -> None:
-    """Hides the node's GPUs from a task that reserved none. Otherwise all such tasks would use the first GPU.
-
-    Ray shows a task the GPUs that the task reserved. In some versions and settings, a task that reserved none sees all.
-    """
-    import ray
-
-    if not ray.get_gpu_ids():
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import statistics
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Protocol
@@ -297,5 +297,5 @@ def open_executor(config: RunnerConfig, report: Report) -> Iterator[Executor]:
     if config.executor == "inline":
         yield InlineExecutor(report)
     else:
-        with ray_session(config):
-            yield RayExecutor(config, report)
+        with ray_session(config), closing(RayExecutor(config, report)) as executor:
+            yield executor

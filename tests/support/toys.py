@@ -11,7 +11,8 @@ is a verb; ` once` after the verb limits the order to the first attempt:
     damage          the input is not what the plan says: DamagedDataError
     sleep SECONDS   processing takes this long
 
-Every start of an attempt and every processed key leaves a note, which is a file, so that tests can count them.
+Every start of an attempt and every processed key leaves a note, which is a file, so that tests can count them. An
+attempt also notes its process and the GPUs that this process sees: `<pid>.<CUDA_VISIBLE_DEVICES>`.
 """
 
 from __future__ import annotations
@@ -73,6 +74,7 @@ class ToyJob:
     def samples(self, unit: Unit, scratch: Path) -> Iterator[Sample]:
         """The keys of the unit."""
         self._note("attempt", unit.name)
+        self._note("process", f"{os.getpid()}.{os.environ.get('CUDA_VISIBLE_DEVICES', '')}")
         for number in range(unit.samples or 0):
             key = f"{unit.name}/{number:03d}"
             yield Sample(key, f"toys/{key}", partial(self._read, key))

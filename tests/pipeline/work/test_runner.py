@@ -21,7 +21,7 @@ from pipeline.work.holder import Holder
 from pipeline.work.lease import read_standing
 from pipeline.work.manifest import Manifest, committed_units, read_manifests
 from pipeline.work.process import Progress, execute
-from pipeline.work.ray import hide_unreserved_gpus
+from pipeline.work.ray_workers import hide_unreserved_gpus
 from pipeline.work.runner import CRASHES_BEFORE_ISOLATION, MIN_SAMPLES_TO_JUDGE, Tally, run
 from tests.support import toys
 
