@@ -12,8 +12,13 @@ from types import FrameType
 
 from air.errors import AirError
 from air.version import __version__
+from jobs.command import option_value
+from pipeline import logs
 from pipeline.config import suggestion
 from pipeline.errors import ConfigError
+from pipeline.logs import LogSettings
+
+logger = logging.getLogger(__name__)
 
 COMMANDS = {
     "demo": "every step, from photographs that packages ship to targets",
@@ -52,21 +57,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command not in COMMANDS:
         print(f"air: unknown command '{command}'{suggestion(command, COMMANDS)}\n\n{_overview()}", file=sys.stderr)
         return EXIT_USAGE
-    level = os.environ.get("AIR_LOG_LEVEL", "WARNING").upper()
-    if level not in logging.getLevelNamesMapping():
-        print(f"air: AIR_LOG_LEVEL={level} is not a log level: use DEBUG, INFO, WARNING or ERROR", file=sys.stderr)
+    level = os.environ.get("AIR_LOG_LEVEL", "").upper() or None
+    if level not in (None, *logs.LEVELS):
+        known = f"{', '.join(logs.LEVELS[:-1])} or {logs.LEVELS[-1]}"
+        print(f"air: AIR_LOG_LEVEL={level} is not a log level: use {known}", file=sys.stderr)
         return EXIT_USAGE
-    logging.basicConfig(format="%(message)s", level=level)
+    # The parser of the command checks the option. Until then, a wrong value is as good as none.
+    as_json = option_value(rest, "--log-format") == "json"
+    logs.configure(LogSettings("json" if as_json else "text", level, {"job": command}))
     try:
         with _termination_raises():
             return import_module(f"jobs.{command.replace('-', '_')}").main(rest)
     except SystemExit as stop:  # from argparse: --help, or a wrong option that argparse has explained
         return int(stop.code or EXIT_DONE)
     except ConfigError as error:
-        print(f"air {command}: {error}", file=sys.stderr)
+        logger.error("air %s: %s", command, error)
         return EXIT_USAGE
     except AirError as error:
-        print(f"air {command}: {error}", file=sys.stderr)
+        logger.error("air %s: %s", command, error)
         return EXIT_FAILED
     except BrokenPipeError:
         # The reader of the output has left, as in `air stats ... | head`, which is not a failure. Python flushes the
@@ -74,10 +82,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_DONE
     except _Terminated:
-        print(f"air {command}: terminated; run the same command again to go on", file=sys.stderr)
+        logger.error("air %s: terminated; run the same command again to go on", command)
         return EXIT_TERMINATED
     except KeyboardInterrupt:
-        print(f"air {command}: interrupted; run the same command again to go on", file=sys.stderr)
+        logger.error("air %s: interrupted; run the same command again to go on", command)
         return EXIT_INTERRUPTED
 
 
@@ -120,6 +128,7 @@ def _overview() -> str:
             "usage: air COMMAND ...\n\nImages as sums of 2D Gaussians, at scale.\n\ncommands:",
             *lines,
             "\n`air COMMAND --help` shows its options. AIR_LOG_LEVEL=DEBUG shows the causes of errors.",
+            "`--log-format json` prints to stderr a line of JSON for each event.",
         ]
     )
 

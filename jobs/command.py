@@ -8,6 +8,7 @@ config, runner = configure(arguments, shard=ShardConfig, runner=RunnerConfig)
 
 import argparse
 import json
+import logging
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,10 @@ from typing import Any, NoReturn
 from pydantic.fields import FieldInfo
 
 from jobs.sections import sections
+from pipeline import logs
 from pipeline.config import RENAMED_KEYS, Config, build, is_list, read_sections, suggestion
+
+logger = logging.getLogger(__name__)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -34,7 +38,8 @@ class _Parser(argparse.ArgumentParser):
         if "unrecognized" in message and unknown:
             message = f"unrecognized arguments: {' '.join(unknown)}"
             hint = self._hint(unknown[0])
-        self.exit(2, f"{self.prog}: {message}{hint}\nSee `{self.prog} --help`.\n")
+        logger.error("%s: %s%s\nSee `%s --help`.", self.prog, message, hint, self.prog)
+        self.exit(2)
 
     def _hint(self, flag: str) -> str:
         key = flag.removeprefix("--").replace("-", "_")
@@ -49,7 +54,7 @@ def option_value(arguments: Sequence[str], flag: str) -> str | None:
     A command whose option chooses between two sets of options looks here which parser to make.
     """
     value = None
-    for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for word, following in zip(arguments, [*arguments, ""][1:], strict=True):
         name, equals, given = word.partition("=")
         if name == flag:
             value = given if equals else following
@@ -57,7 +62,7 @@ def option_value(arguments: Sequence[str], flag: str) -> str | None:
 
 
 def make_parser(command: str, description: str | None, *models: type[Config]) -> argparse.ArgumentParser:
-    """A parser with `--config` and an option for every field of the models."""
+    """A parser with `--log-format`, `--config` and an option for every field of the models."""
     parser = _Parser(
         prog=f"air {command}",
         description=description,
@@ -65,6 +70,12 @@ def make_parser(command: str, description: str | None, *models: type[Config]) ->
         allow_abbrev=False,
     )
     parser.renamed = RENAMED_KEYS.get(command, {})
+    parser.add_argument(
+        "--log-format",
+        choices=logs.FORMATS,
+        default=logs.FORMATS[0],
+        help="form of the lines on stderr: text for people, or json, a line for each event (default: %(default)s)",
+    )
     if models:
         parser.add_argument(
             "--config", metavar="FILE", help="YAML file with values for these options; options given here win"

@@ -9,9 +9,9 @@ of pictures. It names damaged files and draws the others; the exit status is the
   air decode photo.air photo.png
 """
 
+import logging
 import os
 import posixpath
-import sys
 from collections.abc import Sequence
 from functools import partial
 
@@ -27,7 +27,10 @@ from pipeline.storage.open import open_parent, open_storage
 from pipeline.storage.uri import normalise
 from pipeline.work.manifest import read_quarantine
 from pipeline.work.plan import PLAN_PATH, settle_plan
-from pipeline.work.runner import Tally, run
+from pipeline.work.runner import run
+from pipeline.work.tally import Tally
+
+logger = logging.getLogger(__name__)
 
 _FORMATS = {".png": "png", ".webp": "webp", ".jpg": "jpeg", ".jpeg": "jpeg"}
 _MAX_NAMED = 20
@@ -145,7 +148,7 @@ def draw_all(source: Storage, names: Sequence[str], output: str, config: DecodeC
     prepare_decoder(partial(print, flush=True))
     bad = decode_files(source, names, output, config)
     for line in bad:
-        print(line, file=sys.stderr)
+        logger.error("%s", line)
     print(f"{counted(len(names) - len(bad), 'picture')}; {len(bad) or 'none'} damaged or too large. Output: {output}")
     return 1 if bad else 0
 
@@ -154,6 +157,6 @@ def print_refused(output: Storage) -> None:
     """Names the files that a job could not draw."""
     lines = [f"{row['message']} ({row['reason']})" for row in read_quarantine(output)]
     for line in lines[:_MAX_NAMED]:
-        print(line, file=sys.stderr)
+        logger.error("%s", line)
     if len(lines) > _MAX_NAMED:
-        print(f"and {len(lines) - _MAX_NAMED} more: see {output.uri('quarantine')}", file=sys.stderr)
+        logger.error("and %d more: see %s", len(lines) - _MAX_NAMED, output.uri("quarantine"))

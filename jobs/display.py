@@ -1,16 +1,20 @@
-"""Shows a running job: a live line on a terminal, or a line a minute in a log."""
+"""Shows a running job: a live line on a terminal, or a line a minute in a log, which may be of JSON."""
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
-from jobs.report import mean_psnr
-from pipeline.work.runner import Display, Tally
+from pipeline import logs
+from pipeline.work.runner import Display
+from pipeline.work.tally import Tally, mean_psnr
+
+logger = logging.getLogger(__name__)
 
 _LOG_EVERY_SECONDS = 60.0
 
@@ -37,8 +41,8 @@ class LiveDisplay:
 class LogDisplay:
     """Prints a line a minute, for logs. Short runs print nothing."""
 
-    def __init__(self, console: Console, job: str) -> None:
-        self._console = console
+    def __init__(self, say: Callable[[str], object], job: str) -> None:
+        self._say = say
         self._job = job
         self._begin = self._last = time.monotonic()
         self._noted: set[str] = set()
@@ -48,7 +52,7 @@ class LogDisplay:
         now = time.monotonic()
         for note in _notes(tally) - self._noted:
             self._noted.add(note)
-            self._console.print(f"{self._job}: {note}", highlight=False)
+            self._say(f"{self._job}: {note}")
         if now - self._last >= _LOG_EVERY_SECONDS:
             self._last = now
             total = f"/{tally.samples_total}" if tally.samples_total else ""
@@ -57,7 +61,7 @@ class LogDisplay:
                 f"images {tally.samples_so_far}{total}",
                 *_details(tally, now - self._begin),
             ]
-            self._console.print(f"{self._job}: {', '.join(parts)}", highlight=False)
+            self._say(f"{self._job}: {', '.join(parts)}")
 
 
 def _notes(tally: Tally) -> set[str]:
@@ -77,12 +81,26 @@ def _details(tally: Tally, elapsed: float) -> list[str]:
     return parts
 
 
+def live_console() -> Console | None:
+    """The console for a live display; None where stderr is no terminal, or where it is for lines of JSON."""
+    console = Console(stderr=True)
+    return console if console.is_terminal and logs.present().format == "text" else None
+
+
+def say_line(line: str) -> None:
+    """Prints a line of progress to stderr, as the option `--log-format` says."""
+    if logs.present().format == "text":
+        Console(stderr=True).print(line, highlight=False, markup=False, soft_wrap=True)
+    else:
+        logger.info("%s", line)
+
+
 @contextmanager
 def show(job: str) -> Iterator[Display]:
     """The display that suits the output: live on a terminal, lines in a log."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield LogDisplay(console, job)
+    console = live_console()
+    if console is None:
+        yield LogDisplay(say_line, job)
     else:
         columns = (
             SpinnerColumn(),

@@ -22,7 +22,8 @@ from pipeline.inputs.shards import list_shards
 from pipeline.inputs.sources import check_outside
 from pipeline.storage.open import open_storage
 from pipeline.work.plan import Plan, settle_plan
-from pipeline.work.runner import Tally, run
+from pipeline.work.runner import run
+from pipeline.work.tally import Tally
 
 
 def distill(source_uri: str, output_uri: str, config: DistillConfig, runner: RunnerConfig) -> Tally:

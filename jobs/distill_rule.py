@@ -25,7 +25,8 @@ from pipeline.rules.reference import find_rule
 from pipeline.rules.rollouts import JOB, RollOutJob
 from pipeline.storage.open import open_storage
 from pipeline.work.plan import Plan, settle_plan
-from pipeline.work.runner import Tally, run
+from pipeline.work.runner import run
+from pipeline.work.tally import Tally
 
 
 def distill_rule(source_uri: str, output_uri: str, config: DistillRuleConfig, runner: RunnerConfig) -> Tally:

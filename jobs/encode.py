@@ -43,7 +43,8 @@ from pipeline.inputs.sources import check_outside, find_file
 from pipeline.storage.open import check_writable, open_parent, open_storage
 from pipeline.storage.uri import normalise
 from pipeline.work.plan import settle_plan
-from pipeline.work.runner import Tally, run
+from pipeline.work.runner import run
+from pipeline.work.tally import Tally
 
 _BULK_ONLY = ("embed", "max_count", "image_column")
 

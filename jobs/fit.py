@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from air.defaults import AUTO, FIT_STEPS
 from jobs.command import configure, make_parser
+from jobs.display import live_console
 from jobs.sections import FitConfig
 from pipeline.errors import Rejected, StorageError
 from pipeline.formats import images
@@ -70,7 +70,7 @@ def fit_image(rgb: np.ndarray, target: str, config: FitConfig) -> None:
 
     if config.backend in ("auto", "cpu") and choose_device(config.device).type == "cpu":
         warm_up("fit", lambda line: print(line, flush=True))
-    console = Console(stderr=True)
+    console = live_console()
     columns = (
         TextColumn("fit"),
         BarColumn(),
@@ -78,7 +78,7 @@ def fit_image(rgb: np.ndarray, target: str, config: FitConfig) -> None:
         TextColumn("{task.description}"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(*columns, console=console, transient=True, disable=console is None) as progress:
         task = progress.add_task("", total=config.steps if config.seconds is None else None)
         shown = 0.0
 

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from air.version import __version__
+from jobs.display import live_console
 from jobs.report import counted, print_table, rejections
 from pipeline.errors import ConfigError, JobFailedError, StorageError
 from pipeline.evaluation.config import EvaluateConfig, FrontConfig
@@ -122,10 +122,10 @@ def deliver(write: Callable[[Path], object], output: str) -> None:
 
 @contextmanager
 def _progress(total: int) -> Iterator[Any]:
-    console = Console(stderr=True)
+    console = live_console()
     columns = (TextColumn("evaluate"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
     with Progress(
-        *columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal
+        *columns, TimeRemainingColumn(), console=console, transient=True, disable=console is None
     ) as progress:
         task = progress.add_task("", total=total)
 

@@ -1,12 +1,12 @@
 """Sentences and tables that several commands print."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pipeline.work.runner import Tally
+from pipeline.work.tally import Tally
 
 
 def counted(count: int, thing: str) -> str:
@@ -26,22 +26,6 @@ def rejections(rejected: Iterable[tuple[str, int]], fate: str = "quarantined") -
 def print_outcome(done: str, output: str, tally: Tally) -> None:
     """Prints what a bulk job did, in one line."""
     print(f"{done}; {rejections(tally.rejected.most_common())}. Output: {output}")
-
-
-def mean_psnr(summed: Callable[[str], float]) -> float | None:
-    """Mean PSNR in dB of a job's results; None if it has measured none.
-
-    Args:
-        summed: The sum of the job's summaries under a name.
-    """
-    for total, count in (
-        ("psnr_target_sum", "psnr_views"),
-        ("psnr_last_sum", "fits"),
-        ("psnr_sum", "images"),
-    ):
-        if summed(total) and summed(count):
-            return summed(total) / summed(count)
-    return None
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

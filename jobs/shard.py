@@ -18,7 +18,8 @@ from pipeline.inputs.sources import check_outside
 from pipeline.storage.open import open_storage
 from pipeline.storage.uri import normalise
 from pipeline.work.plan import settle_plan
-from pipeline.work.runner import Tally, run
+from pipeline.work.runner import run
+from pipeline.work.tally import Tally
 
 
 def shard(inputs: Sequence[str], output_uri: str, config: ShardConfig, runner: RunnerConfig) -> Tally:

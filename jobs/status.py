@@ -10,12 +10,13 @@ from collections import Counter
 from collections.abc import Sequence
 
 from jobs.command import make_parser
-from jobs.report import mean_psnr, print_table, rejections
+from jobs.report import print_table, rejections
 from pipeline.storage.base import Storage
 from pipeline.storage.open import open_storage
 from pipeline.work.lease import describe, read_standing
 from pipeline.work.manifest import count_rows, read_manifests
 from pipeline.work.plan import Plan, read_plan
+from pipeline.work.tally import mean_psnr
 
 MAX_MISSING_SHOWN = 5
 

@@ -6,8 +6,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from jobs.display import live_console, say_line
 
 _LOG_EVERY_SECONDS = 30.0
 
@@ -65,9 +66,9 @@ def show_training(
         max_seconds: Time after which the run ends even before the last step.
         samples: What the figure `samples_per_second` counts.
     """
-    console = Console(stderr=True)
+    console = live_console()
     figures = _Figures(steps, max_seconds, samples)
-    if not console.is_terminal:
+    if console is None:
         shown = time.monotonic()
 
         def log(new: Mapping[str, float]) -> None:
@@ -75,7 +76,7 @@ def show_training(
             figures.take(new)
             if "valid_psnr" in new or time.monotonic() - shown >= _LOG_EVERY_SECONDS:
                 shown = time.monotonic()
-                console.print(f"train: step {figures.step}/{steps}, {figures}", highlight=False, soft_wrap=True)
+                say_line(f"train: step {figures.step}/{steps}, {figures}")
 
         yield log
         return

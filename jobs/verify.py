@@ -7,7 +7,7 @@ from OUT/checkpoints. While a job works in the folder, --repair refuses.
 air verify targets/ && next-step
 """
 
-import sys
+import logging
 from collections.abc import Sequence
 
 from jobs.command import make_parser
@@ -16,6 +16,8 @@ from pipeline.storage.open import open_storage
 from pipeline.work.lease import hold
 from pipeline.work.manifest import count_rows, read_manifests
 from pipeline.work.plan import read_plan
+
+logger = logging.getLogger(__name__)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -38,16 +40,17 @@ def main(arguments: Sequence[str]) -> int:
     if given.repair:
         with hold(output, "verify --repair") as lease:
             for path in repair(output.guarded(lease.check)):
-                print(f"took back {path}", file=sys.stderr)
+                logger.warning("took back %s", path)
     problems = 0
     for problem in verify(output):
         problems += 1
-        print(problem, file=sys.stderr)
+        logger.error("%s", problem)
     if problems:
-        print(
-            f"{given.out}: {counted(problems, 'problem')}. The job's own command, run again, does shards that are not "
-            "done; after `air verify --repair` it does damaged ones, too.",
-            file=sys.stderr,
+        logger.error(
+            "%s: %s. The job's own command, run again, does shards that are not done; after `air verify --repair` it "
+            "does damaged ones, too.",
+            given.out,
+            counted(problems, "problem"),
         )
         return 1
     if training:

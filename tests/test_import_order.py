@@ -40,6 +40,7 @@ ORDER = [
     "pipeline.errors",
     "pipeline.config",
     "pipeline.identity",
+    "pipeline.logs",
     "pipeline.storage",
     "pipeline.formats",
     "pipeline.work",

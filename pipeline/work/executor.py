@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from air.errors import AirError
+from pipeline import logs
 from pipeline.errors import StorageError
 from pipeline.work.lease import Fence, Lease
 from pipeline.work.manifest import Manifest
 from pipeline.work.plan import Unit
 from pipeline.work.process import Job, Progress, execute
+from pipeline.work.tally import Tally
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +26,7 @@ Handle = Hashable
 
 @dataclass(frozen=True)
 class Task:
-    """One attempt at one unit: the arguments of `pipeline.work.process.execute`."""
+    """One attempt at one unit: the arguments of `pipeline.work.process.execute`, and the attempt's number from 1."""
 
     job: Job
     unit: Unit
@@ -32,6 +34,7 @@ class Task:
     output_uri: str
     fence: Lease | Fence
     isolate: bool
+    attempt: int = 1
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,10 @@ class Executor(Protocol):
 
     def cancel(self, handle: Handle) -> None:
         """Stops a task. Its outcome is lost."""
+        ...
+
+    def publish(self, tally: Tally) -> None:
+        """Shows the state of the run to who watches the cluster. Called often."""
         ...
 
 
@@ -115,9 +122,14 @@ class InlineExecutor:
         """Forgets the task."""
         self._tasks.pop(handle, None)
 
+    def publish(self, tally: Tally) -> None:
+        """Does nothing: there is no cluster."""
+
 
 def execute_attempt(task: Task, report: Report) -> Manifest:
     """Runs a task in the process that calls this; returns the manifest that is committed."""
-    return execute(
-        task.job, task.unit, task.plan_hash, task.output_uri, fence=task.fence, isolate=task.isolate, report=report
-    )
+    with logs.about(job=task.job.name, unit=task.unit.name, attempt=task.attempt):
+        logger.info("%s: attempt %d begins", task.unit.name, task.attempt)
+        return execute(
+            task.job, task.unit, task.plan_hash, task.output_uri, fence=task.fence, isolate=task.isolate, report=report
+        )

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
+from pydantic import Field
 
 from pipeline.config import Config
 from pipeline.storage.base import Storage
@@ -38,6 +39,7 @@ class Manifest(Config):
         samples: Number of samples in the unit, rejected ones included.
         rejected: Number of rejected samples by reason.
         seconds: Wall time of the attempt.
+        seconds_by_part: The same by part: prepare, read, process, write. Empty in manifests of earlier versions.
         summary: Sums that the job chooses, such as views or decibels, so that totals need no data file.
         fence: Fencing number of the lease that the attempt worked under (`pipeline.work.lease`); None before there were
             leases.
@@ -51,6 +53,7 @@ class Manifest(Config):
     samples: int
     rejected: dict[str, int]
     seconds: float
+    seconds_by_part: dict[str, float] = Field(default_factory=dict)
     summary: dict[str, float]
     fence: int | None = None
 

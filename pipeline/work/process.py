@@ -7,6 +7,7 @@ retries or other units.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import tempfile
 import time
@@ -25,6 +26,7 @@ import pyarrow as pa
 
 from air.errors import AirError
 from air.version import __version__
+from pipeline import logs
 from pipeline.errors import Reason, Rejected
 from pipeline.formats import tables
 from pipeline.identity import checksum_of, printable
@@ -33,6 +35,8 @@ from pipeline.storage.open import open_storage
 from pipeline.work.lease import Fence, Lease
 from pipeline.work.manifest import DataFile, Manifest, commit
 from pipeline.work.plan import Unit
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -161,7 +165,7 @@ def execute(
     if fence is not None:
         output = output.guarded(fence.check)
     attempt = uuid.uuid4().hex[:12]
-    begin = time.perf_counter()
+    clock = _Clock()
     metadata = {"air.plan": plan_hash, "air.code_version": __version__, "air.job": job.name, "air.unit": unit.name}
     rejections = []
     summary: Counter[str] = Counter()
@@ -171,6 +175,7 @@ def execute(
         job.prepare(lambda note: report(Progress(unit.name, note=note)))
         report(Progress(unit.name))  # so that an attempt that hangs in its first sample counts as begun
         writer = job.writer(unit, scratch, metadata)
+        clock.end("prepare")
         for samples in batched(job.samples(unit, scratch), call.batch_size()):
             contents = [_content(sample) for sample in samples]
             images = [
@@ -178,7 +183,9 @@ def execute(
                 for sample, content in zip(samples, contents, strict=True)
                 if isinstance(content, bytes)
             ]
+            clock.end("read")
             outcomes = iter(call(images))
+            clock.end("process")
             for sample, content in zip(samples, contents, strict=True):
                 outcome = next(outcomes) if isinstance(content, bytes) else content
                 count += 1
@@ -187,6 +194,8 @@ def execute(
                 else:
                     summary.update(writer.add(outcome))
                 report(Progress(unit.name, count, len(rejections), dict(summary)))
+            clock.end("write")
+        clock.end("read")
         files = [
             _store(output, local, rows, f"data/{unit.name}-{attempt}{local.name.removeprefix(unit.name)}")
             for local, rows in writer.finish()
@@ -197,6 +206,7 @@ def execute(
             with tables.open_writer(str(local), tables.stamped(tables.QUARANTINE, metadata)) as parquet:
                 parquet.write_table(pa.Table.from_pylist(rejections, schema=parquet.schema))
             quarantine = _store(output, local, len(rejections), f"quarantine/{unit.name}-{attempt}.parquet")
+        clock.end("write")
         manifest = Manifest(
             unit=unit.name,
             attempt=attempt,
@@ -205,11 +215,29 @@ def execute(
             quarantine=quarantine,
             samples=count,
             rejected=dict(sorted(Counter(row["reason"] for row in rejections).items())),
-            seconds=round(time.perf_counter() - begin, 3),
+            seconds=round(sum(clock.seconds.values()), 3),
+            seconds_by_part={part: round(seconds, 3) for part, seconds in clock.seconds.items()},
             summary={key: float(value) for key, value in sorted(summary.items())},
             fence=fence.number if fence is not None else None,
         )
     return commit(output, manifest)
+
+
+class _Clock:
+    """Divides an attempt's time: that since the last call belongs to the part that the next call names.
+
+    Attributes:
+        seconds: Seconds of each part.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def end(self, part: str) -> None:
+        now = time.perf_counter()
+        self.seconds[part] = self.seconds.get(part, 0.0) + now - self._last
+        self._last = now
 
 
 T = TypeVar("T")
@@ -240,6 +268,7 @@ def _quarantine_row(
     job: Job, unit: Unit, sample: Sample, content: bytes | Rejected, rejection: Rejected
 ) -> dict[str, Any]:
     data = content if isinstance(content, bytes) else None
+    logger.info("%s is quarantined: %s (%s)", sample.key, rejection.message, rejection.reason.value)
     return {
         "key": sample.key,
         "shard": unit.name,
@@ -295,7 +324,7 @@ class _Caller:
 
     def _in_child(self, image: EncodedImage) -> Any:
         if self._pool is None:
-            pool = ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn"))
+            pool = ProcessPoolExecutor(1, get_context("spawn"), initializer=logs.configure, initargs=(logs.present(),))
             pool.submit(os.getpid).result()  # if the child cannot start, this raises here and blames no image
             self._pool = pool
         try:

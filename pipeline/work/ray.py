@@ -22,12 +22,15 @@ from pipeline.config import RunnerConfig
 from pipeline.errors import ConfigError, JobFailedError
 from pipeline.work.executor import Failure, Handle, Report, Task
 from pipeline.work.manifest import Manifest
+from pipeline.work.metrics import Recorder
 from pipeline.work.process import Progress
 from pipeline.work.ray_workers import ActorWorkers, TaskWorkers, Workers
+from pipeline.work.tally import Tally
 
 logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.5  # between looks at the board, and for a task to end
+_PUBLISH_SECONDS = 2.0  # between two publications of metrics
 _CONNECT_SECONDS = 10.0  # for the head of a cluster to answer
 _MEGABYTE = 1_000_000
 
@@ -35,20 +38,21 @@ _MEGABYTE = 1_000_000
 class RayExecutor:
     """Runs tasks on a Ray cluster. Ray must be initialised."""
 
-    def __init__(self, config: RunnerConfig, report: Report) -> None:
+    def __init__(self, config: RunnerConfig, report: Report, job: str, output: str) -> None:
         import ray
         import ray.exceptions
 
         self._ray: Any = ray
         self._config = config
         self._report = report
-        self._board = self._ray.remote(num_cpus=0, max_restarts=-1)(_Board).remote()
+        self._board = self._ray.remote(num_cpus=0, max_restarts=-1)(_Board).remote(job, output)
         resources: dict[str, Any] = {"num_cpus": config.num_cpus, "num_gpus": config.num_gpus}
         if config.memory_mb:
             resources["memory"] = config.memory_mb * _MEGABYTE
         kind = ActorWorkers if config.num_gpus else TaskWorkers
         self._workers: Workers = kind(resources, self._board)
-        self._asked = 0.0
+        self._asked = self._published = 0.0
+        self._durations: list[float] = []  # of units committed since the last publication
 
     def window(self) -> int:
         """`workers` of the configuration, else twice what the cluster can run now, so that workers never wait."""
@@ -69,7 +73,9 @@ class RayExecutor:
     def wait(self, handles: Sequence[Handle]) -> list[tuple[Handle, Manifest | Failure]]:
         """Waits half a second at most, and reports the progress that workers posted meanwhile."""
         self._pass_on()
-        return self._workers.wait(handles, _POLL_SECONDS)
+        ended = self._workers.wait(handles, _POLL_SECONDS)
+        self._durations += [outcome.seconds for _, outcome in ended if isinstance(outcome, Manifest)]
+        return ended
 
     def _pass_on(self) -> None:
         if time.monotonic() - self._asked < _POLL_SECONDS:
@@ -86,16 +92,32 @@ class RayExecutor:
         """Kills the worker of the task."""
         self._workers.cancel(handle)
 
+    def publish(self, tally: Tally) -> None:
+        """Records metrics on the cluster, every few seconds."""
+        if time.monotonic() - self._published >= _PUBLISH_SECONDS:
+            self._published = time.monotonic()
+            self._board.publish.remote(tally, self._durations)
+            self._durations = []
+
     def close(self) -> None:
         """Ends workers that would hold GPUs."""
         self._workers.close()
 
 
 class _Board:
-    """A Ray actor on which workers post their progress, which the driver takes."""
+    """A Ray actor on which workers post their progress, which the driver takes; and the driver posts the run's.
 
-    def __init__(self) -> None:
+    Args:
+        job: Name of the job.
+        output: URI of the output folder.
+    """
+
+    def __init__(self, job: str, output: str) -> None:
         self._posts: dict[str, Progress] = {}
+        self._recorder = Recorder(job, output)
+
+    def publish(self, tally: Tally, durations: Sequence[float]) -> None:
+        self._recorder.record(tally, durations)
 
     def post(self, progress: Progress) -> None:
         self._posts[progress.unit] = progress

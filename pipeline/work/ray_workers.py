@@ -18,6 +18,8 @@ from collections.abc import Sequence
 from itertools import count
 from typing import Any, Protocol
 
+from pipeline import logs
+from pipeline.logs import LogSettings
 from pipeline.work.executor import Failure, Handle, Task, execute_attempt, failure_of
 from pipeline.work.manifest import Manifest
 from pipeline.work.process import Progress
@@ -68,7 +70,7 @@ class TaskWorkers:
 
     def submit(self, task: Task) -> Handle:
         """Hands the task to Ray."""
-        return self._work.remote(task, self._board)
+        return self._work.remote(task, self._board, logs.present())
 
     def wait(self, handles: Sequence[Handle], seconds: float) -> list[tuple[Handle, Outcome]]:
         """All tasks that have ended, else the first that ends in time."""
@@ -158,7 +160,7 @@ class ActorWorkers:
         while self._waiting and self._idle:
             handle, task = self._waiting.popleft()
             actor, _ = self._idle.pop()
-            self._busy[actor.work.remote(task, self._board)] = (handle, actor)
+            self._busy[actor.work.remote(task, self._board, logs.present())] = (handle, actor)
         while len(self._starting) < len(self._waiting):
             actor = self._actors.remote()
             self._starting[actor.start.remote()] = actor
@@ -181,12 +183,13 @@ class _Worker:
     def start(self) -> None:
         """Does nothing: its end says that the process runs."""
 
-    def work(self, task: Task, board: Any) -> Manifest:
-        return _work(task, board)
+    def work(self, task: Task, board: Any, log_settings: LogSettings) -> Manifest:
+        return _work(task, board, log_settings)
 
 
-def _work(task: Task, board: Any) -> Manifest:
+def _work(task: Task, board: Any, log_settings: LogSettings) -> Manifest:
     """Makes an attempt in a process of Ray, and posts its progress now and then."""
+    logs.configure(log_settings)
     hide_unreserved_gpus()
     posted = 0.0
 

@@ -13,7 +13,6 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass, field
 from itertools import islice
 from typing import Protocol
 
@@ -27,6 +26,7 @@ from pipeline.work.manifest import Manifest, read_manifests, read_quarantine
 from pipeline.work.plan import Plan, Unit
 from pipeline.work.process import Job, Progress
 from pipeline.work.ray import RayExecutor, ray_session
+from pipeline.work.tally import Tally
 
 logger = logging.getLogger(__name__)
 
@@ -42,56 +42,6 @@ FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 1.0, 60.0
 _OLD_SECONDS = 24 * 3600.0  # the writer of a temporary file this old has died
 _MAX_SHOWN = 3  # bad images that the message names
 _MIN_DURATIONS = 5  # finished units that the search for stragglers needs
-
-
-@dataclass
-class Tally:
-    """The progress of a run, for displays.
-
-    Attributes:
-        units_total: Units in the plan.
-        units_done: Committed units.
-        samples_total: Samples in the plan; None if the plan does not count them.
-        samples_before: Samples that earlier runs committed.
-        samples: Committed samples.
-        rejected: Committed rejections by reason.
-        summary: Sums over the summaries of committed units.
-        seconds: Seconds that the attempts at committed units took together.
-        running: Latest progress of each unit at work.
-    """
-
-    units_total: int
-    units_done: int = 0
-    samples_total: int | None = None
-    samples_before: int = 0
-    samples: int = 0
-    rejected: Counter[str] = field(default_factory=Counter)
-    summary: Counter[str] = field(default_factory=Counter)
-    seconds: float = 0.0
-    running: dict[str, Progress] = field(default_factory=dict)
-
-    def add(self, manifest: Manifest) -> None:
-        """Adds a committed unit."""
-        self.running.pop(manifest.unit, None)
-        self.units_done += 1
-        self.samples += manifest.samples
-        self.rejected.update(manifest.rejected)
-        self.summary.update(manifest.summary)
-        self.seconds += manifest.seconds
-
-    @property
-    def samples_so_far(self) -> int:
-        """Committed samples and those of running attempts."""
-        return self.samples + sum(progress.samples for progress in self.running.values())
-
-    @property
-    def rejected_so_far(self) -> int:
-        """Samples in quarantine, committed and of running attempts."""
-        return self.rejected.total() + sum(progress.rejected for progress in self.running.values())
-
-    def summary_so_far(self, key: str) -> float:
-        """One sum of the job's summary, over committed units and running attempts."""
-        return self.summary[key] + sum((progress.summary or {}).get(key, 0.0) for progress in self.running.values())
 
 
 class Display(Protocol):
@@ -204,10 +154,11 @@ class _Drive:
     def __call__(self, todo: Sequence[Unit]) -> dict[str, str]:
         """Runs the units; returns the names of those that failed in their last attempt, with the causes."""
         pending = deque(todo)
-        with open_executor(self._config, self._report) as self._executor:
+        with open_executor(self._config, self._report, self._job.name, self._output.uri()) as self._executor:
             try:
                 while pending or self._at_work:
                     self._lease.raise_if_lost()
+                    self._executor.publish(self._tally)
                     while len(self._at_work) < self._executor.window() and (unit := self._next(pending)):
                         self._submit(unit)
                     if not pending:
@@ -249,12 +200,21 @@ class _Drive:
     def _submit(self, unit: Unit) -> None:
         self._attempts[unit.name] += 1
         isolate = self._crashes[unit.name] >= CRASHES_BEFORE_ISOLATION
-        task = Task(self._job, unit, self._plan_hash, self._output.uri(), self._lease, isolate)
+        number = self._attempts[unit.name]
+        task = Task(self._job, unit, self._plan_hash, self._output.uri(), self._lease, isolate, number)
         self._at_work[self._executor.submit(task)] = unit
 
     def _finish(self, unit: Unit, manifest: Manifest) -> None:
         self._durations.append(manifest.seconds)
         self._tally.add(manifest)
+        logger.info(
+            "%s: committed %d samples, %d of them in quarantine, after %.1f s",
+            unit.name,
+            manifest.samples,
+            sum(manifest.rejected.values()),
+            manifest.seconds,
+            extra={"unit": unit.name},
+        )
         _judge(self._tally, self._config, self._output)
         for handle in [handle for handle, other in self._at_work.items() if other == unit]:
             self._executor.cancel(handle)
@@ -266,7 +226,14 @@ class _Drive:
             with suppress(StorageError):
                 self._lease.check()  # if the worker was fenced off, the run is over, and not the unit at fault
         attempt = self._attempts[unit.name]
-        logger.warning("%s: attempt %d of %d failed: %s", unit.name, attempt, self._config.max_attempts, failure.cause)
+        logger.warning(
+            "%s: attempt %d of %d failed: %s",
+            unit.name,
+            attempt,
+            self._config.max_attempts,
+            failure.cause,
+            extra={"unit": unit.name, "attempt": attempt},
+        )
         self._crashes[unit.name] += failure.crashed
         self._first_seen.pop(unit.name, None)
         self._tally.running.pop(unit.name, None)
@@ -275,6 +242,7 @@ class _Drive:
             self._not_before[unit.name] = time.monotonic() + min(pause, LONGEST_PAUSE_SECONDS)
             return True
         self._failures[unit.name] = failure.cause
+        self._tally.units_failed += 1
         return False
 
     def _repeat_stragglers(self) -> None:
@@ -287,15 +255,24 @@ class _Drive:
             if since is None or time.monotonic() - since < limit or len(self._at_work) >= self._executor.window():
                 continue
             if list(self._at_work.values()).count(unit) == 1:
-                logger.warning("%s takes more than %.0f s; running it a second time", unit.name, limit)
+                logger.warning(
+                    "%s takes more than %.0f s; running it a second time", unit.name, limit, extra={"unit": unit.name}
+                )
                 self._submit(unit)
 
 
 @contextmanager
-def open_executor(config: RunnerConfig, report: Report) -> Iterator[Executor]:
-    """The configured executor, ready to accept tasks."""
+def open_executor(config: RunnerConfig, report: Report, job: str, output: str) -> Iterator[Executor]:
+    """The configured executor, ready to accept tasks.
+
+    Args:
+        config: Where and how work runs.
+        report: Called with the progress of units.
+        job: Name of the job, for metrics.
+        output: URI of the output folder, for metrics.
+    """
     if config.executor == "inline":
         yield InlineExecutor(report)
     else:
-        with ray_session(config), closing(RayExecutor(config, report)) as executor:
+        with ray_session(config), closing(RayExecutor(config, report, job, output)) as executor:
             yield executor

@@ -21,7 +21,8 @@ from pipeline.storage.base import Storage
 from pipeline.storage.open import open_storage
 from pipeline.work.manifest import Manifest, committed_units, read_manifests
 from pipeline.work.plan import settle_plan
-from pipeline.work.runner import Tally, run
+from pipeline.work.runner import run
+from pipeline.work.tally import Tally
 from tests.support.paths import AWKWARD
 from tests.support.tar_files import write_tar
 from tests.support.toys import encode_picture, read_quarantine

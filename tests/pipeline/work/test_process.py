@@ -1,7 +1,11 @@
 """One unit of work: results and quarantine add up, and an image that kills or confounds its process is found."""
 
 import hashlib
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -11,7 +15,8 @@ from pipeline.errors import DamagedDataError, StorageError
 from pipeline.formats import tables
 from pipeline.storage.base import Storage
 from pipeline.work.manifest import Manifest, committed_units, named_files, read_manifests
-from pipeline.work.process import Progress, execute
+from pipeline.work.plan import Unit
+from pipeline.work.process import EncodedImage, Progress, execute
 from tests.support import toys
 
 
@@ -65,6 +70,39 @@ def test_results_and_rejections_add_up(tmp_path: Path):
 def test_seconds_are_those_of_the_work(tmp_path: Path):
     _, manifest, _ = attempt(tmp_path, {"unit-0/001": "sleep 0.3"})
     assert 0.3 <= manifest.seconds < 30
+
+
+@dataclass(frozen=True)
+class SlowJob(toys.ToyJob):
+    """A job whose preparation, reading, processing and writing take 0.05, 0.1, 0.15 and 0.2 s."""
+
+    def prepare(self, say: Callable[[str], None]) -> None:
+        time.sleep(0.05)
+
+    def _read(self, key: str) -> bytes:
+        time.sleep(0.1)
+        return super()._read(key)
+
+    def process(self, image: EncodedImage) -> dict[str, Any]:
+        time.sleep(0.15)
+        return super().process(image)
+
+    def writer(self, unit: Unit, scratch: Path, metadata: Mapping[str, str]) -> toys.ToyWriter:
+        class SlowWriter(toys.ToyWriter):
+            def finish(self) -> list[tuple[Path, int]]:
+                time.sleep(0.2)
+                return super().finish()
+
+        return SlowWriter(scratch / "slow.parquet", metadata)
+
+
+def test_seconds_by_part_say_what_took_long(tmp_path: Path):
+    _, manifest, _ = attempt(tmp_path, {}, samples=1, make_job=SlowJob)
+    parts = manifest.seconds_by_part
+    assert list(parts) == ["prepare", "read", "process", "write"]
+    assert sum(parts.values()) == pytest.approx(manifest.seconds, abs=0.005)
+    for part, least in (("prepare", 0.05), ("read", 0.1), ("process", 0.15), ("write", 0.2)):
+        assert parts[part] >= least
 
 
 def test_files_are_vouched_for_and_stamped(tmp_path: Path):

@@ -22,7 +22,8 @@ from pipeline.work.lease import read_standing
 from pipeline.work.manifest import Manifest, committed_units, read_manifests
 from pipeline.work.process import Progress, execute
 from pipeline.work.ray_workers import hide_unreserved_gpus
-from pipeline.work.runner import CRASHES_BEFORE_ISOLATION, MIN_SAMPLES_TO_JUDGE, Tally, run
+from pipeline.work.runner import CRASHES_BEFORE_ISOLATION, MIN_SAMPLES_TO_JUDGE, run
+from pipeline.work.tally import Tally
 from tests.support import toys
 
 INLINE = RunnerConfig(executor="inline")
@@ -321,12 +322,15 @@ class FakeExecutor:
     def cancel(self, handle: Handle) -> None:
         del self.out[handle]
 
+    def publish(self, tally: Tally) -> None:
+        """Nobody watches."""
+
 
 def test_no_more_tasks_are_out_than_the_window_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     bench, fake = Bench(tmp_path, 20), FakeExecutor(window=3)
 
     @contextmanager
-    def open_fake(config: RunnerConfig, report: object) -> Iterator[FakeExecutor]:
+    def open_fake(*arguments: object) -> Iterator[FakeExecutor]:
         yield fake
 
     monkeypatch.setattr(runner, "open_executor", open_fake)

@@ -1,0 +1,89 @@
+"""`--log-format json`: all that a command says on stderr is a line of JSON for each event. Results stay on stdout."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.cli import COMMANDS, main
+from pipeline import logs
+from pipeline.logs import LogSettings
+from pipeline.storage.open import open_storage
+from pipeline.work.manifest import committed_units
+
+JSON = ("--log-format", "json")
+INLINE = ("--executor", "inline")
+
+Say = Callable[..., tuple[int, str, list[dict[str, Any]]]]
+
+
+@pytest.fixture
+def say(capfd: pytest.CaptureFixture[str]) -> Say:
+    """Runs a command line in this process; returns the exit status, stdout, and the events on stderr."""
+
+    def run(*arguments: object) -> tuple[int, str, list[dict[str, Any]]]:
+        capfd.readouterr()
+        status = main([str(argument) for argument in arguments])
+        out, err = capfd.readouterr()
+        return status, out, [json.loads(line) for line in err.splitlines()]
+
+    yield run  # type: ignore[misc]
+    logs.configure(LogSettings())  # other tests log as text
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_the_option(command: str, say: Say) -> None:
+    status, out, events = say(command, "--help")
+    assert (status, events) == (0, [])
+    assert "--log-format {text,json}" in out
+
+
+def test_the_events_of_a_job(say: Say, pictures: Path, tmp_path: Path) -> None:
+    (pictures / "bad.png").write_bytes(b"")
+    status, out, events = say("shard", pictures, tmp_path / "out", "--max-count", 4, *INLINE, *JSON)
+    assert status == 0
+    assert out.startswith("6 images")
+    units = sorted(committed_units(open_storage(tmp_path / "out")))
+    begun = [event["unit"] for event in events if event["message"].endswith("attempt 1 begins")]
+    committed = [event["unit"] for event in events if "committed" in event["message"]]
+    assert (sorted(begun), sorted(committed)) == (units, units)
+    (refused,) = [event for event in events if "quarantined" in event["message"]]
+    assert (refused["job"], refused["attempt"], refused["unit"] in units) == ("shard", 1, True)
+    assert {event["job"] for event in events} == {"shard"}
+    assert {event["level"] for event in events} == {"INFO"}
+
+
+def test_an_error_and_wrong_usage_are_one_event_each(say: Say, tmp_path: Path) -> None:
+    for arguments, expected, words in (
+        (("status", tmp_path), 1, "is not the output of a job"),
+        (("shard", tmp_path / "nowhere", tmp_path / "out", *INLINE), 2, "does not exist, or is empty"),
+        (("shard", "in", "out", "--max-cuont", 3), 2, "did you mean '--max-count'?"),
+        (("distill",), 2, "required: SHARDS, OUT"),
+        (("verify", tmp_path, "--log-format=json", "--repair", "--config"), 2, "unrecognized arguments"),
+    ):
+        status, out, events = say(*arguments, *JSON)
+        assert (status, out) == (expected, "")
+        (event,) = events
+        assert event["level"] == "ERROR"
+        assert words in event["message"]
+        assert event["job"] == arguments[0]
+
+
+def test_what_verify_finds_is_an_event_each(say: Say, pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert say("shard", pictures, out, "--max-count", 2, *INLINE, *JSON)[0] == 0
+    next((out / "data").iterdir()).unlink()
+    (out / "manifest" / "shard-00002.json").write_text("{")
+    status, _, events = say("verify", out, *JSON)
+    assert status == 1
+    assert [event["level"] for event in events] == ["ERROR"] * len(events)
+    assert "problems" in events[-1]["message"]
+
+
+def test_a_format_that_is_none_is_wrong_usage(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["status", "out", "--log-format", "xml"]) == 2
+    assert "invalid choice: 'xml'" in capfd.readouterr().err
