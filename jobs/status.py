@@ -198,8 +198,8 @@ def status_of_job(output: Storage, plan: Plan, lease: Standing | None) -> JobSta
         bytes=sum(file.bytes for file in files),
         summary=dict(summary),
         psnr=mean_psnr(lambda name: summary[name]),
-        seconds=sum(manifest.seconds for manifest in manifests),
-        seconds_by_part=dict(parts),
+        seconds=round(sum(manifest.seconds for manifest in manifests), 3),
+        seconds_by_part={part: round(seconds, 3) for part, seconds in parts.items()},
         rates=_rates(plan, manifests, summary["pixels"]),
     )
 

@@ -208,11 +208,11 @@ class _Drive:
         self._durations.append(manifest.seconds)
         self._tally.add(manifest)
         logger.info(
-            "%s: committed %d samples, %d of them in quarantine, after %.1f s",
+            "%s: committed after %.1f s (images %d, in quarantine %d)",
             unit.name,
+            manifest.seconds,
             manifest.samples,
             sum(manifest.rejected.values()),
-            manifest.seconds,
             extra={"unit": unit.name},
         )
         _judge(self._tally, self._config, self._output)
