@@ -32,6 +32,7 @@ _KNOWN = ("job", "unit", "attempt")
 _NODE = platform.node()
 
 _fields: ContextVar[Mapping[str, object]] = ContextVar("fields", default=MappingProxyType({}))
+"""What the records of this thread are about, beside what those of the whole process are about."""
 
 
 @dataclass(frozen=True)
@@ -57,13 +58,14 @@ _present = LogSettings()
 
 
 def configure(settings: LogSettings) -> None:
-    """Lets this process log to its present stderr. Replaces what an earlier call has set, and no other handler."""
+    """Lets this process log to its present stderr, in place of earlier calls and of a library's handler for stderr."""
     global _present
     _present = settings
-    _fields.set(settings.fields)
+    _fields.set(MappingProxyType({}))
     root = logging.getLogger()
-    for handler in [handler for handler in root.handlers if isinstance(handler, _Handler)]:
-        root.removeHandler(handler)
+    for handler in list(root.handlers):
+        if isinstance(handler, _Handler) or getattr(handler, "stream", None) is sys.stderr:  # ray.train has one
+            root.removeHandler(handler)
     handler = _Handler()
     as_json = settings.format == "json"
     handler.setFormatter(JsonFormatter() if as_json else logging.Formatter("%(message)s"))
@@ -77,7 +79,7 @@ def configure(settings: LogSettings) -> None:
 
 def present() -> LogSettings:
     """The settings of this process, with what its records are about now: for a process that it starts."""
-    return replace(_present, fields=dict(_fields.get()))
+    return replace(_present, fields={**_present.fields, **_fields.get()})
 
 
 @contextmanager
@@ -96,7 +98,7 @@ class JsonFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """The line."""
         time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
-        known = {**_fields.get(), **record.__dict__}
+        known = {**present().fields, **record.__dict__}
         event: dict[str, object] = {
             "time": time.replace("+00:00", "Z"),
             "level": record.levelname,

@@ -22,6 +22,7 @@ from contextlib import suppress
 from typing import Any
 
 from air.errors import AirError, NonFiniteLossError
+from pipeline import logs
 from pipeline.config import RunnerConfig
 from pipeline.errors import ConfigError, JobFailedError, LeaseLostError, TrainingError
 from pipeline.storage.open import open_storage
@@ -103,7 +104,7 @@ def train_on_ray(job: TrainJob, report: Report) -> dict[str, float]:
         board = ray.remote(num_cpus=0, scheduling_strategy=here)(_Board).remote()
         run = TorchTrainer(
             _work,
-            train_loop_config={"job": job, "board": board, "fence": lease},
+            train_loop_config={"job": job, "board": board, "fence": lease, "logs": logs.present()},
             scaling_config=ScalingConfig(num_workers=trainer.workers, use_gpu=gpus > 0, resources_per_worker=resources),
             torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
             run_config=RunConfig(
@@ -135,6 +136,7 @@ def _work(settings: Mapping[str, Any]) -> dict[str, Any]:
     import ray.train
     from ray.train.torch import get_device
 
+    logs.configure(settings["logs"])
     context = ray.train.get_context()
     job: TrainJob = settings["job"]
     board = settings["board"]

@@ -14,6 +14,7 @@ from pipeline import logs
 from pipeline.logs import LogSettings
 from pipeline.storage.open import open_storage
 from pipeline.work.manifest import committed_units
+from tests.support.tar_files import write_tar
 
 JSON = ("--log-format", "json")
 INLINE = ("--executor", "inline")
@@ -87,3 +88,27 @@ def test_what_verify_finds_is_an_event_each(say: Say, pictures: Path, tmp_path: 
 def test_a_format_that_is_none_is_wrong_usage(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["status", "out", "--log-format", "xml"]) == 2
     assert "invalid choice: 'xml'" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("local_ray")
+def test_workers_that_train_log_in_json_too(say: Say, photographs: Path, tmp_path: Path) -> None:
+    from ray._private.worker import global_worker
+
+    pytest.importorskip("pandas", reason="ray.train needs pandas")
+    pictures = {f"{file.stem}{file.suffix}": file.read_bytes() for file in sorted(photographs.iterdir())}
+    write_tar(tmp_path / "shards" / "0.tar", {**pictures, "ugly.png": b"not a picture"})
+    sizes = ("--batch", 5, "--min-crop", 32, "--max-crop", 40, "--patch-size", 8, "--stages", 1, "--threads", 1)
+    steps = ("--steps", 2, "--warmup-steps", 1, "--settings", '{"channels": 16, "depth": 1}', "--valid-images", 2)
+    status, _, events = say(
+        "train", tmp_path / "shards", tmp_path / "run", "--valid", photographs, *sizes, *steps, "--workers", 1, *JSON
+    )
+    assert status == 0, events
+    lines = [
+        line
+        for file in Path(global_worker.node.get_logs_dir_path()).glob("worker-*.err")
+        for line in file.read_text().splitlines()
+        if "passed over" in line
+    ]
+    told = [json.loads(line) for line in lines]
+    assert any("ugly" in event["message"] and event["job"] == "train" for event in told)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,7 @@ def test_an_error_that_nobody_catches_is_one_event() -> None:
 
 def test_to_configure_twice_is_to_log_once(capsys: pytest.CaptureFixture[str]) -> None:
     logs.configure(LogSettings("json"))
+    logging.getLogger().addHandler(logging.StreamHandler())  # as a library may do
     logs.configure(LogSettings("json"))
     logger.warning("once")
     assert len(events_of(capsys.readouterr().err)) == 1
@@ -141,3 +143,12 @@ def test_workers_on_ray_log_as_their_driver_does(tmp_path: Path) -> None:
     assert ("unit-1", 2, "unit-1: attempt 2 begins") in told
     assert ("unit-1", 2, "unit-1/001 is quarantined: the toy is ugly (corrupt)") in told
     assert {event["job"] for event in events} == {"toy"}
+
+
+def test_what_a_process_is_about_holds_in_its_threads_too(capsys: pytest.CaptureFixture[str]) -> None:
+    logs.configure(LogSettings("json", fields={"job": "train"}))
+    with logs.about(unit="shard-00001"), ThreadPoolExecutor(1) as pool:
+        assert logs.present().fields == {"job": "train", "unit": "shard-00001"}
+        pool.submit(logger.warning, "from a thread").result()
+    (event,) = events_of(capsys.readouterr().err)
+    assert event["job"] == "train"
