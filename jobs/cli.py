@@ -27,6 +27,7 @@ COMMANDS = {
     "fit": "one image -> Gaussians, with progress and a picture",
     "import-checkpoint": "the authors' checkpoint -> weights and card of this project",
     "stats": "summary of targets or of encoded images, or your own SQL over them",
+    "registry": "versions of weights, and aliases such as champion: list, show, add, promote, rollback, gc",
     "status": "how far a job is",
     "verify": "check counts and checksums of everything a job committed",
     "gc": "remove what killed attempts left behind",

@@ -37,7 +37,7 @@ def distill(source_uri: str, output_uri: str, config: DistillConfig, runner: Run
         raise ConfigError("device = cuda on Ray needs GPUs to be reserved: set num_gpus, such as num_gpus = 1")
     source, output = open_storage(source_uri), open_storage(output_uri)
     check_outside(output, [source.uri()])
-    predictor = config.find_predictor()
+    predictor = config.find_predictor(output)
     plan = Plan.make("distill", config.settled(predictor), list_shards(source), [source.uri()])
     plan = settle_plan(output, predictor.hold(plan))
     with show("distill") as display:

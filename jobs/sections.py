@@ -45,8 +45,8 @@ class FitConfig(Config):
     )
     rule: str = Field(
         AUTO,
-        description="update rule: auto, the shipped one in short fits and Adam in long ones; adam; shipped; or "
-        "NAME.safetensors",
+        description="update rule: auto, the shipped one in short fits and Adam in long ones; adam; shipped; "
+        "NAME.safetensors; or a name in a registry",
     )
     learning_rate_factor: float = Field(
         1.0, gt=0, le=100, description="factor on the optimiser's learning rates (docs/optimizer.md)"

@@ -43,6 +43,8 @@ ORDER = [
     "pipeline.storage",
     "pipeline.formats",
     "pipeline.work",
+    "pipeline.weights",
+    "pipeline.registry",
     "pipeline.predictors",
     "pipeline.inputs",
     "pipeline.bulk",

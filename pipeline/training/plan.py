@@ -89,7 +89,7 @@ def plan_training(
     if config.from_:
         if config.from_ == GRID:
             raise ConfigError("from = grid: the grid has no weights to begin with; leave it out for fresh weights")
-        begin = find_predictor(config.from_)
+        begin = find_predictor(config.from_, output=output, key="from_")
         config = config.model_copy(update={"from_": begin.name})
         plan = begin.hold(plan, "from_")
     check_start(config, trainer)
