@@ -27,6 +27,7 @@ COMMANDS = {
     "fit": "one image -> Gaussians, with progress and a picture",
     "import-checkpoint": "the authors' checkpoint -> weights and card of this project",
     "stats": "summary of targets or of encoded images, or your own SQL over them",
+    "retrain": "new shards -> a candidate, judged beside the champion of a registry, and promoted if it is better",
     "registry": "versions of weights, and aliases such as champion: list, show, add, promote, rollback, gc",
     "status": "how far a job is",
     "verify": "check counts and checksums of everything a job committed",
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; the entry point of `air`.
 
     Returns:
-        The exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted, 143 terminated.
+        The exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted, 143 terminated; or what the command says.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help", "help"):

@@ -88,7 +88,8 @@ def _add_option(group: Any, name: str, field: FieldInfo) -> None:
     elif typing.get_origin(kind) is typing.Literal:
         group.add_argument(flag, choices=typing.get_args(kind), **options)
     elif is_list(kind):
-        group.add_argument(flag, type=lambda text: tuple(text.split(",")), metavar="N,N,...", **options)
+        metavar = "TEXT,TEXT,..." if typing.get_args(kind)[0] is str else "N,N,..."
+        group.add_argument(flag, type=lambda text: tuple(text.split(",")), metavar=metavar, **options)
     elif typing.get_origin(kind) is dict:
         group.add_argument(flag, type=_mapping, metavar="JSON", **options)
     else:

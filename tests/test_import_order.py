@@ -51,6 +51,7 @@ ORDER = [
     "pipeline.training",
     "pipeline.rules",
     "pipeline.evaluation",
+    "pipeline.retraining",
     "pipeline.reports",
     "jobs",
 ]

@@ -16,7 +16,7 @@ from typing import Any
 
 from air.defaults import ADAM, AUTO, COMPACT, GRID, GROW, SHIPPED
 from pipeline.config import Config, build, suggestion
-from pipeline.errors import ConfigError, DamagedDataError, RegistryError
+from pipeline.errors import AliasMovedError, ConfigError, DamagedDataError, RegistryError
 from pipeline.registry.versions import SHOWN_DIGITS, Version, find_version, this_user
 from pipeline.storage.base import Storage
 from pipeline.storage.journal import Journal, JournalEntry
@@ -132,8 +132,8 @@ def promote(
         round_id: The round of retraining that promotes. A round that has moved the alias before does not do so again.
 
     Raises:
-        RegistryError: The alias does not point where it is expected to, the version is not in the registry, the reason
-            is empty, or the name of the alias cannot be used.
+        AliasMovedError: The alias points neither where it is expected to nor to the version.
+        RegistryError: The version is not in the registry, the reason is empty, or the alias's name cannot be used.
     """
     check_alias(alias)
 
@@ -141,9 +141,9 @@ def promote(
         mine = round_move(registry, alias, round_id) if round_id else None
         if mine is not None and mine.version == version.id:
             return mine
-        _check_expected(registry, alias, last, expect)
         if last is not None and last.version == version.id:
             return last
+        _check_expected(registry, alias, last, expect)
         return {"version": version.id, "origin": (last.number if last else 0) + 1, "round": round_id}
 
     return _append(registry, alias, reason, next_move)
@@ -159,7 +159,8 @@ def roll_back(registry: Storage, alias: str, reason: str, expect: str | None = N
         expect: As for `promote`.
 
     Raises:
-        RegistryError: There is no such alias, nothing to go back to, or the alias is not where it is expected.
+        AliasMovedError: The alias is not where it is expected.
+        RegistryError: There is no such alias, or nothing to go back to.
     """
     existing_move(registry, alias)
 
@@ -203,7 +204,7 @@ def _check_expected(registry: Storage, alias: str, last: Move | None, expect: st
     if now == expect or (last is not None and expect and now.startswith(expect[: len(now)])):
         return
     where = f"points to {last}" if last else "does not exist"
-    raise RegistryError(
+    raise AliasMovedError(
         f"{alias} of {registry.uri()} {where}, and not to {expect[:SHOWN_DIGITS]} as expected: another process has "
         "moved it; look at it with `air registry show`, and decide again"
     )
