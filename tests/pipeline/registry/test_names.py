@@ -1,13 +1,16 @@
 """Names in a registry work wherever weights are named, and a plan pins what they stood for."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from air.errors import CheckpointError
 from jobs.distill import distill
+from jobs.encode import encode
 from pipeline.bulk.distill import DistillConfig
+from pipeline.bulk.encode import EncodeConfig
 from pipeline.config import RunnerConfig
 from pipeline.errors import PlanMismatchError, RegistryError
 from pipeline.predictors import find_predictor
@@ -15,9 +18,13 @@ from pipeline.registry.aliases import promote
 from pipeline.registry.gc import remove_version
 from pipeline.registry.names import locate, named_version, parse_name
 from pipeline.registry.versions import Version, publish, weights_uri
+from pipeline.rules.config import RuleConfig
+from pipeline.rules.plan import plan_rule
 from pipeline.rules.reference import find_rule, load_rule
 from pipeline.storage.base import Storage
 from pipeline.storage.open import open_storage
+from pipeline.training.config import TrainConfig, TrainerConfig
+from pipeline.training.plan import plan_training
 from pipeline.work.plan import read_plan
 from tests.support.networks import save_fresh_rule, save_network
 
@@ -175,3 +182,46 @@ def test_a_pinned_version_that_was_removed_is_named(targets: Path, registry: Sto
     assert remove_version(registry, versions[0], keep=0)
     with pytest.raises(CheckpointError, match=f"was @{versions[0].short}, which is no longer there"):
         locate(f"registry://{registry.uri()}/champion", "predictor", open_storage(targets), "predictor")
+
+
+def plan_encoding(shards: Path, out: Path, name: str) -> None:
+    encode([str(shards)], str(out), EncodeConfig.model_validate({"predictor": name, **STEPS}), INLINE)
+
+
+def plan_a_training(shards: Path, out: Path, name: str) -> None:
+    config = TrainConfig.model_validate({"from": name, "patch_size": 5, "stages": 2, "valid_images": 1})
+    plan_training(str(shards), str(out), config, TrainerConfig.model_validate({"executor": "inline"}), str(shards))
+
+
+def plan_a_rule(shards: Path, out: Path, name: str) -> None:
+    config = RuleConfig.model_validate({"from": name, "valid_images": 1})
+    plan_rule([str(shards)], str(out), config, str(shards))
+
+
+INLINE = RunnerConfig.model_validate({"executor": "inline"})
+STEPS = {"steps": 0, "stored_steps": 0}
+
+
+@pytest.mark.parametrize(
+    ("make", "alias", "key"),
+    [(plan_encoding, "champion", "predictor"), (plan_a_training, "champion", "from_"), (plan_a_rule, "rule", "from_")],
+)
+def test_every_kind_of_plan_pins_what_an_alias_stood_for(
+    make: Callable[[Path, Path, str], None],
+    alias: str,
+    key: str,
+    shards: Path,
+    registry: Storage,
+    versions: list[Version],
+    tmp_path: Path,
+) -> None:
+    name, out = f"registry://{registry.uri()}/{alias}", tmp_path / "out"
+    make(shards, out, name)
+    pinned = read_plan(open_storage(out)).config[key]
+    assert pinned.endswith(f", sha256 {versions[0 if alias == 'champion' else 2].sha256}")
+    other = publish(registry, str(save_fresh_rule(tmp_path / "other.safetensors", seed=1)))
+    promote(registry, alias, versions[1] if alias == "champion" else other, "better")
+    make(shards, out, name)
+    assert read_plan(open_storage(out)).config[key] == pinned
+    make(shards, tmp_path / "new", name)
+    assert read_plan(open_storage(tmp_path / "new")).config[key] != pinned
