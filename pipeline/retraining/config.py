@@ -76,10 +76,10 @@ class GatesConfig(Config):
     min_slice_psnr_change: float = Field(
         -0.1, ge=-200, le=200, description="least change of the mean PSNR in dB of each slice"
     )
-    max_seconds: float | None = Field(
+    max_predict_seconds: float | None = Field(
         None, gt=0, le=1e6, description="most seconds of a prediction, the median over images"
     )
-    max_seconds_ratio: float = Field(
+    max_predict_ratio: float = Field(
         1.5, gt=0, le=1e6, description="most seconds of a prediction by those of the champion, the median over images"
     )
 

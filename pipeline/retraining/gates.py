@@ -105,14 +105,14 @@ def _seconds(
 ) -> Iterator[Gate]:
     if not own:
         return  # the gates of quality have failed
-    if config.max_seconds is not None:
+    if config.max_predict_seconds is not None:
         reached = median(row["predict_seconds"] for row in own.values())
-        yield _gate("seconds", reached, config.max_seconds, "median seconds of a prediction", at_most=True)
+        yield _gate("seconds", reached, config.max_predict_seconds, "median seconds of a prediction", at_most=True)
     shared = own.keys() & other.keys()
     if shared:
         ratio = median(own[key]["predict_seconds"] / max(other[key]["predict_seconds"], 1e-9) for key in shared)
         about = "median of prediction times by the champion's"
-        yield _gate("seconds_ratio", ratio, config.max_seconds_ratio, about, at_most=True, champion=1.0)
+        yield _gate("seconds_ratio", ratio, config.max_predict_ratio, about, at_most=True, champion=1.0)
 
 
 def _fact(name: str, holds: bool, said: str) -> Gate:

@@ -13,11 +13,16 @@ from pathlib import Path
 import pytest
 
 from jobs.cli import main
+from pipeline.bulk.distill import DistillConfig
+from pipeline.config import RunnerConfig
+from pipeline.evaluation.config import EvaluateConfig
 from pipeline.predictors import find_predictor
 from pipeline.registry.aliases import CANDIDATE, CHAMPION, existing_move, history, promote, roll_back
 from pipeline.registry.names import named_version
 from pipeline.registry.versions import publish
+from pipeline.retraining.config import GatesConfig, RetrainConfig
 from pipeline.storage.open import open_storage
+from pipeline.training.config import TrainConfig, TrainerConfig
 from pipeline.work.lease import hold
 from tests.support.cycles import ALWAYS, TinyCycle
 from tests.support.networks import save_network
@@ -344,3 +349,11 @@ def test_a_round_waits_for_enough_shards(cycle: TinyCycle, air) -> None:
     cycle.deliver("monday", 0)
     assert air() == (DONE, f"{cycle.work.uri()}: nothing new (1 of min_shards = 2); seen 0 shards in 0 rounds\n")
     assert cycle.rounds() == 0
+
+
+def test_an_option_of_the_command_is_a_key_of_one_section_only() -> None:
+    """Otherwise an option that is meant for a gate would also change a step."""
+    own = [*RetrainConfig.model_fields, *GatesConfig.model_fields]
+    assert len(own) == len(set(own))
+    for step in (DistillConfig, TrainConfig, EvaluateConfig, TrainerConfig, RunnerConfig):
+        assert not set(own) & set(step.model_fields)

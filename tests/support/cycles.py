@@ -12,11 +12,11 @@ from pipeline.registry.aliases import CHAMPION, history
 from pipeline.retraining.rounds import read_rounds
 from pipeline.storage.open import open_storage
 
-ALWAYS: dict[str, Any] = {"min_psnr_change": -100, "min_ms_ssim_change": -1, "max_seconds_ratio": 1000}
+ALWAYS: dict[str, Any] = {"min_psnr_change": -100, "min_ms_ssim_change": -1, "max_predict_ratio": 1000}
 """Gates that any candidate with finite numbers passes."""
 
 _SECTIONS: dict[str, dict[str, Any]] = {
-    "gates": {"max_seconds_ratio": 1000},
+    "gates": {"max_predict_ratio": 1000},
     "distill": {
         "patch_size": 8,
         "stages": 1,

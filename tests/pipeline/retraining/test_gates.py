@@ -55,7 +55,8 @@ def test_ms_ssim_has_a_gate_of_its_own() -> None:
 def test_absolute_gates_hold_without_a_champion_and_changes_are_not_judged() -> None:
     measured = rows("new", OLD)
     assert failing(measured, champion=None) == {}
-    found = failing(measured, champion=None, min_psnr=31, min_ms_ssim=0.95, min_worst_psnr=30.5, max_seconds=0.5)
+    bounds = {"min_psnr": 31, "min_ms_ssim": 0.95, "min_worst_psnr": 30.5, "max_predict_seconds": 0.5}
+    found = failing(measured, champion=None, **bounds)
     assert list(found) == ["psnr", "ms_ssim", "worst_psnr", "seconds"]
 
 
@@ -107,7 +108,7 @@ def test_without_any_measurement_nothing_holds() -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("worst_share", 0), ("slices", {"a": ""}), ("min_ms_ssim", 2), ("max_seconds_ratio", 0)]
+    ("key", "value"), [("worst_share", 0), ("slices", {"a": ""}), ("min_ms_ssim", 2), ("max_predict_ratio", 0)]
 )
 def test_bounds_without_sense_are_refused(key: str, value: object) -> None:
     with pytest.raises(ConfigError, match=key):
