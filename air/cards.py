@@ -53,14 +53,8 @@ def read_card(path: str | Path, form: str, kind: str) -> dict[str, Any]:
         CheckpointError: The card is missing, is not JSON, has another format or names no checksum.
     """
     path = weights_path(path)
-    beside = path.with_suffix(".json")
-    try:
-        document = json.loads(beside.read_text())
-    except OSError as error:
-        raise CheckpointError(f"{beside}: the card of {path.name} cannot be read: {error.strerror or error}") from None
-    except ValueError as error:
-        raise CheckpointError(f"{beside}: is not JSON: {error}") from None
-    if not isinstance(document, dict) or document.pop("format", None) != form:
+    beside, document = path.with_suffix(".json"), _read_document(path)
+    if document.pop("format", None) != form:
         raise CheckpointError(f"{beside}: is not the card of {kind} (its format is not {form!r})")
     if "sha256" not in document:
         raise CheckpointError(
@@ -68,6 +62,27 @@ def read_card(path: str | Path, form: str, kind: str) -> dict[str, Any]:
             "train or import the checkpoint again with this version"
         )
     return document
+
+
+def format_of(path: str | Path) -> str:
+    """The name of the format of the card of the weights NAME.safetensors; empty if the card names none.
+
+    Raises:
+        CheckpointError: The card is missing or is not JSON.
+    """
+    return str(_read_document(weights_path(path)).get("format", ""))
+
+
+def _read_document(path: Path) -> dict[str, Any]:
+    """The card of the weights at `path`, as it is stored; empty if it holds no fields."""
+    beside = path.with_suffix(".json")
+    try:
+        document = json.loads(beside.read_text())
+    except OSError as error:
+        raise CheckpointError(f"{beside}: the card of {path.name} cannot be read: {error.strerror or error}") from None
+    except ValueError as error:
+        raise CheckpointError(f"{beside}: is not JSON: {error}") from None
+    return document if isinstance(document, dict) else {}
 
 
 def check_weights(path: str | Path, sha256: str) -> None:

@@ -31,11 +31,17 @@ COMMANDS = {
     "render": "one .air file -> a picture",
     "fit": "one image -> Gaussians, with progress and a picture",
     "import-checkpoint": "the authors' checkpoint -> weights and card of this project",
+    "submit": "any of the jobs above on a Ray cluster, from a machine outside it",
     "stats": "summary of targets or of encoded images, or your own SQL over them",
+    "retrain": "new shards -> a candidate, judged beside the champion of a registry, and promoted if it is better",
+    "registry": "versions of weights, and aliases such as champion: list, show, add, promote, rollback, gc",
     "status": "how far a job is",
     "verify": "check counts and checksums of everything a job committed",
     "gc": "remove what killed attempts left behind",
 }
+
+GO_ON = "run the same command again to go on"
+"""What an interrupted command says next, unless its KeyboardInterrupt has a message."""
 
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_TERMINATED = 0, 1, 2, 130, 143
 
@@ -44,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; the entry point of `air`.
 
     Returns:
-        The exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted, 143 terminated.
+        The exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted, 143 terminated; or what the command says.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -81,11 +87,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # output at exit; without a reader it would complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_DONE
-    except _Terminated:
-        logger.error("air %s: terminated; run the same command again to go on", command)
+    except _Terminated as stop:
+        logger.error("air %s: terminated; %s", command, str(stop) or GO_ON)
         return EXIT_TERMINATED
-    except KeyboardInterrupt:
-        logger.error("air %s: interrupted; run the same command again to go on", command)
+    except KeyboardInterrupt as stop:
+        logger.error("air %s: interrupted; %s", command, str(stop) or GO_ON)
         return EXIT_INTERRUPTED
 
 
@@ -114,7 +120,7 @@ def _termination_raises() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as interrupt:  # Ray replaces a subclass raised by the handler
-        raise _Terminated if came.is_set() else interrupt from None
+        raise _Terminated(*interrupt.args) if came.is_set() else interrupt from None
     finally:
         if not came.is_set():
             signal.signal(signal.SIGTERM, before or signal.SIG_DFL)

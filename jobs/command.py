@@ -4,6 +4,8 @@ parser = make_parser("shard", __doc__, ShardConfig, RunnerConfig)
 ...
 arguments = parser.parse_args(argv)
 config, runner = configure(arguments, shard=ShardConfig, runner=RunnerConfig)
+
+`check_command` does as much of a command and stops there.
 """
 
 import argparse
@@ -12,6 +14,9 @@ import logging
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, NoReturn
 
 from pydantic.fields import FieldInfo
@@ -23,14 +28,75 @@ from pipeline.config import RENAMED_KEYS, Config, build, is_list, read_sections,
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Checked:
+    """A command line that its command takes.
+
+    Attributes:
+        positionals: The values without an option, in order: inputs and outputs.
+        configs: The configurations, built of the file and the options; none if the command has none.
+        options: All values that the command line gives, by the option's key.
+    """
+
+    positionals: tuple[str, ...]
+    configs: tuple[Config, ...]
+    options: Mapping[str, Any]
+
+
+class _Accepted(Exception):
+    """The end of a check: everything on the command line is right."""
+
+    def __init__(self, checked: Checked) -> None:
+        super().__init__()
+        self.checked = checked
+
+
+_checking: ContextVar[list[str] | None] = ContextVar("checking", default=None)
+"""During a check, the positional values that were parsed; None while commands run."""
+
+
+def check_command(command: str, arguments: Sequence[str]) -> Checked:
+    """Checks a command line with the command's own parser and configurations, and does not run it.
+
+    Args:
+        command: The command, such as `distill`.
+        arguments: What follows the command.
+
+    Raises:
+        SystemExit: An option is unknown or a value is missing, as the parser has said on stderr; or `--help`.
+        ConfigError: A key or a value is wrong.
+    """
+    before = _checking.set([])
+    try:
+        import_module(f"jobs.{command.replace('-', '_')}").main(arguments)
+    except _Accepted as accepted:
+        return accepted.checked
+    finally:
+        _checking.reset(before)
+    raise RuntimeError(f"air {command} parses its arguments without make_parser and configure of jobs.command")
+
+
 class _Parser(argparse.ArgumentParser):
     """Explains a wrong option in a line or two, and names the option that was meant.
 
     Attributes:
         renamed: The new name of each key that has a former name.
+        configured: Whether the command calls `configure` with what was parsed.
     """
 
     renamed: Mapping[str, str] = {}
+    configured = False
+
+    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+        given = super().parse_args(*args, **kwargs)
+        positionals = _checking.get()
+        if positionals is not None:
+            for action in self._get_positional_actions():
+                value = getattr(given, action.dest, None)
+                positionals += value if isinstance(value, list) else [value] if isinstance(value, str) else []
+            if not self.configured:
+                raise _Accepted(Checked(tuple(positionals), (), vars(given)))
+        return given
 
     def error(self, message: str) -> NoReturn:
         unknown = [word.partition("=")[0] for word in message.split() if word.startswith("--")]
@@ -70,6 +136,7 @@ def make_parser(command: str, description: str | None, *models: type[Config]) ->
         allow_abbrev=False,
     )
     parser.renamed = RENAMED_KEYS.get(command, {})
+    parser.configured = bool(models)
     parser.add_argument(
         "--log-format",
         choices=logs.FORMATS,
@@ -99,7 +166,8 @@ def _add_option(group: Any, name: str, field: FieldInfo) -> None:
     elif typing.get_origin(kind) is typing.Literal:
         group.add_argument(flag, choices=typing.get_args(kind), **options)
     elif is_list(kind):
-        group.add_argument(flag, type=lambda text: tuple(text.split(",")), metavar="N,N,...", **options)
+        metavar = "TEXT,TEXT,..." if typing.get_args(kind)[0] is str else "N,N,..."
+        group.add_argument(flag, type=lambda text: tuple(text.split(",")), metavar=metavar, **options)
     elif typing.get_origin(kind) is dict:
         group.add_argument(flag, type=_mapping, metavar="JSON", **options)
     else:
@@ -169,4 +237,7 @@ def configure(arguments: argparse.Namespace, **models: type[Config]) -> list[Any
             }
         )
         built.append(build(model, values, section))
+    positionals = _checking.get()
+    if positionals is not None:
+        raise _Accepted(Checked(tuple(positionals), tuple(built), vars(arguments)))
     return built

@@ -21,13 +21,26 @@ from pipeline.errors import ConfigError
 from pipeline.inputs.shards import list_shards
 from pipeline.inputs.sources import check_outside
 from pipeline.storage.open import open_storage
-from pipeline.work.plan import Plan, settle_plan
+from pipeline.work.plan import Plan, Unit, settle_plan
 from pipeline.work.runner import run
 from pipeline.work.tally import Tally
 
 
-def distill(source_uri: str, output_uri: str, config: DistillConfig, runner: RunnerConfig) -> Tally:
+def distill(
+    source_uri: str,
+    output_uri: str,
+    config: DistillConfig,
+    runner: RunnerConfig,
+    shards: Sequence[Unit] | None = None,
+) -> Tally:
     """Plans and runs the job; returns the totals.
+
+    Args:
+        source_uri: Output of `air shard`, or a folder of tars.
+        output_uri: The folder for the targets.
+        config: How to make them.
+        runner: Where and how the job runs.
+        shards: The shards to take, from `pipeline.inputs.shards.list_shards`; by default all of the source.
 
     Raises:
         ConfigError: The configuration asks for a GPU, but reserves none; or the predictor does not fit the
@@ -38,8 +51,9 @@ def distill(source_uri: str, output_uri: str, config: DistillConfig, runner: Run
         raise ConfigError("device = cuda on Ray needs GPUs to be reserved: set num_gpus, such as num_gpus = 1")
     source, output = open_storage(source_uri), open_storage(output_uri)
     check_outside(output, [source.uri()])
-    predictor = config.find_predictor()
-    plan = Plan.make("distill", config.settled(predictor), list_shards(source), [source.uri()])
+    predictor = config.find_predictor(output)
+    units = list_shards(source) if shards is None else shards
+    plan = Plan.make("distill", config.settled(predictor), units, [source.uri()])
     plan = settle_plan(output, predictor.hold(plan))
     with show("distill") as display:
         return run(DistillJob(config, source, predictor), plan, output, runner, display)

@@ -38,7 +38,7 @@ def distill_rule(source_uri: str, output_uri: str, config: DistillRuleConfig, ru
     """
     source, output = open_storage(source_uri), open_storage(output_uri)
     check_outside(output, [source.uri()])
-    rule = find_rule(config.rule)
+    rule = find_rule(config.rule, output)
     config = config.model_copy(update={"rule": rule.name})
     plan = Plan.make(JOB, config, list_shards(source), [source.uri()])
     plan = settle_plan(output, plan.holding("rule", rule.model, rule.sha256))

@@ -60,7 +60,7 @@ def encode(inputs: Sequence[str], output_uri: str, config: EncodeConfig, runner:
     output = open_storage(output_uri)
     inputs = [normalise(given) for given in inputs]
     check_outside(output, inputs)
-    predictor = find_start(config)
+    predictor = find_start(config, output)
     plan, listings, read = plan_encode(config, predictor, inputs, output)
     plan = settle_plan(output, plan, listings)
     with show("encode") as display:

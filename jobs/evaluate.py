@@ -24,7 +24,7 @@ from jobs.measuring import check_output, deliver, measure_inputs, print_means_of
 from pipeline.errors import ConfigError
 from pipeline.evaluation.config import EvaluateConfig
 from pipeline.formats import tables
-from pipeline.predictors import default_predictor, find_predictor
+from pipeline.predictors import PredictorReference, default_predictor, find_predictor
 
 if TYPE_CHECKING:
     from pipeline.evaluation.predictor import Evaluation
@@ -48,11 +48,47 @@ def evaluate(inputs: Sequence[str], config: EvaluateConfig, output: str | None =
         else find_predictor(config.predictor, config.patch_size)
     )
     evaluation = measure_inputs(
-        inputs, config, "predict", lambda pictures, report: measure(pictures, reference, config, report)
+        inputs, config, "predict", lambda pictures, report: measure(pictures, [reference], config, report)
     )
     print_means(evaluation, inputs)
     if output is not None:
         write_table(evaluation.rows, output, tables.EVALUATION, config, {"air.model": reference.model})
+    return evaluation
+
+
+def compare(
+    inputs: Sequence[str], references: Sequence[PredictorReference], config: EvaluateConfig, output: str
+) -> Evaluation:
+    """Measures several predictors in one run, in which they take turns, prints the means and writes the table.
+
+    Args:
+        inputs: Images to measure on.
+        references: The predictors; baselines are those of the first one.
+        config: What is measured; `predictor` does not count.
+        output: Path or URI of the table.
+
+    Returns:
+        What was measured. It has no rows if a predictor diverged on every image.
+
+    Raises:
+        CheckpointError: A predictor cannot be loaded.
+        ConfigError: An input holds no image, or a predictor has fewer stages than are asked for.
+        JobFailedError: No image could be used, and no predictor is at fault.
+        StorageError: The output cannot be written.
+    """
+    check_output(output, ".parquet", "the table is one Parquet file")
+    from pipeline.evaluation.predictor import evaluate as measure
+
+    evaluation = measure_inputs(
+        inputs,
+        config,
+        "predict",
+        lambda pictures, report: measure(pictures, references, config, report),
+        may_diverge=True,
+    )
+    print_means(evaluation, inputs)
+    models = ", ".join(reference.model for reference in references)
+    write_table(evaluation.rows, output, tables.EVALUATION, config, {"air.model": models})
     return evaluation
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from air.defaults import AUTO, FIT_STEPS
+from air.defaults import ADAM, AUTO, FIT_STEPS, SHIPPED
 from jobs.command import configure, make_parser
 from jobs.display import live_console
 from jobs.sections import FitConfig
@@ -47,7 +47,13 @@ def main(arguments: Sequence[str]) -> int:
         rgb = images.decode(storage.read(name), max_pixels=config.max_pixels)
     except Rejected as rejection:
         raise StorageError(f"{given.image} cannot be used: {rejection}") from None
-    fit_image(rgb, target, config)
+    if config.rule in (AUTO, ADAM, SHIPPED):
+        fit_image(rgb, target, config)
+        return 0
+    from pipeline.rules.reference import find_rule, local_rule
+
+    with local_rule(find_rule(config.rule).name) as path:
+        fit_image(rgb, target, config.model_copy(update={"rule": str(path)}))
     return 0
 
 

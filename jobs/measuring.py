@@ -43,6 +43,7 @@ def measure_inputs(
     config: EvaluateConfig | FrontConfig,
     task: Task,
     measure: Callable[[list[Picture], Any], Evaluation],
+    may_diverge: bool = False,
 ) -> Evaluation:
     """Calls `measure` with the pictures of the inputs, shows progress, and says first how long kernels compile.
 
@@ -51,6 +52,7 @@ def measure_inputs(
         config: What is measured.
         task: Whose kernels are needed.
         measure: Takes the pictures, and what to call after each with the number of pictures done and its rows.
+        may_diverge: A predictor that diverges on every image is a result, without rows.
 
     Raises:
         ConfigError: An input holds no image.
@@ -64,7 +66,7 @@ def measure_inputs(
         print(f"compiling kernels, once on this machine: about {kernels.seconds} s", flush=True)
     with _progress(min(len(pictures), config.limit or len(pictures))) as report:
         evaluation = measure(pictures, report)
-    if not evaluation.rows:
+    if not evaluation.rows and not (may_diverge and evaluation.diverged):
         raise JobFailedError(f"no image could be used: {_skipped(evaluation)}")
     return evaluation
 

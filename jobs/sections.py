@@ -45,8 +45,8 @@ class FitConfig(Config):
     )
     rule: str = Field(
         AUTO,
-        description="update rule: auto, the shipped one in short fits and Adam in long ones; adam; shipped; or "
-        "NAME.safetensors",
+        description="update rule: auto, the shipped one in short fits and Adam in long ones; adam; shipped; "
+        "NAME.safetensors; or a name in a registry",
     )
     learning_rate_factor: float = Field(
         1.0, gt=0, le=100, description="factor on the optimiser's learning rates (docs/optimizer.md)"
@@ -65,7 +65,8 @@ def sections() -> dict[str, type[Config]]:
     """The configuration class of every section.
 
     There is one per command; `rollout` for `air distill --rule`, `rule` for `air train --phase rule` and `front` for
-    `air evaluate --front`; `trainer` for other training and `runner` for other jobs.
+    `air evaluate --front`; `gates` for what `air retrain` asks of a candidate; `trainer` for other training and
+    `runner` for other jobs.
     """
     # Imported here, so that a command starts without the other commands' modules.
     from pipeline.bulk.decode import DecodeConfig
@@ -73,6 +74,7 @@ def sections() -> dict[str, type[Config]]:
     from pipeline.bulk.encode import EncodeConfig
     from pipeline.bulk.shard import ShardConfig
     from pipeline.evaluation.config import EvaluateConfig, FrontConfig
+    from pipeline.retraining.config import GatesConfig, RetrainConfig
     from pipeline.rules.config import DistillRuleConfig, RuleConfig
     from pipeline.training.config import TrainConfig, TrainerConfig
 
@@ -87,6 +89,8 @@ def sections() -> dict[str, type[Config]]:
         "trainer": TrainerConfig,
         "evaluate": EvaluateConfig,
         "front": FrontConfig,
+        "retrain": RetrainConfig,
+        "gates": GatesConfig,
         "encode": EncodeConfig,
         "decode": DecodeConfig,
         "runner": RunnerConfig,

@@ -1,7 +1,7 @@
 """Trains a predictor network, on one worker or many, and keeps the network with the best validation.
 
-INPUT is the output of `air shard` (images) or of `air distill` (targets). OUT gets best.safetensors and
-last.safetensors with their cards, metrics.jsonl, TensorBoard events and checkpoints. After a stop, the same command
+INPUT is the output of `air shard` (images) or of `air distill` (targets), or several of them. OUT gets best.safetensors
+and last.safetensors with their cards, metrics.jsonl, TensorBoard events and checkpoints. After a stop, the same command
 goes on from the last checkpoint.
 
   air train shards/ run/ --steps 20000 --valid validation-pictures/
@@ -31,12 +31,12 @@ POD_NOTICE = (
 
 
 def train(
-    source_uri: str, output_uri: str, config: TrainConfig, trainer: TrainerConfig, valid: str | None = None
+    inputs: str | Sequence[str], output_uri: str, config: TrainConfig, trainer: TrainerConfig, valid: str | None = None
 ) -> dict[str, float]:
     """Plans and trains; returns the last figures.
 
     Args:
-        source_uri: Output of `air shard` or `air distill`.
+        inputs: Output of `air shard` or `air distill`, or several of them.
         output_uri: The run's folder.
         config: What to train.
         trainer: Where and how it runs.
@@ -47,7 +47,7 @@ def train(
     """
     from jobs.train_display import show_training
 
-    job = plan_training(source_uri, output_uri, config, trainer, valid)
+    job = plan_training(inputs, output_uri, config, trainer, valid)
     with show_training(config.steps, config.max_seconds) as report:
         if trainer.executor == "inline":
             from pipeline.training.group import Group
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str]) -> int:
 
         return train_rule(arguments)
     parser = make_parser("train", __doc__, TrainConfig, TrainerConfig)
-    parser.add_argument("input", metavar="INPUT", help="output of `air shard` or of `air distill`")
+    parser.add_argument("input", nargs="+", metavar="INPUT", help="output of `air shard` or of `air distill`")
     parser.add_argument("out", metavar="OUT", help="folder for the run; a local path or a URI")
     parser.add_argument(
         "--valid", metavar="IMAGES", help="images or shards to validate on; default: photographs that packages ship"

@@ -58,7 +58,8 @@ class Config(BaseModel):
             return values
         lists = {name for name, field in cls.model_fields.items() if is_list(field.annotation)}
         return {
-            key: (value,) if key in lists and isinstance(value, int | float) else value for key, value in values.items()
+            key: (value,) if key in lists and isinstance(value, int | float | str) else value
+            for key, value in values.items()
         }
 
 

@@ -36,6 +36,14 @@ class LeaseLostError(AirError):
     """Another process has taken over the lease of the output folder, and this process must write no more."""
 
 
+class RegistryError(AirError):
+    """A registry has no such version or alias, or an alias is not where it is expected. The message lists what is."""
+
+
+class AliasMovedError(RegistryError):
+    """An alias is not where it is expected: another process or person has moved it."""
+
+
 class TrainingError(AirError):
     """A training run cannot begin, go on or be resumed. Its last checkpoint stays."""
 

@@ -6,7 +6,6 @@ refuses weights with another checksum. With the grid, a driver needs no torch.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,9 +16,10 @@ from typing import TYPE_CHECKING
 from air.defaults import COMPACT, GRID, GRID_PATCH_SIZE, GRID_STAGES, has_compact
 from air.errors import CheckpointError
 from pipeline.errors import ConfigError
-from pipeline.storage.base import MissingFileError
-from pipeline.storage.open import open_parent
+from pipeline.registry.names import describe_unknown, locate
+from pipeline.storage.base import MissingFileError, Storage
 from pipeline.storage.uri import normalise
+from pipeline.weights import local_weights, model_name
 from pipeline.work.plan import Plan
 
 if TYPE_CHECKING:
@@ -70,13 +70,22 @@ class PredictorReference:
         return plan.holding(key, self.model, self.sha256)
 
 
-def find_predictor(name: str, patch_size: int | None = None, others: Sequence[str] = (GRID,)) -> PredictorReference:
+def find_predictor(
+    name: str,
+    patch_size: int | None = None,
+    others: Sequence[str] = (GRID,),
+    output: Storage | None = None,
+    key: str = "predictor",
+) -> PredictorReference:
     """Finds a predictor; reads its card, and the checksum of its weights.
 
     Args:
-        name: "grid", "compact" (the checkpoint that this package ships), or a path or URI of a checkpoint.
+        name: "grid", "compact" (the checkpoint that this package ships), a path or URI of a checkpoint, or a name in a
+            registry (`pipeline.registry.names`).
         patch_size: The patch size that it must have; any if not given.
         others: Names beside "compact" that the caller takes, for the message about an unknown name.
+        output: The output folder of the job, whose plan says what an alias stood for when the job began.
+        key: The key of the plan's configuration that holds the predictor.
 
     Raises:
         CheckpointError: There is no such predictor, or it has no card that fits.
@@ -87,15 +96,19 @@ def find_predictor(name: str, patch_size: int | None = None, others: Sequence[st
     from air.predictor.checkpoint import check_weights, read_card
     from air.predictor.load import checkpoint_path
 
-    checkpoint_path(name, others)  # its message has the name as it was typed
-    uri = name if name == COMPACT else normalise(name)
+    located = locate(name, "predictor", output, key)
+    try:
+        checkpoint_path(located, others)  # its message has the name as it was typed
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}{describe_unknown(name)}") from None
+    uri = located if located == COMPACT else normalise(located)
     with local_checkpoint(uri) as path:
         card = read_card(path)
         check_weights(path, card)
     has, stages = card.settings["patch_size"], card.settings["num_stages"]
     if patch_size is not None and patch_size != has:
         raise ConfigError(f"patch_size = {patch_size}: {name} has patch size {has}; set patch_size to {has}")
-    return PredictorReference(uri, f"{card.architecture}:{card.sha256[:12]}", card.sha256, has, stages)
+    return PredictorReference(uri, model_name(card.architecture, card.sha256), card.sha256, has, stages)
 
 
 def default_predictor(patch_size: int | None, stages: int | None) -> PredictorReference:
@@ -168,20 +181,3 @@ def local_checkpoint(name: str) -> Iterator[Path]:
     checkpoint_path(name)  # its message is clearer than that of a missing file
     with local_weights(name) as path:
         yield path
-
-
-@contextmanager
-def local_weights(uri: str) -> Iterator[Path]:
-    """A file NAME.safetensors on this machine, its card beside it. Remote files are copied for the time being.
-
-    Raises:
-        StorageError: A remote file cannot be fetched.
-    """
-    storage, file = open_parent(uri)
-    if storage.root.startswith("/"):
-        yield Path(storage.root) / file
-        return
-    with tempfile.TemporaryDirectory(prefix="air-") as folder:
-        for part in (file, str(Path(file).with_suffix(".json"))):
-            (Path(folder) / part).write_bytes(storage.read(part))
-        yield Path(folder) / file

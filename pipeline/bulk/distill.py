@@ -56,7 +56,8 @@ class DistillConfig(StageControlConfig, ViewConfig):
     seed: int = Field(0, ge=0, lt=2**63, description="seed of the views")
     predictor: str | None = Field(
         None,
-        description="grid, the closed form; compact, the shipped network; or NAME.safetensors; default: compact if it "
+        description="grid, the closed form; compact, the shipped network; NAME.safetensors; or a name in a registry; "
+        "default: compact if it "
         "is shipped and has this patch_size and as many stages, else grid",
     )
     stages: int | None = Field(
@@ -95,8 +96,11 @@ class DistillConfig(StageControlConfig, ViewConfig):
         None, ge=1, le=256, exclude=True, description="views optimised together; default: 1 on a CPU, 16 on a GPU"
     )
 
-    def find_predictor(self) -> PredictorReference:
+    def find_predictor(self, output: Storage | None = None) -> PredictorReference:
         """The predictor that the configuration names, or else the default one.
+
+        Args:
+            output: The output folder, whose plan says what an alias of a registry stood for when the job began.
 
         Raises:
             CheckpointError: There is no such predictor.
@@ -104,7 +108,7 @@ class DistillConfig(StageControlConfig, ViewConfig):
         """
         if self.predictor is None:
             return default_predictor(self.patch_size, self.stages)
-        return find_predictor(self.predictor, self.patch_size)
+        return find_predictor(self.predictor, self.patch_size, output=output)
 
     def settled(self, reference: PredictorReference) -> DistillConfig:
         """The configuration with the values that depend on the predictor filled in.

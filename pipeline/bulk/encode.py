@@ -50,8 +50,8 @@ class EncodeConfig(Config):
     psnr: float | None = Field(None, gt=0, le=100, description="target: least dB of the decoded picture")
     predictor: str | None = Field(
         None,
-        description="grow: fit from scratch; or start from a prediction of compact, grid or NAME.safetensors; "
-        "default: grow with a target, compact without one",
+        description="grow: fit from scratch; or start from a prediction of compact, grid, NAME.safetensors or a name "
+        "in a registry; default: grow with a target, compact without one",
     )
     stages: int | None = Field(None, ge=1, le=16, description="most stages of a predictor; default: all")
     steps: int | None = Field(
@@ -104,14 +104,18 @@ class EncodeConfig(Config):
         return {name: getattr(self, name) for name in ("gaussians", "bpp", "psnr") if getattr(self, name) is not None}
 
 
-def find_start(config: EncodeConfig) -> PredictorReference | None:
+def find_start(config: EncodeConfig, output: Storage | None = None) -> PredictorReference | None:
     """The predictor of a configuration, by the same rule as `air.encode`; None if Gaussians are grown.
+
+    Args:
+        config: How to encode.
+        output: The output folder, whose plan says what an alias of a registry stood for when the job began.
 
     Raises:
         CheckpointError: There is no such predictor.
     """
     name = start_of_encoding(config.has_target) if config.predictor is None else config.predictor
-    return None if name == GROW else find_predictor(name, others=(GROW, GRID))
+    return None if name == GROW else find_predictor(name, others=(GROW, GRID), output=output)
 
 
 def plan_encode(

@@ -38,8 +38,8 @@ class EvaluateConfig(StageControlConfig):
 
     predictor: str | None = Field(
         None,
-        description="grid, compact or a checkpoint NAME.safetensors; default: compact if it is shipped and has the "
-        "patch size and stages asked for, else grid",
+        description="grid, compact, a checkpoint NAME.safetensors or a name in a registry; default: compact if "
+        "it is shipped and has the patch size and stages asked for, else grid",
     )
     refine: tuple[int, ...] = Field(
         (0, 10, 50), description="numbers of refinement steps; each starts from the prediction"

@@ -14,7 +14,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -62,10 +62,13 @@ class Evaluation:
     Attributes:
         rows: Rows of `EVALUATION`, `CODEC_EVALUATION` or `FRONT` in `pipeline.formats.tables`, in the order of images.
         rejected: Number of images that could not be used, by reason.
+        diverged: Number of images for which a predictor gave numbers that are not finite, by the predictor's name. Such
+            an image has no rows, whichever predictor failed.
     """
 
     rows: Rows = field(default_factory=list)
     rejected: Counter[str] = field(default_factory=Counter)
+    diverged: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass(frozen=True)
@@ -110,29 +113,29 @@ class Contestant:
 
 def evaluate(
     pictures: Sequence[Picture],
-    reference: PredictorReference,
+    references: Sequence[PredictorReference],
     config: EvaluateConfig,
     report: Callable[[int, Rows], None] = lambda number, rows: None,
 ) -> Evaluation:
-    """Measures a predictor and its baselines on pictures.
+    """Measures predictors and the baselines of the first one on pictures. On each picture they take turns.
 
     Args:
         pictures: The pictures. One that cannot be used is logged with the reason and counted.
-        reference: The predictor.
+        references: The predictors.
         config: What is measured.
         report: Called after every picture with the number of pictures done and the picture's rows.
 
     Raises:
-        CheckpointError: The predictor cannot be loaded.
-        ConfigError: The predictor has fewer stages than are asked for.
+        CheckpointError: A predictor cannot be loaded.
+        ConfigError: A predictor has fewer stages than are asked for.
     """
     warm_up("predict")
     control = config.control()
-    contestants = [Contestant.find(reference, config.stages, config.gaussians, control)]
-    if config.baseline and reference.name != GRID:
-        grid = GridPredictor(reference.patch_size)
-        stages = reference.stages(config.stages)
-        contestants.append(Contestant(GRID, grid, stages, config.gaussians, control))
+    contestants = [Contestant.find(reference, config.stages, config.gaussians, control) for reference in references]
+    first = references[0]
+    if config.baseline and first.name != GRID:
+        grid = GridPredictor(first.patch_size)
+        contestants.append(replace(contestants[0], name=GRID, predictor=grid))
     warm = False
 
     def measure(key: str, rgb: np.ndarray) -> Rows:
@@ -145,6 +148,14 @@ def evaluate(
 
     with limit_torch(config.threads):
         return measure_pictures(pictures[: config.limit], measure, report)
+
+
+class _Diverged(Exception):
+    """A contestant gave numbers that are not finite."""
+
+    def __init__(self, name: str, cause: Exception) -> None:
+        super().__init__(f"{name}: {cause}")
+        self.name = name
 
 
 def measure_pictures(
@@ -165,6 +176,9 @@ def measure_pictures(
             rows = measure(*picture.read())
         except Rejected as rejection:
             rows = _reject(evaluation, picture, rejection)
+        except _Diverged as error:
+            evaluation.diverged[error.name] += 1
+            rows = _reject(evaluation, picture, Rejected(Reason.NON_FINITE, str(error)))
         except (InvalidGaussiansError, NonFiniteLossError) as error:
             rows = _reject(evaluation, picture, Rejected(Reason.NON_FINITE, str(error)))
         evaluation.rows += rows
@@ -181,7 +195,12 @@ def _reject(evaluation: Evaluation, picture: Picture, rejection: Rejected) -> Ro
 
 def _measure_all(key: str, image: Tensor, contestants: Sequence[Contestant], config: EvaluateConfig) -> Rows:
     """The rows of one image, from every contestant and from the plain grid."""
-    rows = [row for contestant in contestants for row in _measure(key, image, contestant, config)]
+    rows = []
+    for contestant in contestants:
+        try:
+            rows += _measure(key, image, contestant, config)
+        except (InvalidGaussiansError, NonFiniteLossError) as error:
+            raise _Diverged(contestant.name, error) from None
     if config.baseline:
         _, height, width = image.shape
         patch_size = nearest_patch_size(height, width, rows[0]["num_gaussians"])

@@ -21,6 +21,7 @@ from pipeline.formats import images
 from pipeline.formats.tars import TarIndex
 from pipeline.inputs.shards import list_shards
 from pipeline.storage.base import Storage
+from pipeline.storage.open import open_storage
 from pipeline.work.manifest import committed_units, read_manifests
 from pipeline.work.plan import PLAN_PATH, Unit, read_plan
 
@@ -30,11 +31,13 @@ class Block:
     """Samples that are stored and read together.
 
     Attributes:
-        path: The file's path below the input.
+        source: URI of the input.
+        path: The file's path below it.
         group: The row group in the file; None for a tar.
         count: Number of samples.
     """
 
+    source: str
     path: str
     group: int | None
     count: int
@@ -61,7 +64,7 @@ def find_blocks(source: Storage) -> tuple[str, list[Unit], list[Block]]:
         kind = "targets"
     elif job == "shard":
         units = list_shards(source)
-        blocks = [Block(unit.input, None, unit.samples or 0) for unit in units]
+        blocks = [Block(source.uri(), unit.input, None, unit.samples or 0) for unit in units]
         kind = "images"
     else:
         raise TrainingError(
@@ -99,6 +102,11 @@ def committed_files(source: Storage) -> list[Unit]:
     ]
 
 
+def in_input(unit: Unit, number: int, count: int) -> Unit:
+    """A unit of one of several inputs, under a name that no unit of another input has."""
+    return unit if count == 1 else unit.model_copy(update={"name": f"input-{number}-{unit.name}"})
+
+
 def row_groups(source: Storage, unit: Unit) -> Iterator[Block]:
     """The row groups of a Parquet file as blocks of rows.
 
@@ -113,7 +121,7 @@ def row_groups(source: Storage, unit: Unit) -> Iterator[Block]:
                 f"{source.uri(unit.input)} is not a Parquet file: {error}; run `air verify`"
             ) from None
         for group in range(metadata.num_row_groups):
-            yield Block(unit.input, group, metadata.row_group(group).num_rows)
+            yield Block(source.uri(), unit.input, group, metadata.row_group(group).num_rows)
 
 
 class RawSample(NamedTuple):
@@ -136,17 +144,14 @@ class BlockReader:
     """Reads single samples. Keeps the blocks of a window open, and decoded images up to a number of bytes.
 
     Args:
-        source: The folder that holds the blocks.
-        blocks: All blocks, as `find_blocks` gives them.
+        blocks: All blocks, as `find_blocks` gives them, of one input or several.
         window: Number of blocks among which the caller moves back and forth.
         cache_bytes: Memory for decoded images.
         with_targets: Read all columns of targets, Gaussians included.
     """
 
-    def __init__(
-        self, source: Storage, blocks: Sequence[Block], window: int, cache_bytes: int, with_targets: bool = False
-    ) -> None:
-        self._source = source
+    def __init__(self, blocks: Sequence[Block], window: int, cache_bytes: int, with_targets: bool = False) -> None:
+        self._sources = {uri: open_storage(uri) for uri in {block.source for block in blocks}}
         self._blocks = blocks
         self._columns = None if with_targets else ["key", "view", "image"]
         # One more than the window: a batch may reach from one window into the next.
@@ -179,7 +184,7 @@ class BlockReader:
         where = self._blocks[block]
         opened = self._open.get(block, lambda: self._load(where))
         key = opened.keys[row] if isinstance(opened, TarIndex) else opened.column("key")[row].as_py()
-        return f"{key} in {self._source.uri(where.path)}"
+        return f"{key} in {self._sources[where.source].uri(where.path)}"
 
     def close(self) -> None:
         """Closes the open blocks and drops the decoded images. A later `read` opens its block again."""
@@ -187,18 +192,19 @@ class BlockReader:
         self._decoded.clear()
 
     def _load(self, block: Block) -> TarIndex | pa.Table:
+        source = self._sources[block.source]
         if block.group is None:
-            with self._source.local_file(block.path) as local:
-                opened = TarIndex(local, self._source.uri(block.path))
+            with source.local_file(block.path) as local:
+                opened = TarIndex(local, source.uri(block.path))
             count = len(opened.keys)
         else:
-            with self._source.open(block.path) as stream:
+            with source.open(block.path) as stream:
                 opened = pq.ParquetFile(stream).read_row_group(block.group, columns=self._columns)
             count = opened.num_rows
         if count != block.count:
             _close(opened)
             raise DamagedDataError(
-                f"{self._source.uri(block.path)} has {count} samples, expected {block.count}; run `air verify`"
+                f"{source.uri(block.path)} has {count} samples, expected {block.count}; run `air verify`"
             )
         return opened
 

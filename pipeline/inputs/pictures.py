@@ -91,7 +91,7 @@ def _committed(folder: Storage) -> list[Picture]:
             "output of `air shard` or `air distill`"
         )
     kind, _, blocks = find_blocks(folder)
-    reader = BlockReader(folder, blocks, window=1, cache_bytes=0)
+    reader = BlockReader(blocks, window=1, cache_bytes=0)
 
     def read(block: int, row: int) -> tuple[str, np.ndarray]:
         sample = reader.read(block, row)

@@ -165,19 +165,22 @@ def _expand(given: str) -> tuple[Storage, str, Callable[[], Iterator[Entry]]]:
     if last and parent.exists(last):
         return parent, posixpath.basename(parent.uri()), lambda: iter([Entry(last, parent.size(last))])
     folder = open_storage(uri)
-    if not _WILDCARDS.search(uri) or next(folder.list(), None):  # a folder may have the name `holidays [2020]`
+    glob = split_glob(uri)
+    if glob is None or next(folder.list(), None):  # a folder may have the name `holidays [2020]`
         return folder, posixpath.basename(uri), folder.list
-    fixed, pattern = _split_glob(uri)
-    above = open_storage(fixed or "/")
-    matches = _glob_expression(pattern).fullmatch
-    return above, posixpath.basename(fixed), lambda: (entry for entry in above.list() if matches(entry.path))
+    above, matches = glob
+    name = posixpath.basename(above.uri().rstrip("/"))
+    return above, name, lambda: (entry for entry in above.list() if matches(entry.path))
 
 
-def _split_glob(uri: str) -> tuple[str, str]:
-    """The folder before the first wildcard, and the pattern below it."""
+def split_glob(uri: str) -> tuple[Storage, Callable[[str], object]] | None:
+    """The folder before the first wildcard, and what tells whether a path below it matches; None without wildcards."""
     parts = uri.split("/")
-    first = next(index for index, part in enumerate(parts) if _WILDCARDS.search(part))
-    return "/".join(parts[:first]), "/".join(parts[first:])
+    first = next((index for index, part in enumerate(parts) if _WILDCARDS.search(part)), None)
+    if first is None:
+        return None
+    matches = _glob_expression("/".join(parts[first:])).fullmatch
+    return open_storage("/".join(parts[:first]) or "/"), matches
 
 
 def _glob_expression(pattern: str) -> re.Pattern[str]:

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from air.errors import CheckpointError
 from air.optimization.rule_file import load_rule
 from pipeline.errors import DamagedDataError, TrainingError
-from pipeline.predictors import local_weights
 from pipeline.rules.state import KINDS, RULE
 from pipeline.storage.base import Storage
 from pipeline.training.audit import Standing, repair_run, verify_folder
 from pipeline.training.log import read_metrics
 from pipeline.training.state import checkpoints, read_state
+from pipeline.weights import local_weights
 from pipeline.work.plan import read_plan
 
 

@@ -70,7 +70,8 @@ class DistillRuleConfig(RollOutConfig):
 
     rule: str = Field(
         ADAM,
-        description="adam, the rule before any training; shipped, the rule of this package; or NAME.safetensors",
+        description="adam, the rule before any training; shipped, the rule of this package; NAME.safetensors; or a "
+        "name in a registry",
     )
     fits: int = Field(1, ge=1, le=1000, description="fits of each image")
     samples: int = Field(
@@ -104,8 +105,8 @@ class RuleConfig(RollOutConfig, LearnerConfig, LeaseConfig):
     from_: str | None = Field(
         None,
         alias="from",
-        description="rule to begin with: adam, shipped or NAME.safetensors; default: adam, or the rule of the "
-        "stored roll-outs if that is shipped",
+        description="rule to begin with: adam, shipped, NAME.safetensors or a name in a registry; default: adam, or "
+        "the rule of the stored roll-outs if that is shipped",
     )
     steps: int | None = Field(
         None,

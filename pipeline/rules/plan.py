@@ -75,11 +75,11 @@ def plan_rule(inputs: Sequence[str], output_uri: str, config: RuleConfig, valid:
     check_outside(output, [source.uri() for source in sources])
     stored = _stored(sources)
     if stored:
-        begin = _begin_of(stored, config, inputs)
+        begin = _begin_of(stored, config, inputs, output)
         steps = config.steps or max(1, -(-config.passes * stored.samples // config.batch))
         held: dict[str, object] = {"targets": "offline"}
     else:
-        begin = find_rule(config.from_ or ADAM)
+        begin = find_rule(config.from_ or ADAM, output, "from_")
         steps = config.steps or _ONLINE_STEPS
         held = {"targets": "online", "pictures": [fingerprint(given) for given in inputs]}
     config = config.model_copy(update={"steps": steps, "from_": begin.name})
@@ -114,7 +114,7 @@ def _stored(sources: Sequence[Storage]) -> StoredRollOuts | None:
     return find_roll_outs(sources)
 
 
-def _begin_of(stored: StoredRollOuts, config: RuleConfig, inputs: Sequence[str]) -> RuleReference:
+def _begin_of(stored: StoredRollOuts, config: RuleConfig, inputs: Sequence[str], output: Storage) -> RuleReference:
     """The rule to begin with, which must be the one that rolled out: goals lie around its moves.
 
     Raises:
@@ -126,7 +126,7 @@ def _begin_of(stored: StoredRollOuts, config: RuleConfig, inputs: Sequence[str])
             if (name != SHIPPED or has_rule()) and (found := find_rule(name)).model == stored.rule:
                 return found
         raise TrainingError(f"the roll-outs in {listed} are of {stored.rule}: name its file with --from")
-    begin = find_rule(config.from_)
+    begin = find_rule(config.from_, output, "from_")
     if begin.model != stored.rule:
         raise TrainingError(
             f"the roll-outs in {listed} are of {stored.rule}, and --from {config.from_} is {begin.model}: begin with "

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from air.defaults import ADAM, SHIPPED
 from air.errors import CheckpointError
 from pipeline.identity import seed_of
-from pipeline.predictors import local_weights
-from pipeline.storage.base import MissingFileError
+from pipeline.registry.names import describe_unknown, locate
+from pipeline.storage.base import MissingFileError, Storage
 from pipeline.storage.uri import normalise
+from pipeline.weights import local_weights, model_name
 
 if TYPE_CHECKING:
     from air.optimization.rule import LearnedRule
@@ -32,11 +36,13 @@ class RuleReference:
     sha256: str
 
 
-def find_rule(name: str) -> RuleReference:
+def find_rule(name: str, output: Storage | None = None, key: str = "rule") -> RuleReference:
     """Finds a rule; reads its card, and the checksum of its weights.
 
     Args:
-        name: "adam", "shipped", or a path or URI of NAME.safetensors.
+        name: "adam", "shipped", a path or URI of NAME.safetensors, or a name in a registry (`pipeline.registry.names`).
+        output: The output folder of the job, whose plan says what an alias stood for when the job began.
+        key: The key of the plan's configuration that holds the rule.
 
     Raises:
         CheckpointError: There is no such rule, or it has no card that fits.
@@ -44,22 +50,38 @@ def find_rule(name: str) -> RuleReference:
     if name == ADAM:
         return RuleReference(ADAM, ADAM, "")
     from air.cards import check_weights
-    from air.optimization.rule_file import read_rule_card
+    from air.optimization.rule_file import read_rule_card, rule_path
 
-    uri = _uri(name)
+    located = locate(name, "rule", output, key)
     try:
-        with local_weights(uri) as path:
+        rule_path(located)  # its message has the name as it was typed
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}{describe_unknown(name)}") from None
+    uri = located if located == SHIPPED else normalise(located)
+    try:
+        with local_rule(uri) as path:
             card = read_rule_card(path)
             check_weights(path, card.sha256)
     except MissingFileError as error:
         raise CheckpointError(str(error)) from None
-    return RuleReference(name if name == SHIPPED else uri, f"rule:{card.sha256[:12]}", card.sha256)
+    return RuleReference(uri, model_name("rule", card.sha256), card.sha256)
 
 
-def _uri(name: str) -> str:
+@contextmanager
+def local_rule(name: str) -> Iterator[Path]:
+    """A rule's weights as a local file, the card beside it. A remote rule is copied for the time being.
+
+    Args:
+        name: "shipped", which each machine finds in its own installation; or a path or URI of NAME.safetensors.
+
+    Raises:
+        CheckpointError: The name is neither of these.
+        StorageError: The rule cannot be fetched.
+    """
     from air.optimization.rule_file import rule_path
 
-    return normalise(rule_path(name))
+    with local_weights(rule_path(name)) as path:
+        yield path
 
 
 @lru_cache(maxsize=2)
@@ -73,7 +95,7 @@ def load_rule(reference: RuleReference) -> LearnedRule:
         return fresh_rule(0).eval().requires_grad_(False)
     from air.optimization import rule_file
 
-    with local_weights(_uri(reference.name)) as path:
+    with local_rule(reference.name) as path:
         rule, card = rule_file.load_rule(path)
     if card.sha256 != reference.sha256:
         raise CheckpointError(

@@ -16,7 +16,7 @@ import torch
 
 from pipeline.errors import DamagedDataError, TrainingError
 from pipeline.formats import tables
-from pipeline.inputs.blocks import RecentlyUsed, committed_files
+from pipeline.inputs.blocks import RecentlyUsed, committed_files, in_input
 from pipeline.rules.learn import Samples, Scale
 from pipeline.storage.base import Storage
 from pipeline.storage.open import open_storage
@@ -75,8 +75,7 @@ def find_roll_outs(sources: Sequence[Storage]) -> StoredRollOuts:
     rules: dict[str, str] = {}  # the first file of each rule
     for number, source in enumerate(sources):
         for unit in committed_files(source):
-            name = unit.name if len(sources) == 1 else f"input-{number}-{unit.name}"
-            units.append(unit.model_copy(update={"name": name}))
+            units.append(in_input(unit, number, len(sources)))
             for group, rows in enumerate(_overview(source, unit)):
                 samples = sum(rows.column("samples").to_pylist())
                 for rule in sorted(set(rows.column("rule").to_pylist())):

@@ -17,7 +17,6 @@ from air.arguments import image_tensor
 from pipeline.errors import Rejected
 from pipeline.identity import seed_of
 from pipeline.inputs.blocks import BlockReader, RawSample
-from pipeline.storage.open import open_storage
 from pipeline.training.augment import crop_side, make_crop
 from pipeline.training.group import Group
 from pipeline.training.order import GlobalOrder, rank_slice
@@ -88,7 +87,6 @@ class Feed:
         self._order = GlobalOrder([block.count for block in job.blocks], job.config)
         self._slice = rank_slice(job.config.batch, group.rank, group.size)
         self._reader = BlockReader(
-            open_storage(job.source),
             job.blocks,
             job.config.window,
             job.trainer.cache_mb * 1_000_000,

@@ -89,7 +89,9 @@ class TrainConfig(FeedConfig, AugmentConfig, LossConfig, OptimizerConfig):
         "a checkpoint together with the quantiser that stores its Gaussians; rule: learn an update rule of the "
         "optimiser, which has options of its own",
     )
-    from_: str | None = Field(None, alias="from", description="checkpoint to begin with; default: fresh weights")
+    from_: str | None = Field(
+        None, alias="from", description="checkpoint, or name in a registry, to begin with; default: fresh weights"
+    )
     targets: Literal["offline", "online"] = Field(
         "offline", description="pod: offline takes the targets of `air distill`, online optimises them in the loop"
     )

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from air.defaults import GRID
 from pipeline.errors import ConfigError, TrainingError
-from pipeline.inputs.blocks import Block, find_blocks
+from pipeline.inputs.blocks import Block, find_blocks, in_input
 from pipeline.inputs.pictures import fingerprint
 from pipeline.inputs.sources import check_outside
 from pipeline.predictors import find_predictor
@@ -22,7 +22,7 @@ from pipeline.storage.base import Storage
 from pipeline.storage.open import open_storage
 from pipeline.storage.uri import normalise
 from pipeline.training.config import TrainConfig, TrainerConfig
-from pipeline.work.plan import Plan, read_plan, settle_plan
+from pipeline.work.plan import Plan, Unit, read_plan, settle_plan
 
 VALIDATION = "validation"
 """The folder of the run that holds the default validation pictures; in the plan, the key of their fingerprint."""
@@ -38,8 +38,7 @@ class TrainJob:
     Attributes:
         config: What is trained.
         trainer: Where and how it runs.
-        source: URI of the samples.
-        blocks: Where the samples lie, below the source.
+        blocks: Where the samples lie.
         output: URI of the run's folder.
         plan: Hash of the run's plan.
         valid: URI of the validation images.
@@ -50,7 +49,6 @@ class TrainJob:
 
     config: TrainConfig
     trainer: TrainerConfig
-    source: str
     blocks: tuple[Block, ...]
     output: str
     plan: str
@@ -60,12 +58,12 @@ class TrainJob:
 
 
 def plan_training(
-    source_uri: str, output_uri: str, config: TrainConfig, trainer: TrainerConfig, valid: str | None = None
+    inputs: str | Sequence[str], output_uri: str, config: TrainConfig, trainer: TrainerConfig, valid: str | None = None
 ) -> TrainJob:
     """Checks everything that can be checked beforehand, and writes the plan or compares it with the folder's plan.
 
     Args:
-        source_uri: Output of `air shard` or `air distill`.
+        inputs: Output of `air shard` or `air distill`, or several of them.
         output_uri: The run's folder.
         config: What to train.
         trainer: Where and how it runs.
@@ -81,15 +79,15 @@ def plan_training(
 
     if trainer.executor == "inline" and trainer.workers > 1:
         raise ConfigError("--executor inline is one worker in this process; several workers need --executor ray")
-    source, output = open_storage(source_uri), open_storage(output_uri)
-    check_outside(output, [source.uri()])
-    kind, units, blocks = find_blocks(source)
-    canvas = canvas_of_targets(source, kind, config) if config.uses_targets else None
-    plan = Plan.make("train", config, units, [source.uri()])
+    sources = [open_storage(given) for given in ([inputs] if isinstance(inputs, str) else inputs)]
+    output = open_storage(output_uri)
+    check_outside(output, [source.uri() for source in sources])
+    units, blocks, canvas = _find_samples(sources, config)
+    plan = Plan.make("train", config, units, [source.uri() for source in sources])
     if config.from_:
         if config.from_ == GRID:
             raise ConfigError("from = grid: the grid has no weights to begin with; leave it out for fresh weights")
-        begin = find_predictor(config.from_)
+        begin = find_predictor(config.from_, output=output, key="from_")
         config = config.model_copy(update={"from_": begin.name})
         plan = begin.hold(plan, "from_")
     check_start(config, trainer)
@@ -102,7 +100,6 @@ def plan_training(
     return TrainJob(
         config=config,
         trainer=trainer,
-        source=source.uri(),
         blocks=tuple(blocks),
         output=output.uri(),
         plan=plan.hash,
@@ -110,6 +107,30 @@ def plan_training(
         canvas=canvas,
         threads=trainer.threads or max(1, (os.cpu_count() or 1) // trainer.workers),
     )
+
+
+def _find_samples(sources: Sequence[Storage], config: TrainConfig) -> tuple[list[Unit], list[Block], str | None]:
+    """The committed files of all inputs as units, their blocks, and the canvas of the targets if these are needed.
+
+    Raises:
+        TrainingError: An input does not fit, is not finished or has no samples; or two have targets of two kinds.
+    """
+    units: list[Unit] = []
+    blocks: list[Block] = []
+    canvases: dict[str, str] = {}  # the first input of each
+    for number, source in enumerate(sources):
+        kind, found, inside = find_blocks(source)
+        units += [in_input(unit, number, len(sources)) for unit in found]
+        blocks += inside
+        if config.uses_targets:
+            canvases.setdefault(canvas_of_targets(source, kind, config), source.uri())
+    if len(canvases) > 1:
+        (first, here), (second, there) = canvases.items()
+        raise TrainingError(
+            f"the targets in {here} were made on the {first} canvas, those in {there} on the {second} canvas: give "
+            "targets of one kind"
+        )
+    return units, blocks, next(iter(canvases), None)
 
 
 def canvas_of_targets(source: Storage, kind: str, config: TrainConfig) -> str:

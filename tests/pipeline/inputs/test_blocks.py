@@ -46,7 +46,7 @@ def test_samples_are_read_in_any_order(source: Storage, cache_bytes: int):
     """Each block is opened, given up and opened again."""
     kind, units, blocks = find_blocks(source)
     assert (kind, len(units), [block.count for block in blocks]) == ("images", 4, [2, 2, 2, 2])
-    reader = BlockReader(source, blocks, window=1, cache_bytes=cache_bytes)
+    reader = BlockReader(blocks, window=1, cache_bytes=cache_bytes)
     read_all(reader, blocks)
     read_all(reader, blocks)
 
@@ -54,7 +54,7 @@ def test_samples_are_read_in_any_order(source: Storage, cache_bytes: int):
 def test_no_more_files_are_open_than_a_window_needs_and_none_after_close(source: Storage):
     _, _, blocks = find_blocks(source)
     before = psutil.Process().num_fds()
-    reader = BlockReader(source, blocks, window=1, cache_bytes=0)
+    reader = BlockReader(blocks, window=1, cache_bytes=0)
     read_all(reader, blocks)
     assert psutil.Process().num_fds() == before + 2
     reader.close()
@@ -67,7 +67,7 @@ def test_a_sample_without_an_image_is_rejected_and_named(tmp_path: Path):
     write_tar(tmp_path / "x.tar", {"a.png": encode_picture(0), "b.txt": b"no image"})
     source = open_storage(tmp_path)
     _, _, blocks = find_blocks(source)
-    reader = BlockReader(source, blocks, window=1, cache_bytes=0)
+    reader = BlockReader(blocks, window=1, cache_bytes=0)
     with pytest.raises(Rejected) as caught:
         reader.read(0, 1)
     assert caught.value.reason == Reason.NO_IMAGE
@@ -81,10 +81,10 @@ def test_a_shard_that_changed_is_damaged(tmp_path: Path):
     _, _, blocks = find_blocks(source)
     write_tar(file, {"a.png": encode_picture(0), "b.png": encode_picture(1)})
     with pytest.raises(DamagedDataError, match=r"x\.tar has 2 samples, expected 1; run `air verify`"):
-        BlockReader(source, blocks, window=1, cache_bytes=0).read(0, 0)
+        BlockReader(blocks, window=1, cache_bytes=0).read(0, 0)
     os.truncate(file, 700)
     with pytest.raises(DamagedDataError, match=r"x\.tar is not a whole tar"):
-        BlockReader(source, blocks, window=1, cache_bytes=0).read(0, 0)
+        BlockReader(blocks, window=1, cache_bytes=0).read(0, 0)
 
 
 def test_a_folder_of_empty_shards_has_no_samples(tmp_path: Path):

@@ -32,7 +32,7 @@ def test_shards_and_targets_give_the_same_images(shards: Path) -> None:
         source = open_storage(folder)
         kind, units, blocks = find_blocks(source)
         assert sum(block.count for block in blocks) == sum(unit.samples or 0 for unit in units) == 4
-        reader = BlockReader(source, blocks, window=1, cache_bytes=10**6)
+        reader = BlockReader(blocks, window=1, cache_bytes=10**6)
         samples = [reader.read(number, row) for number, block in enumerate(blocks) for row in range(block.count)]
         found.append((kind, {sample.key: sample.rgb.shape for sample in samples}))
     assert [kind for kind, _ in found] == ["images", "targets"]
