@@ -56,11 +56,12 @@ class Config(BaseModel):
         """Takes `steps: 50` in YAML for `steps: [50]`, as the command line takes `--steps 50`."""
         if not isinstance(values, dict):
             return values
-        lists = {name for name, field in cls.model_fields.items() if is_list(field.annotation)}
-        return {
-            key: (value,) if key in lists and isinstance(value, int | float | str) else value
-            for key, value in values.items()
-        }
+        lists = {name: field.annotation for name, field in cls.model_fields.items() if is_list(field.annotation)}
+
+        def is_item(key: Any, value: Any) -> bool:
+            return key in lists and isinstance(value, str if get_args(lists[key])[0] is str else int | float)
+
+        return {key: (value,) if is_item(key, value) else value for key, value in values.items()}
 
 
 _Level = Annotated[int, Field(ge=0, le=255)]
