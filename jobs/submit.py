@@ -18,7 +18,6 @@ import os
 import secrets
 import shlex
 import shutil
-import sys
 import tempfile
 import time
 import urllib.error
@@ -34,6 +33,8 @@ from pipeline.storage.uri import SCHEME
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
+
+logger = logging.getLogger(__name__)
 
 JOBS = ("shard", "distill", "train", "evaluate", "encode", "decode", "verify", "retrain")
 """The commands that can be submitted: those whose positional arguments are all inputs and outputs."""
@@ -62,6 +63,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--no-wait", action="store_true", help="leave when the cluster has accepted the job")
     given, command = parser.parse_known_args(arguments)
     checked = _check(parser, command)
+    if given.log_format != parser.get_default("log_format"):
+        command += ["--log-format", given.log_format]  # the job's lines, too
     if not given.address:
         raise ConfigError("which cluster? Add --address with the address of its dashboard, such as http://head:8265")
     address = given.address.rstrip("/")
@@ -226,7 +229,7 @@ def follow(client: JobSubmissionClient, job: str) -> JobDetails:
             if info.status.is_terminal():
                 return info
         except (RuntimeError, OSError, EOFError) as error:  # OSError: also of aiohttp and requests
-            logging.getLogger(__name__).debug("%s", error)
+            logger.debug("%s", error)
             if time.monotonic() - answered > _LOST_SECONDS:
                 raise JobFailedError(
                     f"{job} is out of reach for {_LOST_SECONDS:.0f} s ({error}). If the cluster is gone, what was "
@@ -258,12 +261,12 @@ def _status(job: str, info: JobDetails) -> int:
     if info.status == "SUCCEEDED":
         return 0
     if info.status == "STOPPED":
-        print(f"air submit: {job} was stopped; submit the same command again to go on", file=sys.stderr)
+        logger.error("air submit: %s was stopped; submit the same command again to go on", job)
         return _TERMINATED
     code = info.driver_exit_code
     if code is None:
-        print(f"air submit: {job} failed: {(info.message or 'no reason given').strip()}", file=sys.stderr)
+        logger.error("air submit: %s failed: %s", job, (info.message or "no reason given").strip())
         return 1
     code = code if code >= 0 else 128 - code  # a signal, as a shell reports it
-    print(f"air submit: {job} failed with status {code}", file=sys.stderr)
+    logger.error("air submit: %s failed with status %d", job, code)
     return code

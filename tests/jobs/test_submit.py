@@ -99,6 +99,12 @@ def test_a_round_is_sent_as_its_file_says(submitted, tmp_path: Path) -> None:
     assert client.sent["entrypoint"] == "air retrain --once --config cycle.yaml"
 
 
+def test_the_job_logs_as_its_submission_does(submitted) -> None:
+    client = FakeClient((Status.SUCCEEDED, 0))
+    assert submitted(client, "verify", OUTPUT, "--log-format", "json") == 0
+    assert client.sent["entrypoint"] == f"air verify {OUTPUT} --log-format json"
+
+
 def test_what_is_sent_is_a_command_line(submitted) -> None:
     """The one that the cluster runs, with what was added to it."""
     for command in (("encode", INPUT, OUTPUT), ("verify", OUTPUT), ("train", INPUT, OUTPUT, "--workers", "2")):
