@@ -36,11 +36,24 @@ class Checked:
         positionals: The values without an option, in order: inputs and outputs.
         configs: The configurations, built of the file and the options; none if the command has none.
         options: All values that the command line gives, by the option's key.
+        flags: Every option that the command has, such as `--config`.
     """
 
     positionals: tuple[str, ...]
     configs: tuple[Config, ...]
     options: Mapping[str, Any]
+    flags: frozenset[str]
+
+
+@dataclass
+class _Check:
+    """What a check has found so far."""
+
+    positionals: tuple[str, ...] = ()
+    flags: frozenset[str] = frozenset()
+
+    def accept(self, given: argparse.Namespace, configs: Sequence[Config]) -> NoReturn:
+        raise _Accepted(Checked(self.positionals, tuple(configs), vars(given), self.flags))
 
 
 class _Accepted(Exception):
@@ -51,8 +64,8 @@ class _Accepted(Exception):
         self.checked = checked
 
 
-_checking: ContextVar[list[str] | None] = ContextVar("checking", default=None)
-"""During a check, the positional values that were parsed; None while commands run."""
+_checking: ContextVar[_Check | None] = ContextVar("checking", default=None)
+"""The check that is going on; None while commands run."""
 
 
 def check_command(command: str, arguments: Sequence[str]) -> Checked:
@@ -66,7 +79,7 @@ def check_command(command: str, arguments: Sequence[str]) -> Checked:
         SystemExit: An option is unknown or a value is missing, as the parser has said on stderr; or `--help`.
         ConfigError: A key or a value is wrong.
     """
-    before = _checking.set([])
+    before = _checking.set(_Check())
     try:
         import_module(f"jobs.{command.replace('-', '_')}").main(arguments)
     except _Accepted as accepted:
@@ -89,13 +102,14 @@ class _Parser(argparse.ArgumentParser):
 
     def parse_args(self, *args: Any, **kwargs: Any) -> Any:
         given = super().parse_args(*args, **kwargs)
-        positionals = _checking.get()
-        if positionals is not None:
-            for action in self._get_positional_actions():
-                value = getattr(given, action.dest, None)
-                positionals += value if isinstance(value, list) else [value] if isinstance(value, str) else []
+        check = _checking.get()
+        if check is not None:
+            values = [getattr(given, action.dest, None) for action in self._get_positional_actions()]
+            lists = [value if isinstance(value, list) else [value] for value in values]
+            check.positionals = tuple(text for texts in lists for text in texts if isinstance(text, str))
+            check.flags = frozenset(self._option_string_actions)
             if not self.configured:
-                raise _Accepted(Checked(tuple(positionals), (), vars(given)))
+                check.accept(given, ())
         return given
 
     def error(self, message: str) -> NoReturn:
@@ -237,7 +251,7 @@ def configure(arguments: argparse.Namespace, **models: type[Config]) -> list[Any
             }
         )
         built.append(build(model, values, section))
-    positionals = _checking.get()
-    if positionals is not None:
-        raise _Accepted(Checked(tuple(positionals), tuple(built), vars(arguments)))
+    check = _checking.get()
+    if check is not None:
+        check.accept(arguments, built)
     return built

@@ -18,7 +18,6 @@ import os
 import secrets
 import shlex
 import shutil
-import sys
 import tempfile
 import time
 import urllib.error
@@ -35,8 +34,13 @@ from pipeline.storage.uri import SCHEME
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
 
-JOBS = ("shard", "distill", "train", "evaluate", "encode", "decode", "verify")
+logger = logging.getLogger(__name__)
+
+JOBS = ("shard", "distill", "train", "evaluate", "encode", "decode", "verify", "retrain")
 """The commands that can be submitted: those whose positional arguments are all inputs and outputs."""
+
+_PLACES = ("registry", "work", "shards", "frozen", "valid")
+"""The keys of configurations that say where things are."""
 
 _ANSWER_SECONDS = 10.0  # for the dashboard to answer
 _LOST_SECONDS = 120.0  # without an answer until the job counts as out of reach
@@ -59,6 +63,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--no-wait", action="store_true", help="leave when the cluster has accepted the job")
     given, command = parser.parse_known_args(arguments)
     checked = _check(parser, command)
+    if given.log_format != parser.get_default("log_format"):
+        command += ["--log-format", given.log_format]  # the job's lines, too
     if not given.address:
         raise ConfigError("which cluster? Add --address with the address of its dashboard, such as http://head:8265")
     address = given.address.rstrip("/")
@@ -89,29 +95,46 @@ def _check(parser: argparse.ArgumentParser, command: Sequence[str]) -> Checked:
         hint = suggestion(command[0], JOBS)
         raise ConfigError(f"cannot submit '{command[0]}'{hint}; what follows `submit` is one of {', '.join(JOBS)}")
     checked = check_command(command[0], command[1:])
-    relative = [value for value in checked.positionals if not (SCHEME.match(value) or os.path.isabs(value))]
+    relative = [value for value in (*checked.positionals, *_places(checked)) if not _is_absolute(value)]
     local = [value for value in _texts(checked) if Path(value).name != value or Path(value).suffix]
-    relative += [value for value in local if not os.path.isabs(value) and os.path.exists(value)]
+    relative += [value for value in local if not _is_absolute(value) and os.path.exists(value)]
     if relative:
         raise ConfigError(
             f"{', '.join(dict.fromkeys(relative))}: a relative path leads elsewhere on the cluster; give "
             "a URI, or an absolute path on a file system that all nodes share"
         )
+    if "--address" not in checked.flags:
+        for config in checked.configs:
+            if getattr(config, "executor", None) == "ray" and getattr(config, "address", None) is None:
+                raise ConfigError(
+                    f"air {command[0]} has no --address, and would start a Ray of its own on the head: write "
+                    "`address: auto` into the sections `runner` and `trainer` of the file of --config"
+                )
     return checked
+
+
+def _is_absolute(value: str) -> bool:
+    return bool(SCHEME.match(value)) or os.path.isabs(value)
+
+
+def _places(checked: Checked) -> Iterator[str]:
+    for config in checked.configs:
+        yield from _texts_of([getattr(config, key, None) for key in _PLACES])
 
 
 def _texts(checked: Checked) -> Iterator[str]:
     """The texts among a command's options and configurations, but for the file of --config, which is sent along."""
-    ahead: list[Any] = [value for key, value in checked.options.items() if key != "config"]
-    ahead += [config.model_dump() for config in checked.configs]
-    while ahead:
-        value = ahead.pop()
-        if isinstance(value, str) and value:
-            yield value
-        elif isinstance(value, dict):
-            ahead += value.values()
-        elif isinstance(value, list | tuple):
-            ahead += value
+    yield from _texts_of([value for key, value in checked.options.items() if key != "config"])
+    yield from _texts_of([config.model_dump() for config in checked.configs])
+
+
+def _texts_of(value: Any) -> Iterator[str]:
+    """The texts in a value, a list or a mapping of values."""
+    if isinstance(value, str) and value:
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _texts_of(inner)
 
 
 def check_dashboard(address: str) -> None:
@@ -163,7 +186,7 @@ def _send(client: JobSubmissionClient, job: str, command: Sequence[str], checked
         JobFailedError: The cluster did not accept the job.
     """
     words = ["air", *_without_config(command)]
-    if any("address" in type(config).model_fields for config in checked.configs):
+    if "--address" in checked.flags:
         words += ["--address", "auto"]
     file = checked.options.get("config")
     with tempfile.TemporaryDirectory(prefix="air-") as folder:
@@ -206,7 +229,7 @@ def follow(client: JobSubmissionClient, job: str) -> JobDetails:
             if info.status.is_terminal():
                 return info
         except (RuntimeError, OSError, EOFError) as error:  # OSError: also of aiohttp and requests
-            logging.getLogger(__name__).debug("%s", error)
+            logger.debug("%s", error)
             if time.monotonic() - answered > _LOST_SECONDS:
                 raise JobFailedError(
                     f"{job} is out of reach for {_LOST_SECONDS:.0f} s ({error}). If the cluster is gone, what was "
@@ -238,12 +261,12 @@ def _status(job: str, info: JobDetails) -> int:
     if info.status == "SUCCEEDED":
         return 0
     if info.status == "STOPPED":
-        print(f"air submit: {job} was stopped; submit the same command again to go on", file=sys.stderr)
+        logger.error("air submit: %s was stopped; submit the same command again to go on", job)
         return _TERMINATED
     code = info.driver_exit_code
     if code is None:
-        print(f"air submit: {job} failed: {(info.message or 'no reason given').strip()}", file=sys.stderr)
+        logger.error("air submit: %s failed: %s", job, (info.message or "no reason given").strip())
         return 1
     code = code if code >= 0 else 128 - code  # a signal, as a shell reports it
-    print(f"air submit: {job} failed with status {code}", file=sys.stderr)
+    logger.error("air submit: %s failed with status %d", job, code)
     return code

@@ -141,6 +141,10 @@ def options_of(command: str, rest: str, capsys: pytest.CaptureFixture[str]) -> s
     chosen = re.findall(r"--rule \S+|--phase rule", rest)
     if command == "registry":
         chosen = rest.split()[:1]
+    if command == "submit":  # its own options, and those of the command that it submits
+        submitted, _, others = rest.strip().partition(" ")
+        if submitted:
+            return options_of("submit", "", capsys) | options_of(submitted, others, capsys)
     capsys.readouterr()
     with pytest.raises(SystemExit):
         import_module(f"jobs.{command.replace('-', '_')}").main([*" ".join(chosen).split(), "--help"])

@@ -91,6 +91,20 @@ def test_the_command_is_sent_with_the_file_of_its_configuration(
     assert said.endswith("a line\nanother line\n")
 
 
+def test_a_round_is_sent_as_its_file_says(submitted, tmp_path: Path) -> None:
+    file = tmp_path / "cycle.yaml"
+    file.write_text("retrain:\n  work: s3://b/work\nrunner:\n  address: auto\ntrainer:\n  address: auto\n")
+    client = FakeClient((Status.FAILED, 3))
+    assert submitted(client, "retrain", "--config", str(file), "--once") == 3
+    assert client.sent["entrypoint"] == "air retrain --once --config cycle.yaml"
+
+
+def test_the_job_logs_as_its_submission_does(submitted) -> None:
+    client = FakeClient((Status.SUCCEEDED, 0))
+    assert submitted(client, "verify", OUTPUT, "--log-format", "json") == 0
+    assert client.sent["entrypoint"] == f"air verify {OUTPUT} --log-format json"
+
+
 def test_what_is_sent_is_a_command_line(submitted) -> None:
     """The one that the cluster runs, with what was added to it."""
     for command in (("encode", INPUT, OUTPUT), ("verify", OUTPUT), ("train", INPUT, OUTPUT, "--workers", "2")):
@@ -162,6 +176,8 @@ def test_an_interrupted_watch_leaves_the_job(submitted, capsys: pytest.CaptureFi
         ("distill s3://b/in s3://b/out --predictor best.safetensors", "best.safetensors: a relative path leads"),
         ("distill s3://b/in s3://b/out --config named.yaml", "best.safetensors: a relative path leads"),
         ("train s3://b/in s3://b/out --valid best.safetensors", "best.safetensors: a relative path leads"),
+        ("retrain --config here.yaml", "work: a relative path leads elsewhere"),
+        ("retrain --config alone.yaml", "write `address: auto` into the sections `runner` and `trainer`"),
         ("distill s3://b/in s3://b/out", "which cluster? Add --address"),
         ("distill s3://b/in s3://b/out --address ray://head:10001", "is not the address of a dashboard"),
         ("distill s3://b/in s3://b/out --address http://head:port", "cannot reach a Ray dashboard at http://head:port"),
@@ -173,6 +189,8 @@ def test_mistakes_are_found_before_anything_is_sent(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bad.yaml").write_text("distill:\n  patch_sise: 7\n")
     (tmp_path / "named.yaml").write_text("distill:\n  predictor: best.safetensors\n")
+    (tmp_path / "here.yaml").write_text("retrain:\n  work: work\n")
+    (tmp_path / "alone.yaml").write_text("retrain:\n  work: s3://b/work\nrunner:\n  address: auto\n")
     (tmp_path / "best.safetensors").touch()
     (tmp_path / "ray").mkdir()  # also the name of an executor, which is no path
     monkeypatch.setattr(submit, "connect", lambda address: pytest.fail("it was sent"))
@@ -183,7 +201,7 @@ def test_mistakes_are_found_before_anything_is_sent(
 @pytest.mark.parametrize("command", submit.JOBS)
 def test_what_can_be_submitted_is_checked_and_not_run(command: str) -> None:
     assert command in COMMANDS
-    given = ["/in", "/out"][: 1 if command in ("evaluate", "verify") else 2]
+    given = ["/in", "/out"][: {"evaluate": 1, "verify": 1, "retrain": 0}.get(command, 2)]
     assert check_command(command, given).positionals == tuple(given)
 
 
