@@ -64,8 +64,8 @@ class FitConfig(Config):
 def sections() -> dict[str, type[Config]]:
     """The configuration class of every section.
 
-    There is one per command; `rollout` for `air distill --rule` and `rule` for `air train --phase rule`; `trainer` for
-    other training and `runner` for other jobs.
+    There is one per command; `rollout` for `air distill --rule`, `rule` for `air train --phase rule`, and `rounds` for
+    that with `--rounds`; `trainer` for other training and `runner` for other jobs.
     """
     # Imported here, so that a command starts without the other commands' modules.
     from pipeline.bulk.decode import DecodeConfig
@@ -73,7 +73,7 @@ def sections() -> dict[str, type[Config]]:
     from pipeline.bulk.encode import EncodeConfig
     from pipeline.bulk.shard import ShardConfig
     from pipeline.evaluation.config import EvaluateConfig
-    from pipeline.rules.config import DistillRuleConfig, RuleConfig
+    from pipeline.rules.config import DistillRuleConfig, RoundsConfig, RuleConfig
     from pipeline.training.config import TrainConfig, TrainerConfig
 
     return {
@@ -84,6 +84,7 @@ def sections() -> dict[str, type[Config]]:
         "rollout": DistillRuleConfig,
         "train": TrainConfig,
         "rule": RuleConfig,
+        "rounds": RoundsConfig,
         "trainer": TrainerConfig,
         "evaluate": EvaluateConfig,
         "encode": EncodeConfig,

@@ -78,6 +78,10 @@ def print_training(title: str, output: Storage, plan: Plan) -> None:
         ("samples that could not be used", run.skipped),
         ("training seconds", run.seconds),
     ]
+    if plan.config.get("targets") == "rounds":
+        from pipeline.rules.audit import round_at
+
+        rows.append(("round", round_at(output, run.step)))
     if run.validations:
         best = max(run.validations, key=lambda validation: validation[1])
         rows += [
