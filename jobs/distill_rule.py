@@ -22,9 +22,8 @@ from pipeline.inputs.shards import list_shards
 from pipeline.inputs.sources import check_outside
 from pipeline.rules.config import DistillRuleConfig
 from pipeline.rules.reference import find_rule
-from pipeline.rules.rollouts import JOB, RollOutJob
+from pipeline.rules.rollouts import RollOutJob, settle_roll_outs
 from pipeline.storage.open import open_storage
-from pipeline.work.plan import Plan, settle_plan
 from pipeline.work.runner import run
 from pipeline.work.tally import Tally
 
@@ -40,8 +39,7 @@ def distill_rule(source_uri: str, output_uri: str, config: DistillRuleConfig, ru
     check_outside(output, [source.uri()])
     rule = find_rule(config.rule, output)
     config = config.model_copy(update={"rule": rule.name})
-    plan = Plan.make(JOB, config, list_shards(source), [source.uri()])
-    plan = settle_plan(output, plan.holding("rule", rule.model, rule.sha256))
+    plan = settle_roll_outs(output, config, source, list_shards(source), rule)
     with show("distill") as display:
         return run(RollOutJob(config, source, rule), plan, output, runner, display)
 

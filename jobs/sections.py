@@ -64,9 +64,9 @@ class FitConfig(Config):
 def sections() -> dict[str, type[Config]]:
     """The configuration class of every section.
 
-    There is one per command; `rollout` for `air distill --rule`, `rule` for `air train --phase rule` and `front` for
-    `air evaluate --front`; `gates` for what `air retrain` asks of a candidate; `trainer` for other training and
-    `runner` for other jobs.
+    There is one per command; `rollout` for `air distill --rule`, `rule` for `air train --phase rule`, and `rounds` for
+    that with `--rounds`; `front` for `air evaluate --front`; `gates` for what `air retrain` asks of a candidate;
+    `trainer` for other training and `runner` for other jobs.
     """
     # Imported here, so that a command starts without the other commands' modules.
     from pipeline.bulk.decode import DecodeConfig
@@ -75,7 +75,7 @@ def sections() -> dict[str, type[Config]]:
     from pipeline.bulk.shard import ShardConfig
     from pipeline.evaluation.config import EvaluateConfig, FrontConfig
     from pipeline.retraining.config import GatesConfig, RetrainConfig
-    from pipeline.rules.config import DistillRuleConfig, RuleConfig
+    from pipeline.rules.config import DistillRuleConfig, RoundsConfig, RuleConfig
     from pipeline.training.config import TrainConfig, TrainerConfig
 
     return {
@@ -86,6 +86,7 @@ def sections() -> dict[str, type[Config]]:
         "rollout": DistillRuleConfig,
         "train": TrainConfig,
         "rule": RuleConfig,
+        "rounds": RoundsConfig,
         "trainer": TrainerConfig,
         "evaluate": EvaluateConfig,
         "front": FrontConfig,

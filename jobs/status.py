@@ -133,6 +133,7 @@ class TrainingStatus(Config):
         samples: Samples until the checkpoint.
         skipped: How many of these could not be used.
         seconds: Training time until the checkpoint.
+        round: Of a rule that learns in rounds, where it stands, in words; None for other runs.
         validations: In the order of steps.
     """
 
@@ -148,6 +149,7 @@ class TrainingStatus(Config):
     samples: int
     skipped: int
     seconds: float
+    round: str | None
     validations: tuple[Validation, ...]
 
 
@@ -234,6 +236,11 @@ def status_of_training(output: Storage, plan: Plan, lease: Standing | None) -> T
         from pipeline.training.audit import standing
 
     run = standing(output)
+    rounds = None
+    if plan.config.get("targets") == "rounds":
+        from pipeline.rules.audit import round_at
+
+        rounds = round_at(output, run.step)
     return TrainingStatus(
         output=output.uri(),
         job="train",
@@ -247,6 +254,7 @@ def status_of_training(output: Storage, plan: Plan, lease: Standing | None) -> T
         samples=run.samples,
         skipped=run.skipped,
         seconds=run.seconds,
+        round=rounds,
         validations=tuple(Validation(step=step, psnr=psnr) for step, psnr in run.validations),
     )
 
@@ -304,6 +312,8 @@ def print_training(title: str, status: TrainingStatus, lease: str) -> None:
         ("samples that could not be used", status.skipped),
         ("training seconds", status.seconds),
     ]
+    if status.round is not None:
+        rows.append(("round", status.round))
     if status.validations:
         best = max(status.validations, key=lambda validation: validation.psnr)
         rows += [

@@ -62,7 +62,10 @@ def train(
 def main(arguments: Sequence[str]) -> int:
     """The command."""
     if option_value(arguments, "--phase") == "rule":
-        from jobs.train_rule import main as train_rule
+        if option_value(arguments, "--rounds") is None:
+            from jobs.train_rule import main as train_rule
+        else:
+            from jobs.train_rounds import main as train_rule
 
         return train_rule(arguments)
     parser = make_parser("train", __doc__, TrainConfig, TrainerConfig)

@@ -7,6 +7,9 @@ on from the last checkpoint.
 
   air train shards/ run/ --phase rule --steps 2000 --valid validation-pictures/
   air train round-1/ rule-1/ --phase rule --valid validation-pictures/
+
+With --rounds N one command rolls out into files and learns from them, N times;
+`air train --phase rule --rounds 80 --help` has the options of that.
 """
 
 from __future__ import annotations

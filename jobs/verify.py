@@ -2,7 +2,7 @@
 
 The exit status is 1 if anything is. With --repair it takes back the commits that do not verify; the job's own command
 then does those shards again. Of a training run it checks checkpoints, cards and metrics; --repair removes damaged files
-from OUT/checkpoints. While a job works in the folder, --repair refuses.
+from OUT/checkpoints, and damaged roll-outs from OUT/rounds. While a job works in the folder, --repair refuses.
 
 air verify targets/ && next-step
 """
@@ -54,7 +54,8 @@ def main(arguments: Sequence[str]) -> int:
         )
         return 1
     if training:
-        print(f"{given.out}: verified the checkpoints, their cards and the metrics; the run is finished and intact")
+        more = " and all rounds" if plan.config.get("targets") == "rounds" else ""
+        print(f"{given.out}: verified the checkpoints, their cards, the metrics{more}; the run is finished and intact")
         return 0
     manifests = list(read_manifests(output))
     files = [file for manifest in manifests for file in manifest.files]

@@ -5,13 +5,14 @@ Every command checks every section of a configuration file, so this module loads
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, model_validator
 
 from air.defaults import ADAM
 from pipeline.config import Background, Config, LeaseConfig
 from pipeline.formats import images
+from pipeline.identity import seed_of
 from pipeline.training.order import FeedConfig
 
 if TYPE_CHECKING:
@@ -65,17 +66,28 @@ class RollOutConfig(Config):
         return CreditConfig(self.discount, self.final_weight)
 
 
-class DistillRuleConfig(RollOutConfig):
-    """How `air distill --rule R` rolls a rule out on an image, and how much of that it stores."""
+class StoreConfig(RollOutConfig):
+    """How much of a corpus is rolled out on, and how much of that is stored."""
+
+    shards: int | None = Field(
+        None, ge=1, le=1_000_000, description="shards that are drawn from the input, at most; default: all"
+    )
+    images: int | None = Field(
+        None, ge=1, le=10_000_000, description="images that are drawn from each shard, at most; default: all"
+    )
+    fits: int = Field(1, ge=1, le=1000, description="fits of each image")
+    samples: int = Field(
+        4000, ge=1, le=10_000_000, description="updates of single Gaussians that a fit stores, about as many"
+    )
+
+
+class DistillRuleConfig(StoreConfig):
+    """How `air distill --rule R` rolls a rule out on images."""
 
     rule: str = Field(
         ADAM,
         description="adam, the rule before any training; shipped, the rule of this package; NAME.safetensors; or a "
         "name in a registry",
-    )
-    fits: int = Field(1, ge=1, le=1000, description="fits of each image")
-    samples: int = Field(
-        4000, ge=1, le=10_000_000, description="updates of single Gaussians that a fit stores, about as many"
     )
 
 
@@ -99,38 +111,29 @@ class LearnerConfig(Config):
         return self.learning_rate * warm * (1 - (1 - self.final_fraction) * step / steps)
 
 
-class RuleConfig(RollOutConfig, LearnerConfig, LeaseConfig):
-    """How `air train --phase rule` learns a rule from stored roll-outs, or from roll-outs of its own."""
+class StoredConfig(Config):
+    """How a rule learns from stored samples."""
+
+    batch: int = Field(16_384, ge=1, le=65_536, description="stored samples of a step")
+    window: int = Field(
+        8, ge=1, le=4096, description="row groups, of 64 MB each at most, whose stored samples are mixed at a time"
+    )
+    step_size: float = Field(
+        0.1,
+        gt=0,
+        le=100,
+        description="how far stored samples ask a rule to go, as a fraction of a lone Gaussian's best move",
+    )
+
+
+class RunConfig(RollOutConfig, LearnerConfig, StoredConfig):
+    """What every run that learns a rule has."""
 
     from_: str | None = Field(
         None,
         alias="from",
         description="rule to begin with: adam, shipped, NAME.safetensors or a name in a registry; default: adam, or "
         "the rule of the stored roll-outs if that is shipped",
-    )
-    steps: int | None = Field(
-        None,
-        ge=1,
-        le=100_000_000,
-        description="steps of the whole run; default: `passes` over stored roll-outs, or 2,000 without files",
-    )
-    passes: int = Field(4, ge=1, le=10_000, description="stored: how often each sample is learned from")
-    batch: int = Field(16_384, ge=1, le=65_536, description="stored: samples of a step")
-    window: int = Field(
-        8, ge=1, le=4096, description="stored: row groups, of 64 MB each at most, whose samples are mixed at a time"
-    )
-    goal: Literal["quadratic", "size"] = Field(
-        "quadratic",
-        description="stored: quadratic follows credits as far as their curvatures allow; size goes along each credit, "
-        "over the root mean square of all credits of its raw number",
-    )
-    step_size: float = Field(
-        0.1, gt=0, le=100, description="stored: how far a round goes, as a fraction of a lone Gaussian's best move"
-    )
-    bound: float = Field(1.5, gt=0, le=100, description="stored, size: the farthest that a goal lies from the move")
-    roll_outs: int = Field(1, ge=1, le=10_000, description="online: fits of a step")
-    samples: int = Field(
-        200_000, ge=1, le=100_000_000, description="online: updates of single Gaussians that a fit learns from, at most"
     )
     valid_images: int = Field(12, ge=1, le=100_000, description="images to validate on")
     valid_side: int = Field(
@@ -141,12 +144,8 @@ class RuleConfig(RollOutConfig, LearnerConfig, LeaseConfig):
     )
     valid_pixels_per_gaussian: float = Field(14.0, ge=1, le=1e6, description="pixels for each Gaussian of these fits")
     # These change how the work is done, not its result: they are excluded from dumps, and so from the plan.
-    workers: int = Field(1, ge=1, le=1024, exclude=True, description="online: processes that roll out")
     log_every: int = Field(10, ge=1, exclude=True, description="steps between entries of metrics.jsonl")
     validate_every: int = Field(200, ge=1, exclude=True, description="steps between validations")
-    checkpoint_every: int = Field(
-        100, ge=1, exclude=True, description="steps between checkpoints; a crash costs that many steps at most"
-    )
     checkpoint_seconds: float = Field(
         60.0,
         gt=0,
@@ -161,3 +160,52 @@ class RuleConfig(RollOutConfig, LearnerConfig, LeaseConfig):
     def feed(self) -> FeedConfig:
         """The order of stored samples."""
         return FeedConfig(seed=self.seed, batch=self.batch, window=self.window)
+
+
+class RuleConfig(RunConfig, LeaseConfig):
+    """How `air train --phase rule` learns a rule from stored roll-outs, or from roll-outs of its own."""
+
+    steps: int | None = Field(
+        None,
+        ge=1,
+        le=100_000_000,
+        description="steps of the whole run; default: `passes` over stored roll-outs, or 2,000 without files",
+    )
+    passes: int = Field(4, ge=1, le=10_000, description="stored: how often each sample is learned from")
+    roll_outs: int = Field(1, ge=1, le=10_000, description="online: fits of a step")
+    samples: int = Field(
+        200_000, ge=1, le=100_000_000, description="online: updates of single Gaussians that a fit learns from, at most"
+    )
+    workers: int = Field(1, ge=1, le=1024, exclude=True, description="online: processes that roll out")
+    checkpoint_every: int = Field(
+        100, ge=1, exclude=True, description="steps between checkpoints; a crash costs that many steps at most"
+    )
+
+
+class RoundsConfig(StoreConfig, RunConfig):
+    """How `air train --phase rule --rounds N` rolls out and learns, round by round."""
+
+    rounds: int = Field(80, ge=1, le=9999, description="times that the present rule is rolled out and learns")
+    round_steps: int = Field(48, ge=1, le=1_000_000, description="steps of a round")
+    shards: int = Field(1, ge=1, le=1_000_000, description="shards that a round draws from the input, at most")
+    images: int = Field(12, ge=1, le=10_000_000, description="images that a round draws from each shard, at most")
+    batch: int = Field(4096, ge=1, le=65_536, description="stored samples of a step")
+    learning_rate: float = Field(3e-3, gt=0, le=1, description="highest learning rate")
+    validate_every: int = Field(480, ge=1, exclude=True, description="steps between validations")
+
+    @property
+    def checkpoint_every(self) -> int:
+        """Steps between checkpoints: a stop costs what a round has learned, at most, and no roll-out."""
+        return self.round_steps
+
+    def of_round(self, number: int, rule: str) -> DistillRuleConfig:
+        """What round `number`, counted from 1, rolls out; each round draws other shards, images and fits."""
+        same = {name: getattr(self, name) for name in StoreConfig.model_fields}
+        return DistillRuleConfig.model_validate({**same, "seed": self._seed_of(number), "rule": rule})
+
+    def feed_of(self, number: int) -> FeedConfig:
+        """The order of a round's stored samples."""
+        return self.feed().model_copy(update={"seed": self._seed_of(number)})
+
+    def _seed_of(self, number: int) -> int:
+        return seed_of(self.seed, "round", number) >> 1  # seeds have 63 bits

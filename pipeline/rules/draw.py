@@ -1,8 +1,10 @@
-"""Fits that a rule is rolled out in: which crop, how many Gaussians, how many updates, all drawn from one seed."""
+"""What a rule is rolled out on: which shards, images and crops, how many Gaussians and updates, all drawn by seeds."""
 
 from __future__ import annotations
 
+import heapq
 import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,7 +13,10 @@ import numpy as np
 from air.defaults import ADAM
 from pipeline.bulk.views import check_holds_patch
 from pipeline.errors import Reason, Rejected
-from pipeline.rules.config import RollOutConfig
+from pipeline.identity import seed_of
+from pipeline.rules.config import RollOutConfig, StoreConfig
+from pipeline.work.plan import Unit
+from pipeline.work.process import Sample
 
 if TYPE_CHECKING:
     from air.fitting.grow import GrowthConfig
@@ -20,6 +25,37 @@ if TYPE_CHECKING:
 
 MIN_SIDE = 8
 """Images with fewer pixels in height or width are refused."""
+
+
+def draw_shards(shards: Sequence[Unit], config: StoreConfig) -> list[Unit]:
+    """The shards to roll out on, each with the number of images that `draw_images` takes of it.
+
+    Whether a shard is drawn depends on the seed and on the names of the shards alone.
+    """
+    ranked = sorted(shards, key=lambda shard: (seed_of(config.seed, "shard", shard.name), shard.name))
+    drawn = ranked[: config.shards]
+    if config.images is None:
+        return drawn
+    most = config.images
+    return [
+        shard.model_copy(update={"samples": None if shard.samples is None else min(most, shard.samples)})
+        for shard in drawn
+    ]
+
+
+def draw_images(samples: Iterable[Sample], config: StoreConfig) -> Iterator[Sample]:
+    """The images of a shard to roll out on, in the shard's order. The drawn ones alone are in memory.
+
+    Whether an image is drawn depends on the seed and on the keys in the shard alone.
+    """
+    if config.images is None:
+        yield from samples
+        return
+    drawn = heapq.nsmallest(
+        config.images, enumerate(samples), key=lambda item: (seed_of(config.seed, "image", item[1].key), item[0])
+    )
+    for _, sample in sorted(drawn, key=lambda item: item[0]):
+        yield sample
 
 
 @dataclass(frozen=True)

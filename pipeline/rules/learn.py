@@ -1,4 +1,4 @@
-"""What a rule is taught, in small pure functions: a goal for each stored move, and the objective of fresh roll-outs.
+"""What a rule is taught, in small pure functions: the objective of stored moves, and that of fresh roll-outs.
 
 Tensors of samples have shape (M, 52) for features, (M, 8) for moves, credits and curvatures.
 """
@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from air.optimization.rule import LearnedRule
-from pipeline.rules.config import RuleConfig
 
 _CHUNK = 32_768
 """Samples whose activations are in memory at a time."""
 
 _LEAST = 1e-30
-"""The least size of a credit or curvature that something is divided by."""
+"""The least mean curvature that a loss is divided by."""
 
 
 class Samples(NamedTuple):
@@ -29,59 +28,25 @@ class Samples(NamedTuple):
     curvature: Tensor
 
 
-class Scale(NamedTuple):
-    """Sizes over all stored samples, each of shape (8,), float32.
+def stored_loss(rule: LearnedRule, samples: Samples, mean_curvature: float, step_size: float) -> Tensor:
+    """The change of the objective by a rule's moves u in place of the stored ones u0, as credit and curvature predict.
 
-    Attributes:
-        credit: Root of the mean square of each number's credit.
-        curvature: Mean of each number's curvature.
-    """
+    A scalar, which a rule should make small:
 
-    credit: Tensor
-    curvature: Tensor
-
-
-def goal_of(move: Tensor, credit: Tensor, scale: Tensor, step_size: float, bound: float) -> Tensor:
-    """The move that should have been made: the one that was made, less a bounded step along its credit.
-
-    A bound is what makes several passes over stored credits safe: a credit is a derivative at the move that was made,
-    and says nothing of moves far from it.
-
-    Args:
-        move: The moves, shape (M, 8).
-        credit: Derivatives of the objective by them, shape (M, 8).
-        scale: The credits' size by number, shape (8,).
-        step_size: Length of the step for a credit of that size, in learning rates.
-        bound: The longest step, in learning rates.
-    """
-    return move - (step_size * credit / scale.clamp_min(_LEAST)).clamp(-bound, bound)
-
-
-def stored_loss(rule: LearnedRule, samples: Samples, scale: Scale, config: RuleConfig) -> Tensor:
-    """What a rule should make small over stored samples; a scalar.
-
-    With the goal "quadratic" it is the change of the objective by the rule's moves u in place of the stored ones u0, as
-    credit and curvature predict it, over the mean curvature:
-
-        mean (credit · (u - u0) + curvature / (2 step_size) · (u - u0)²)
+        mean (credit · (u - u0) + curvature / (2 step_size) · (u - u0)²) / mean_curvature
 
     The stored curvature is that of a Gaussian that no other overlaps, at one update. Gaussians overlap, and a rule
     moves all of them at every update. So the true curvature is several times as large, which `step_size` allows for.
-    With "size" it is the mean squared distance from `goal_of`, in learning rates.
 
     Args:
         rule: The rule that learns.
         samples: Stored samples.
-        scale: Of all stored samples.
-        config: The goal, and how far it lies.
+        mean_curvature: Of all stored samples, so that losses have a size that no corpus changes.
+        step_size: How far the rule goes, as a fraction of a lone Gaussian's best move.
     """
-    moves = rule(samples.features)
-    if config.goal == "size":
-        goal = goal_of(samples.move, samples.credit, scale.credit, config.step_size, config.bound)
-        return (moves - goal).square().mean()
-    change = moves - samples.move
-    predicted = samples.credit * change + samples.curvature / (2 * config.step_size) * change.square()
-    return predicted.mean() / scale.curvature.mean().clamp_min(_LEAST)
+    change = rule(samples.features) - samples.move
+    predicted = samples.credit * change + samples.curvature / (2 * step_size) * change.square()
+    return predicted.mean() / max(mean_curvature, _LEAST)
 
 
 def online_gradient(rule: LearnedRule, samples: Samples, fraction: float) -> tuple[float, list[Tensor]]:

@@ -9,50 +9,32 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from air.compute.threads import limit_torch
 from air.warmup import warm_up
-from pipeline.errors import TrainingError
-from pipeline.rules.config import RuleConfig
-from pipeline.rules.learn import Samples, stored_loss
-from pipeline.rules.online import Lesson, Lessons
-from pipeline.rules.plan import PHASE, RuleJob
+from pipeline.rules.online import Lessons
+from pipeline.rules.plan import PHASE, RoundsJob, RuleJob
 from pipeline.rules.reference import fresh_rule, is_whole_rule, load_rule
+from pipeline.rules.rounds import RoundsTeacher
 from pipeline.rules.state import RULE, RuleState, keep_rule
-from pipeline.rules.stored import SampleFeed, StoredBlock, scale_of
+from pipeline.rules.teachers import OnlineTeacher, StoredTeacher, Teacher
 from pipeline.rules.validation import validate_rule
 from pipeline.storage.open import open_storage
 from pipeline.training.log import TrainingLog, read_metrics
 from pipeline.training.state import checkpoints, refuse_strangers, remove_old_checkpoints
 from pipeline.training.validation import load_images
 from pipeline.work.lease import Lease, hold
-from pipeline.work.runner import MIN_SAMPLES_TO_JUDGE
 from pipeline.work.stop import Stopped, StopSignals
 
 logger = logging.getLogger(__name__)
-
-MAX_BAD_SHARE = 0.5
-"""A run without files stops if a larger fraction of its roll-outs cannot be used."""
 
 Report = Callable[[Mapping[str, float]], None]
 """Takes figures by name, for a display."""
 
 
-class _Teacher(Protocol):
-    """Gives the gradient of a step."""
-
-    def teach(self, state: RuleState) -> tuple[list[Tensor], dict[str, float]]:
-        """The gradient by the rule's parameters, empty if there is none, and figures; counts samples in the state."""
-        ...
-
-    def close(self) -> None: ...
-
-
-def train_rule(job: RuleJob, report: Report = lambda figures: None) -> dict[str, float]:
+def train_rule(job: RuleJob | RoundsJob, report: Report = lambda figures: None) -> dict[str, float]:
     """Learns a rule to the end, from the last checkpoint if there is one.
 
     Args:
@@ -65,6 +47,7 @@ def train_rule(job: RuleJob, report: Report = lambda figures: None) -> dict[str,
     Raises:
         DamagedDataError: A stored file or a checkpoint cannot be read.
         NonFiniteLossError: A fit of the validation diverged.
+        JobFailedError: Roll-outs of a round failed; what was committed stays.
         TrainingError: The checkpoint does not fit, or too many pictures cannot be used.
         LeaseHeldError: Another process works in the run's folder.
         LeaseLostError: Another process has taken over the run's folder. This one wrote nothing since.
@@ -72,14 +55,15 @@ def train_rule(job: RuleJob, report: Report = lambda figures: None) -> dict[str,
     """
     warm_up("fit")
     # One thread: sums of another order would make other weights on another machine.
-    with hold(open_storage(job.output), "train", job.config) as lease, limit_torch(1):
+    times = job.runner if isinstance(job, RoundsJob) else job.config
+    with hold(open_storage(job.output), "train", times) as lease, limit_torch(1):
         return _Run(job, report, lease)()
 
 
 class _Run:
     """A run from its start or restart to the end."""
 
-    def __init__(self, job: RuleJob, report: Report, lease: Lease) -> None:
+    def __init__(self, job: RuleJob | RoundsJob, report: Report, lease: Lease) -> None:
         self._job = job
         self._config = job.config
         self._report = report
@@ -121,12 +105,15 @@ class _Run:
         validation = {name: value for name, value in (rows[-1] if rows else {}).items() if name.startswith("valid_")}
         return {**self._position(), **validation}
 
-    def _teacher(self) -> _Teacher:
-        if self._job.blocks:
-            return _StoredTeacher(self._job.blocks, self._config)
-        return _OnlineTeacher(Lessons(self._job.pictures, self._config))
+    def _teacher(self) -> Teacher:
+        job = self._job
+        if isinstance(job, RoundsJob):
+            return RoundsTeacher(job, self._output)
+        if job.blocks:
+            return StoredTeacher(job.blocks, job.config, job.config.feed())
+        return OnlineTeacher(Lessons(job.pictures, job.config))
 
-    def _step(self, teacher: _Teacher) -> None:
+    def _step(self, teacher: Teacher) -> None:
         state = self._state
         begin, before = time.perf_counter(), state.samples
         gradient, figures = teacher.teach(state)
@@ -170,65 +157,3 @@ class _Run:
         self._log.flush()
         self._state.save(self._output, self._about)
         remove_old_checkpoints(self._output, self._config.keep)
-
-
-class _StoredTeacher:
-    """Minibatches of stored samples."""
-
-    def __init__(self, blocks: tuple[StoredBlock, ...], config: RuleConfig) -> None:
-        self._config = config
-        self._scale = scale_of(blocks)
-        self._feed = SampleFeed(blocks, config.feed())
-
-    def teach(self, state: RuleState) -> tuple[list[Tensor], dict[str, float]]:
-        """As `_Teacher.teach`."""
-        config = self._config
-        samples = self._feed.batch(state.step)
-        loss = stored_loss(state.rule, samples, self._scale, config)
-        state.samples += len(samples.move)
-        gradient = torch.autograd.grad(loss, list(state.rule.parameters()))
-        figures = {"loss": float(loss.detach())}
-        if (state.step + 1) % config.log_every == 0:
-            figures["moved"] = _distance(state, samples)
-        return list(gradient), figures
-
-    def close(self) -> None: ...
-
-
-def _distance(state: RuleState, samples: Samples) -> float:
-    """Root of the mean squared distance between the rule's moves and those that were made, in learning rates."""
-    with torch.no_grad():
-        return float((state.rule(samples.features) - samples.move).square().mean().sqrt())
-
-
-class _OnlineTeacher:
-    """Fresh roll-outs of the rule that learns."""
-
-    def __init__(self, lessons: Lessons) -> None:
-        self._lessons = lessons
-
-    def teach(self, state: RuleState) -> tuple[list[Tensor], dict[str, float]]:
-        """As `_Teacher.teach`."""
-        given = self._lessons.of_step(state.rule, state.step)
-        usable = [one for one in given if isinstance(one, Lesson)]
-        refused = [one for one in given if isinstance(one, str)]
-        state.samples += len(given)
-        state.skipped += len(refused)
-        if refused:
-            logger.info("%s", refused[-1])
-        if state.samples >= MIN_SAMPLES_TO_JUDGE and state.skipped > MAX_BAD_SHARE * state.samples:
-            raise TrainingError(
-                f"{state.skipped} of the {state.samples} roll-outs so far cannot be used"
-                f"{f', such as {refused[-1]}' if refused else ''}. Repair or replace the pictures."
-            )
-        if not usable:
-            return [], {}
-        gradient = [torch.stack(parts).mean(0) for parts in zip(*(one.gradient for one in usable), strict=True)]
-        figures = {
-            "objective": sum(one.objective for one in usable) / len(usable),
-            "psnr": sum(one.psnr for one in usable) / len(usable),
-        }
-        return gradient, figures
-
-    def close(self) -> None:
-        self._lessons.close()

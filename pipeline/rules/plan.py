@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from air.defaults import ADAM, SHIPPED, has_rule
+from pipeline.config import RunnerConfig
 from pipeline.errors import TrainingError
 from pipeline.inputs.pictures import fingerprint
+from pipeline.inputs.shards import list_shards
 from pipeline.inputs.sources import check_outside
-from pipeline.rules.config import RuleConfig
+from pipeline.rules.config import RoundsConfig, RuleConfig, RunConfig
 from pipeline.rules.reference import RuleReference, find_rule
 from pipeline.rules.rollouts import JOB
 from pipeline.rules.stored import StoredBlock, StoredRollOuts, find_roll_outs
@@ -18,40 +20,69 @@ from pipeline.storage.open import open_storage
 from pipeline.storage.uri import normalise
 from pipeline.training.plan import VALIDATION, keep_validation, validation_pictures
 from pipeline.training.validation import check_images
-from pipeline.work.plan import PLAN_PATH, Plan, read_plan, settle_plan
+from pipeline.work.plan import PLAN_PATH, Plan, Unit, read_plan, settle_plan
 
 PHASE = "rule"
 """The phase of `air train` that learns a rule, as plans have it."""
+
+ROUNDS = "rounds"
+"""What plans of runs in rounds have as `targets`."""
 
 _ONLINE_STEPS = 2000
 """Steps of a run without files, unless it is given another number."""
 
 
 @dataclass(frozen=True)
-class RuleJob:
-    """Everything that a run needs to know.
+class _RunJob:
+    """What every run needs to know.
 
     Attributes:
-        config: What is learned; its number of steps is settled.
         steps: Steps of the whole run.
         begin: The rule to begin with.
-        blocks: Stored samples; empty if the run rolls out itself.
-        pictures: Inputs to roll out on; empty if the samples are stored.
         output: URI of the run's folder.
         plan: Hash of the run's plan.
         valid: URI of the validation images.
         notes: What the card says of data and settings.
     """
 
-    config: RuleConfig
     steps: int
     begin: RuleReference
-    blocks: tuple[StoredBlock, ...]
-    pictures: tuple[str, ...]
     output: str
     plan: str
     valid: str
     notes: dict[str, object]
+
+
+@dataclass(frozen=True)
+class RuleJob(_RunJob):
+    """A run that learns from stored samples, or from fresh roll-outs without files.
+
+    Attributes:
+        config: What is learned; its number of steps is settled.
+        blocks: Stored samples; empty if the run rolls out itself.
+        pictures: Inputs to roll out on; empty if the samples are stored.
+    """
+
+    config: RuleConfig
+    blocks: tuple[StoredBlock, ...]
+    pictures: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class RoundsJob(_RunJob):
+    """A run that rolls out and learns in rounds.
+
+    Attributes:
+        config: What is learned, and what a round rolls out.
+        runner: Where and how roll-outs run.
+        source: URI of the shards.
+        shards: All shards.
+    """
+
+    config: RoundsConfig
+    runner: RunnerConfig
+    source: str
+    shards: tuple[Unit, ...]
 
 
 def plan_rule(inputs: Sequence[str], output_uri: str, config: RuleConfig, valid: str | None = None) -> RuleJob:
@@ -84,23 +115,70 @@ def plan_rule(inputs: Sequence[str], output_uri: str, config: RuleConfig, valid:
         held = {"targets": "online", "pictures": [fingerprint(given) for given in inputs]}
     config = config.model_copy(update={"steps": steps, "from_": begin.name})
     plan = Plan.make("train", config, stored.units if stored else (), [source.uri() for source in sources])
-    plan = plan.holding("from_", begin.model, begin.sha256)
+    plan, valid = _settle(output, plan.holding("from_", begin.model, begin.sha256), held, config, valid)
+    return RuleJob(
+        steps=steps,
+        begin=begin,
+        output=output.uri(),
+        plan=plan.hash,
+        valid=valid,
+        notes={"settings": plan.config, "data": _data(plan)},
+        config=config,
+        blocks=tuple(stored.blocks) if stored else (),
+        pictures=() if stored else tuple(normalise(given) for given in inputs),
+    )
+
+
+def plan_rounds(
+    source_uri: str, output_uri: str, config: RoundsConfig, runner: RunnerConfig, valid: str | None = None
+) -> RoundsJob:
+    """Checks everything that can be checked beforehand, and writes the plan or compares it with the folder's plan.
+
+    Args:
+        source_uri: Output of `air shard`, or a folder of WebDataset tars.
+        output_uri: The run's folder.
+        config: What is learned, and what a round rolls out.
+        runner: Where and how roll-outs run.
+        valid: Images or shards to validate on; packaged photographs if not given.
+
+    Raises:
+        CheckpointError: There is no such rule to begin with.
+        ConfigError: There are no shards, or the packaged photographs are not installed.
+        JobFailedError: The job that makes the shards has not finished.
+        PlanMismatchError: The folder belongs to another plan.
+    """
+    output, source = open_storage(output_uri), open_storage(source_uri)
+    check_outside(output, [source.uri()])
+    shards = list_shards(source)
+    begin = find_rule(config.from_ or ADAM)
+    steps = config.rounds * config.round_steps
+    config = config.model_copy(update={"from_": begin.name})
+    plan = Plan.make("train", config, shards, [source.uri()]).holding("from_", begin.model, begin.sha256)
+    plan, valid = _settle(output, plan, {"targets": ROUNDS, "steps": steps}, config, valid)
+    data = f"{sum(shard.samples or 0 for shard in shards)} images in {len(shards)} shards, plan {plan.hash[:12]}"
+    return RoundsJob(
+        steps=steps,
+        begin=begin,
+        output=output.uri(),
+        plan=plan.hash,
+        valid=valid,
+        notes={"settings": plan.config, "data": [data]},
+        config=config,
+        runner=runner,
+        source=source.uri(),
+        shards=tuple(shards),
+    )
+
+
+def _settle(
+    output: Storage, plan: Plan, held: Mapping[str, object], config: RunConfig, valid: str | None
+) -> tuple[Plan, str]:
+    """Settles the plan, with `held` beside the configuration; returns it, and the URI of the validation images."""
     with validation_pictures(output, valid) as pictures:
         check_images(pictures, config.valid_images)
         held = {"phase": PHASE, **held, VALIDATION: fingerprint(pictures)}
         plan = settle_plan(output, plan.model_copy(update={"config": {**plan.config, **held}}))
-        pictures = normalise(valid) if valid else keep_validation(output, pictures)
-    return RuleJob(
-        config=config,
-        steps=steps,
-        begin=begin,
-        blocks=tuple(stored.blocks) if stored else (),
-        pictures=() if stored else tuple(normalise(given) for given in inputs),
-        output=output.uri(),
-        plan=plan.hash,
-        valid=pictures,
-        notes={"settings": plan.config, "data": _data(plan)},
-    )
+        return plan, normalise(valid) if valid else keep_validation(output, pictures)
 
 
 def _stored(sources: Sequence[Storage]) -> StoredRollOuts | None:

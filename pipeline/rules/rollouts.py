@@ -6,7 +6,7 @@ nothing of Ray. Torch and the kernels load with the first image, so that a drive
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -16,10 +16,10 @@ from pipeline.formats import images, tables
 from pipeline.identity import seed_of
 from pipeline.inputs.shards import read_samples
 from pipeline.rules.config import DistillRuleConfig
-from pipeline.rules.draw import FitDraw, draw_fit, fraction_for, run_fit
+from pipeline.rules.draw import FitDraw, draw_fit, draw_images, draw_shards, fraction_for, run_fit
 from pipeline.rules.reference import RuleReference, find_rule, load_rule
 from pipeline.storage.base import Storage
-from pipeline.work.plan import Unit
+from pipeline.work.plan import Plan, Unit, settle_plan
 from pipeline.work.process import EncodedImage, Sample
 
 if TYPE_CHECKING:
@@ -29,6 +29,26 @@ JOB = "distill --rule"
 """The name of the job in plans, in quarantine and in messages, where it follows `air`."""
 
 _Rows = list[dict[str, Any]]
+
+
+def settle_roll_outs(
+    output: Storage, config: DistillRuleConfig, source: Storage, shards: Sequence[Unit], rule: RuleReference
+) -> Plan:
+    """Writes the plan of roll-outs into a new folder, or compares it with the folder's plan.
+
+    Args:
+        output: The folder for the roll-outs.
+        config: How to roll out, and what to store.
+        source: The storage that holds the shards.
+        shards: All shards there; the plan has those that are drawn.
+        rule: The rule that `config` names.
+
+    Raises:
+        PlanMismatchError: The folder belongs to another plan.
+        StorageError: The folder has files but no plan.
+    """
+    plan = Plan.make(JOB, config, draw_shards(shards, config), [source.uri()])
+    return settle_plan(output, plan.holding("rule", rule.model, rule.sha256))
 
 
 class RollOutJob:
@@ -62,8 +82,8 @@ class RollOutJob:
         warm_up("fit", say)
 
     def samples(self, unit: Unit, scratch: Path) -> Iterator[Sample]:
-        """The samples of the input shard."""
-        return read_samples(self._source, unit)
+        """The samples that are drawn from the input shard."""
+        return draw_images(read_samples(self._source, unit), self._config)
 
     def process(self, image: EncodedImage) -> _Rows:
         """The rows of all fits of an image."""

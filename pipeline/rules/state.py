@@ -123,5 +123,10 @@ def keep_rule(output: Storage, rule: LearnedRule, **card: Any) -> None:
     with tempfile.TemporaryDirectory(prefix="air-") as folder:
         path = Path(folder) / RULE
         save_rule(path, rule, **card)
-        output.upload(path, RULE)
-        output.upload(path.with_suffix(".json"), str(Path(RULE).with_suffix(".json")))
+        upload_rule(output, path)
+
+
+def upload_rule(output: Storage, local: Path, folder: str = "") -> None:
+    """Copies a rule of this machine into a folder, as `RULE`; the card last, which says that the weights are whole."""
+    for path in (local, local.with_suffix(".json")):
+        output.upload(path, f"{folder}/{path.name}" if folder else path.name)

@@ -17,7 +17,7 @@ import torch
 from pipeline.errors import DamagedDataError, TrainingError
 from pipeline.formats import tables
 from pipeline.inputs.blocks import RecentlyUsed, committed_files, in_input
-from pipeline.rules.learn import Samples, Scale
+from pipeline.rules.learn import Samples
 from pipeline.storage.base import Storage
 from pipeline.storage.open import open_storage
 from pipeline.training.order import FeedConfig, GlobalOrder
@@ -142,15 +142,11 @@ def read_vectors(block: StoredBlock, columns: Sequence[str]) -> list[np.ndarray]
     return arrays
 
 
-def scale_of(blocks: Sequence[StoredBlock]) -> Scale:
-    """Sizes of credits and curvatures over all samples; one pass over these two columns."""
-    squares, sums, count = np.zeros(tables.RAW_NUMBERS), np.zeros(tables.RAW_NUMBERS), 0
-    for block in blocks:
-        credit, curvature = read_vectors(block, ("credit", "curvature"))
-        squares += np.square(credit, dtype=np.float64).sum(0)
-        sums += curvature.sum(0, dtype=np.float64)
-        count += len(credit)
-    return Scale(torch.from_numpy(np.sqrt(squares / count)).float(), torch.from_numpy(sums / count).float())
+def mean_curvature(blocks: Sequence[StoredBlock]) -> float:
+    """The mean over all samples and raw numbers; one pass over this column."""
+    arrays = (read_vectors(block, ("curvature",))[0] for block in blocks)
+    total = sum(float(array.sum(dtype=np.float64)) for array in arrays)
+    return total / (tables.RAW_NUMBERS * sum(block.samples for block in blocks))
 
 
 class SampleFeed:

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from air.fitting.fit import fit
 from air.optimization.rule import LearnedRule
-from pipeline.rules.config import RuleConfig
+from pipeline.rules.config import RunConfig
 
 
-def validate_rule(rule: LearnedRule, pictures: Sequence[Tensor], config: RuleConfig) -> dict[str, float]:
+def validate_rule(rule: LearnedRule, pictures: Sequence[Tensor], config: RunConfig) -> dict[str, float]:
     """Mean PSNR in dB of the fits of all pictures.
 
     Args:

@@ -1,4 +1,4 @@
-"""What a rule is taught: goals, the online gradient, and steps that a bad gradient cannot spoil."""
+"""What a rule is taught: the stored objective, the online gradient, and steps that a bad gradient cannot spoil."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from air.optimization.rule import LearnedRule
 from pipeline.rules.config import LearnerConfig, RuleConfig
-from pipeline.rules.learn import Samples, Scale, goal_of, online_gradient, stored_loss
+from pipeline.rules.learn import Samples, online_gradient, stored_loss
 from pipeline.rules.reference import fresh_rule
 from pipeline.rules.state import RuleState
 
@@ -20,25 +20,8 @@ def make_samples(count: int = 300) -> Samples:
     return Samples(features, move, credit, curvature.abs())
 
 
-def test_a_goal_lies_against_the_credit_and_no_farther_than_the_bound() -> None:
-    move = torch.tensor([[0.0, 1.0, -1.0]])
-    credit = torch.tensor([[2.0, -2.0, 100.0]])
-    goal = goal_of(move, credit, torch.tensor([2.0, 4.0, 1.0]), step_size=0.5, bound=1.5)
-    torch.testing.assert_close(goal, torch.tensor([[-0.5, 1.25, -2.5]]))
-
-
-def test_the_stored_loss_of_size_is_the_mean_squared_distance_from_the_goals() -> None:
-    rule, samples = fresh_rule(0), make_samples()
-    scale = Scale(torch.full((8,), 2.0), torch.full((8,), 0.5))
-    config = RuleConfig.model_validate({"goal": "size", "step_size": 0.3, "bound": 1.0})
-    error = (rule(samples.features) - goal_of(samples.move, samples.credit, scale.credit, 0.3, 1.0)).square()
-    torch.testing.assert_close(stored_loss(rule, samples, scale, config), error.mean())
-
-
-def test_the_quadratic_stored_loss_has_its_least_at_a_part_of_newtons_step() -> None:
+def test_the_stored_loss_has_its_least_at_a_part_of_newtons_step() -> None:
     samples = make_samples()
-    scale = Scale(torch.full((8,), 2.0), torch.full((8,), 0.5))
-    config = RuleConfig.model_validate({"step_size": 0.3})
     best = samples.move - 0.3 * samples.credit / samples.curvature
 
     class Plays(LearnedRule):
@@ -50,10 +33,11 @@ def test_the_quadratic_stored_loss_has_its_least_at_a_part_of_newtons_step() -> 
             return self.moves
 
     def loss_at(moves: torch.Tensor) -> float:
-        return float(stored_loss(Plays(moves), samples, scale, config))
+        return float(stored_loss(Plays(moves), samples, 0.5, 0.3))
 
     assert loss_at(samples.move) == 0
-    assert loss_at(best) < 0
+    lowest = -0.3 / 2 * (samples.credit.square() / samples.curvature).mean() / 0.5
+    assert loss_at(best) == pytest.approx(float(lowest), rel=1e-4)
     for factor in (0.9, 1.1):
         assert loss_at(samples.move + factor * (best - samples.move)) > loss_at(best)
 
