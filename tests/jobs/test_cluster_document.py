@@ -1,6 +1,6 @@
 """docs/cluster.md, followed on a Ray cluster of two nodes on this machine, with an S3 server on loopback.
 
-The commands run as they are written. Only the head's address and its two ports are others, so that nothing else on the
+The commands run as they are written. Only the head's address and the ports are others, so that nothing else on the
 machine is in the way, and the storage's variables lead to the server on loopback.
 """
 
@@ -87,6 +87,8 @@ class Walk:
         line = command
         for written, here in self._replaced.items():
             line = line.replace(written, here)
+        if line.startswith("ray start "):  # the agent of another Ray on this machine may have the usual port
+            line = line.replace("ray start", f"ray start --dashboard-agent-listen-port={free_port()}")
         if line.startswith("export "):
             self._environment.update(word.split("=", 1) for word in shlex.split(line)[1:])
             return
