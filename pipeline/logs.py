@@ -71,6 +71,8 @@ def configure(settings: LogSettings) -> None:
     handler.setFormatter(JsonFormatter() if as_json else logging.Formatter("%(message)s"))
     root.addHandler(handler)
     root.setLevel(settings.level or logging.WARNING)
+    if not as_json:
+        handler.setLevel(root.level)  # a library may have given its logger a level of its own
     for package in _OUR_PACKAGES:
         logging.getLogger(package).setLevel(logging.INFO if as_json and not settings.level else logging.NOTSET)
     logging.captureWarnings(as_json)
