@@ -39,6 +39,9 @@ IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp",
 MAX_PIXELS = 2**27
 """The largest image that is decoded by default: 134 million pixels, 0.4 GB as RGB."""
 
+MAX_SIDES = {"WEBP": 16383, "JPEG": 65500}
+"""The largest height and width, in pixels, that a format's files can have; libjpeg stops a little below 65,535."""
+
 WHITE = (255, 255, 255)
 
 
@@ -171,6 +174,21 @@ def probe(data: bytes, *, max_pixels: int | None = None) -> ImageInfo:
         if _orientation(image, data) >= 5:
             width, height = height, width
         return ImageInfo(image.format or "", image.mode, width, height, getattr(image, "n_frames", 1))
+
+
+def check_sides(format_name: str, height: int, width: int) -> None:
+    """Checks that a format can hold a picture of this size, in pixels.
+
+    Raises:
+        Rejected: `unsupported`: the picture is too wide or too high for the format.
+    """
+    limit = MAX_SIDES.get(format_name.upper())
+    if limit is not None and max(height, width) > limit:
+        raise Rejected(
+            Reason.UNSUPPORTED,
+            f"the picture would have {width} x {height} pixels, and {format_name.upper()} holds at most {limit} "
+            "a side; choose PNG or a smaller scale",
+        )
 
 
 def encode_png(rgb: np.ndarray) -> bytes:

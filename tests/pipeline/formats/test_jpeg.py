@@ -23,7 +23,7 @@ def test_data_that_ends_early_before_an_end_marker(name: str):
     data = KINDS[name]
     assert decode(data).shape == (64, 80, 3)
     scan = data.rindex(b"\xff\xda") + 14
-    for end in np.linspace(scan, len(data) - 12, 12).astype(int):
+    for end in np.linspace(scan + 100, len(data) - 12, 12).astype(int):
         assert reason_of(data[:end].rstrip(b"\xff") + END) == "truncated"
 
 
@@ -42,8 +42,8 @@ def test_flat_grey_pictures_are_whole():
 
 @pytest.mark.parametrize(
     ("position", "value"),
-    [(4, 12), (9, 2), (-1, 0xC3), (-1, 0xC5)],
-    ids=["12 bits", "2 layers", "lossless", "hierarchical"],
+    [(4, 12), (9, 2), (1, 0xC3), (1, 0xC5)],
+    ids=["12 bits", "2 components", "lossless", "hierarchical"],
 )
 def test_odd_frames_are_unsupported(position: int, value: int):
     data = bytearray(saved(PICTURE, "JPEG"))
