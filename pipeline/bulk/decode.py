@@ -50,7 +50,8 @@ def draw_file(blob: bytes, config: DecodeConfig, threads: int = 1) -> tuple[byte
         The bytes of the image file, and its format and size.
 
     Raises:
-        Rejected: `damaged`: the file cannot be read; `too_many_pixels`: the picture would be larger than allowed.
+        Rejected: `damaged`: the file cannot be read; `too_many_pixels`: the picture would be larger than allowed;
+            `unsupported`: the format cannot hold a picture of this size.
     """
     from air.codec.bitstream import MAX_SIDE
     from air.codec.file import decode, read_header
@@ -61,6 +62,7 @@ def draw_file(blob: bytes, config: DecodeConfig, threads: int = 1) -> tuple[byte
     try:
         header = read_header(blob, max_pixels=largest)
         height, width = scaled_size(header.height, header.width, config.scale)
+        images.check_sides(config.format, height, width)
         if height * width > config.max_pixels:
             raise Rejected(
                 Reason.TOO_MANY_PIXELS,

@@ -50,7 +50,7 @@ def list_images(
     listings: dict[str, bytes] = {}
     for items in _cut(find_items(inputs, image_column), max_count, max_bytes):
         name = f"shard-{len(units):05d}"
-        listing = json.dumps([asdict(item) for item in items], separators=(",", ":")).encode()
+        listing = json.dumps([_entry(item) for item in items], separators=(",", ":")).encode()
         checksum = hashlib.sha256(listing).hexdigest()
         # With the checksum in the name, a driver with another plan, soon refused, does not overwrite the listing.
         path = f"plan/{name}-{checksum[:12]}.json"
@@ -79,6 +79,11 @@ def read_listing(output: Storage, reader: ItemReader, unit: Unit) -> Iterator[Sa
     for entry in json.loads(listing):
         item = Item(**entry)
         yield Sample(item.key, item.source, lambda item=item: reader.read(item))
+
+
+def _entry(item: Item) -> dict[str, Any]:
+    """An item as JSON. Listings of inputs without lists have no positions, as they had before there were any."""
+    return {name: value for name, value in asdict(item).items() if name != "position" or value is not None}
 
 
 def _cut(items: Sequence[Item], max_count: int, max_bytes: int) -> Iterator[list[Item]]:

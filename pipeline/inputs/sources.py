@@ -17,11 +17,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from pipeline.errors import ConfigError, DamagedDataError, Reason, Rejected, StorageError
 from pipeline.formats.images import IMAGE_EXTENSIONS
+from pipeline.inputs.parquet import ImageRows, image_places
 from pipeline.storage.base import Entry, ForbiddenFileError, MissingFileError, Storage
 from pipeline.storage.open import open_parent, open_storage
 from pipeline.storage.uri import normalise
@@ -29,7 +27,6 @@ from pipeline.storage.uri import normalise
 logger = logging.getLogger(__name__)
 
 _WILDCARDS = re.compile(r"[*?\[]")
-_IMAGE_COLUMNS = ("image", "bytes", "image_bytes", "jpg", "jpeg", "png", "webp", "img")
 
 
 @dataclass(frozen=True)
@@ -44,6 +41,7 @@ class Item:
         bytes: Size of the image; an estimate if it is a row of a Parquet file.
         offset: First byte of the image in a tar; None elsewhere.
         row: Row of the image in a Parquet file; None elsewhere.
+        position: Position of the image in the row's list, where the column has lists; None elsewhere.
     """
 
     key: str
@@ -53,6 +51,7 @@ class Item:
     bytes: int
     offset: int | None = None
     row: int | None = None
+    position: int | None = None
 
 
 def find_items(inputs: Sequence[str], image_column: str | None = None) -> list[Item]:
@@ -209,40 +208,10 @@ def _find_in_tar(storage: Storage, root: int, path: str, full: str) -> Iterator[
 
 
 def _find_in_parquet(storage: Storage, root: int, path: str, full: str, image_column: str | None) -> Iterator[Item]:
-    try:
-        with storage.open(path) as stream:
-            file = pq.ParquetFile(stream)
-            column = _image_column(file.schema_arrow, storage.uri(path), image_column)
-            row = 0
-            for group in range(file.metadata.num_row_groups):
-                metadata = file.metadata.row_group(group)
-                total = sum(
-                    metadata.column(index).total_uncompressed_size
-                    for index in range(metadata.num_columns)
-                    if metadata.column(index).path_in_schema.split(".")[0] == column
-                )
-                for _ in range(metadata.num_rows):
-                    name = f"{full}/{row:09d}"
-                    yield Item(_key(name), name, root, path, total // metadata.num_rows, row=row)
-                    row += 1
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DamagedDataError(f"{storage.uri(path)} is not a Parquet file: {error}") from None
-
-
-def _image_column(schema: pa.Schema, uri: str, wanted: str | None) -> str:
-    """The column with encoded images: binary, or a struct with a binary field `bytes`, which Hugging Face writes."""
-    candidates = (wanted,) if wanted else _IMAGE_COLUMNS
-    for name in candidates:
-        if name in schema.names:
-            kind = schema.field(name).type
-            if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
-                kind = kind.field("bytes").type
-            if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
-                return name
-    raise ConfigError(
-        f"{uri} has no column of image bytes called {' or '.join(candidates)} (columns: {', '.join(schema.names)}); "
-        "name it with --image-column"
-    )
+    with storage.open(path) as stream:
+        for row, position, size in image_places(stream, storage.uri(path), image_column):
+            name = f"{full}/{row:09d}" if position is None else f"{full}/{row:09d}/{position:03d}"
+            yield Item(_key(name), name, root, path, size, row=row, position=position)
 
 
 def _key(full: str) -> str:
@@ -263,7 +232,7 @@ class ItemReader:
     def __init__(self, inputs: Sequence[str], image_column: str | None = None) -> None:
         self._inputs = inputs
         self._image_column = image_column
-        self._group: tuple[tuple[int, str, int], pa.ChunkedArray] | None = None
+        self._rows: tuple[int, str, ImageRows] | None = None
         self._storages: dict[int, Storage] = {}
 
     def read(self, item: Item) -> bytes:
@@ -271,7 +240,7 @@ class ItemReader:
 
         Raises:
             Rejected: `missing`: the file was deleted after the plan was made, or the row is null. `forbidden`: the
-                file's permissions do not allow reading it.
+                file's permissions do not allow reading it. `corrupt`: the row's pages do not fit their checksums.
             DamagedDataError: The tar or Parquet file is shorter than when the plan was made.
             StorageError: The file cannot be read for another reason, which may pass.
         """
@@ -298,27 +267,11 @@ class ItemReader:
 
     def _read_row(self, storage: Storage, item: Item) -> bytes:
         assert item.row is not None
-        if self._group is not None:
-            (root, path, first), column = self._group
-            if (root, path) == (item.root, item.path) and first <= item.row < first + len(column):
-                return self._value(column, item.row - first)
+        if self._rows is not None:
+            root, path, rows = self._rows
+            if (root, path) == (item.root, item.path) and rows.first <= item.row < rows.first + rows.count:
+                return rows.image(item.row, item.position)
         with storage.open(item.path) as stream:
-            file = pq.ParquetFile(stream)
-            name = _image_column(file.schema_arrow, storage.uri(item.path), self._image_column)
-            first = 0
-            for group in range(file.metadata.num_row_groups):
-                rows = file.metadata.row_group(group).num_rows
-                if item.row < first + rows:
-                    column = file.read_row_group(group, columns=[name]).column(0)
-                    self._group = ((item.root, item.path, first), column)
-                    return self._value(column, item.row - first)
-                first += rows
-        raise DamagedDataError(f"{storage.uri(item.path)} has lost rows since the plan was made; restore the file")
-
-    @staticmethod
-    def _value(column: pa.ChunkedArray, row: int) -> bytes:
-        value = column[row].as_py()
-        value = value.get("bytes") if isinstance(value, dict) else value
-        if value is None:
-            raise Rejected(Reason.MISSING, "the row holds no image bytes")
-        return value
+            rows = ImageRows(stream, storage.uri(item.path), self._image_column, item.row)
+        self._rows = (item.root, item.path, rows)
+        return rows.image(item.row, item.position)

@@ -18,9 +18,10 @@ from jobs.cli import main
 from pipeline.bulk.encode import EncodeConfig, EncodedFile, EncodeJob, measure
 from pipeline.storage.open import open_storage
 from pipeline.work.audit import verify
-from pipeline.work.manifest import read_manifests
+from pipeline.work.manifest import read_manifests, read_quarantine
 from pipeline.work.plan import Plan, Unit, settle_plan
 from pipeline.work.process import EncodedImage, Sample, execute
+from tests.support.paths import WILD
 
 HEIGHT, WIDTH = 30, 44
 INLINE = ["--executor", "inline"]
@@ -217,3 +218,39 @@ def test_a_picture_above_the_limit_is_refused(tmp_path: Path, capsys: pytest.Cap
     assert main(["render", str(tmp_path / "x.air"), str(tmp_path / "x.png"), *limit]) == 0
     assert main(["render", str(tmp_path / "x.air"), str(tmp_path / "x.png"), "--scale", "2", *limit]) == 1
     assert "too_many_pixels" in capsys.readouterr().err
+
+
+def wide_file(width: int) -> bytes:
+    """A file for a picture of 2 x `width` pixels."""
+    gaussians = Gaussians(torch.ones(1, 2), torch.ones(1, 2), torch.zeros(1), torch.full((1, 3), 0.5))
+    return encode_gaussians(gaussians, 2, width, SensitivityQuantizer(step=2000), patch_size=10)
+
+
+@pytest.mark.parametrize(("ending", "limit"), [("webp", 16383), ("jpg", 65500)])
+def test_a_picture_that_its_format_cannot_hold_is_unsupported(
+    ending: str, limit: int, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    for command in ("render", "decode"):
+        for name, width, status in (("fits", limit, 0), ("wide", limit + 1, 1)):
+            (tmp_path / f"{name}.air").write_bytes(wide_file(width))
+            picture = tmp_path / f"{command}-{name}.{ending}"
+            assert main([command, str(tmp_path / f"{name}.air"), str(picture)]) == status
+            assert picture.exists() == (status == 0)
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1
+        assert "wide.air: unsupported" in lines[0]
+
+
+def test_a_picture_that_its_format_cannot_hold_is_quarantined_in_bulk(tmp_path: Path) -> None:
+    write_tar(tmp_path / "in.tar", {"a/0.air": BLOBS["a/0"], "a/1.air": wide_file(16384)})
+    options = ["--format", "webp", "--max-bad-share", "1", *INLINE]
+    assert main(["decode", str(tmp_path / "in.tar"), str(tmp_path / "out"), *options]) == 1
+    (row,) = read_quarantine(open_storage(str(tmp_path / "out")))
+    assert (row["key"], row["reason"]) == ("a/1", "unsupported")
+
+
+@pytest.mark.skipif(not WILD.is_dir(), reason="needs the panorama of ../shared/data/wild")
+@pytest.mark.parametrize(("name", "scale"), [("x.webp", "2"), ("x.jpg", "5")])
+def test_the_wild_panorama(name: str, scale: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["decode", str(WILD / "pano16k.air"), str(tmp_path / name), "--scale", scale]) == 1
+    assert "pano16k.air: unsupported" in capsys.readouterr().err

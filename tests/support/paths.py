@@ -7,3 +7,6 @@ ROOT = Path(__file__).parents[2]
 
 AWKWARD = ROOT.parent / "shared" / "data" / "awkward"
 """Pictures with a fault each; tests of them are skipped where the folder is not there."""
+
+WILD = ROOT.parent / "shared" / "data" / "wild"
+"""Small files that stand for a kind of fault each; tests of them are skipped where the folder is not there."""

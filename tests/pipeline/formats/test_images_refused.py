@@ -36,8 +36,8 @@ def test_not_an_image(data: bytes):
         (b"8BPS\0\x01", "Photoshop"),
         (saved(PICTURE, "ICO"), "icon"),
         (saved(PICTURE, "PPM"), "Netpbm"),
-        (saved(Image.fromarray(PICTURE[..., 0].astype(np.float32)), "TIFF"), "mode F"),
-        (saved(Image.fromarray(PICTURE[..., 0].astype(np.int32)), "TIFF"), "mode I"),
+        (saved(Image.fromarray(PICTURE[..., 0].astype(np.float32)), "TIFF"), "32 bits float"),
+        (saved(Image.fromarray(PICTURE[..., 0].astype(np.int32)), "TIFF"), "32 bits signed"),
     ],
 )
 def test_unsupported_is_named(data: bytes, name: str):
@@ -156,10 +156,11 @@ def test_the_limit_is_exact():
 
 @pytest.mark.parametrize("kind", [b"zTXt", b"iCCP"])
 def test_compressed_chunks_that_unpack_to_gigabytes(kind: bytes):
+    """The pixels are good without them, and nothing unpacks them beyond a bound."""
     bomb = chunk(kind, b"name\0\0" + zlib.compress(b"\0" * 2**28, 1))
     tracemalloc.start()
-    assert reason_of(png(PICTURE, 2, bomb)) == "corrupt"
-    assert tracemalloc.get_traced_memory()[1] < 16 * 2**20
+    assert np.array_equal(decode(png(PICTURE, 2, bomb)), PICTURE)
+    assert tracemalloc.get_traced_memory()[1] < 64 * 2**20
     tracemalloc.stop()
 
 
