@@ -148,4 +148,6 @@ def options_of(command: str, rest: str, capsys: pytest.CaptureFixture[str]) -> s
     capsys.readouterr()
     with pytest.raises(SystemExit):
         import_module(f"jobs.{command.replace('-', '_')}").main([*" ".join(chosen).split(), "--help"])
-    return set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", capsys.readouterr().out))
+    options = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", capsys.readouterr().out))
+    sent, _, sent_rest = rest.strip().partition(" ")
+    return options | options_of(sent, sent_rest, capsys) if command == "submit" and sent in COMMANDS else options

@@ -95,7 +95,7 @@ def test_a_cycle_from_its_first_round_to_a_refusal(cycle: TinyCycle, air, caplog
     (cycle.folder / "incoming" / "tuesday.tar").unlink()
     assert air()[1].endswith("seen 2 shards in 2 rounds\n")
     (cycle.folder / "incoming" / "half.tar").write_bytes(b"x" * 700)
-    assert air()[1].endswith("seen 2 shards in 2 rounds\n")
+    assert "seen 2 shards in 2 rounds\n" in air()[1]
     assert "half.tar is not a whole tar: invalid header: it waits for a later round" in caplog.text
 
 
