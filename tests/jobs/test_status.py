@@ -160,6 +160,7 @@ def test_a_training_run_has_its_own_keys(
         "samples": 640,
         "skipped": 3,
         "seconds": 8.5,
+        "round": None,
         "validations": [{"step": 20, "psnr": 21.5}, {"step": 40, "psnr": 22.5}],
     }
     assert main(["status", output.uri()]) == 0
