@@ -195,7 +195,7 @@ class RoundsConfig(StoreConfig, RunConfig):
 
     @property
     def checkpoint_every(self) -> int:
-        """Steps between checkpoints: a stop costs what a round has learned, at most, and no roll-out."""
+        """Steps between checkpoints: a crash costs what a round has learned, at most, and no committed roll-out."""
         return self.round_steps
 
     def of_round(self, number: int, rule: str) -> DistillRuleConfig:

@@ -55,8 +55,7 @@ def train_rule(job: RuleJob | RoundsJob, report: Report = lambda figures: None) 
     """
     warm_up("fit")
     # One thread: sums of another order would make other weights on another machine.
-    times = job.runner if isinstance(job, RoundsJob) else job.config
-    with hold(open_storage(job.output), "train", times) as lease, limit_torch(1):
+    with hold(open_storage(job.output), "train", job.lease) as lease, limit_torch(1):
         return _Run(job, report, lease)()
 
 
@@ -87,9 +86,9 @@ class _Run:
             if state.step == steps and not is_whole_rule(self._output.uri(RULE)):
                 self._validate()  # a stop or a person has removed what the run has made
             elif state.step < steps:
-                teacher = self._teacher()
-                open_parts.callback(teacher.close)
                 signals = open_parts.enter_context(StopSignals())
+                teacher = self._teacher(signals)
+                open_parts.callback(teacher.close)
                 while state.step < steps:
                     self._step(teacher)
                     over = state.step == steps
@@ -105,10 +104,10 @@ class _Run:
         validation = {name: value for name, value in (rows[-1] if rows else {}).items() if name.startswith("valid_")}
         return {**self._position(), **validation}
 
-    def _teacher(self) -> Teacher:
+    def _teacher(self, signals: StopSignals) -> Teacher:
         job = self._job
         if isinstance(job, RoundsJob):
-            return RoundsTeacher(job, self._output)
+            return RoundsTeacher(job, self._output, signals)
         if job.blocks:
             return StoredTeacher(job.blocks, job.config, job.config.feed())
         return OnlineTeacher(Lessons(job.pictures, job.config))

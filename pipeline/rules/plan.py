@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from air.defaults import ADAM, SHIPPED, has_rule
-from pipeline.config import RunnerConfig
+from pipeline.config import LeaseConfig, RunnerConfig
 from pipeline.errors import TrainingError
 from pipeline.inputs.pictures import fingerprint
 from pipeline.inputs.shards import list_shards
@@ -67,6 +67,11 @@ class RuleJob(_RunJob):
     blocks: tuple[StoredBlock, ...]
     pictures: tuple[str, ...]
 
+    @property
+    def lease(self) -> LeaseConfig:
+        """How the run holds its folder."""
+        return self.config
+
 
 @dataclass(frozen=True)
 class RoundsJob(_RunJob):
@@ -83,6 +88,11 @@ class RoundsJob(_RunJob):
     runner: RunnerConfig
     source: str
     shards: tuple[Unit, ...]
+
+    @property
+    def lease(self) -> LeaseConfig:
+        """How the run holds its folder, and the folders of its rounds."""
+        return self.runner
 
 
 def plan_rule(inputs: Sequence[str], output_uri: str, config: RuleConfig, valid: str | None = None) -> RuleJob:
@@ -150,7 +160,7 @@ def plan_rounds(
     output, source = open_storage(output_uri), open_storage(source_uri)
     check_outside(output, [source.uri()])
     shards = list_shards(source)
-    begin = find_rule(config.from_ or ADAM)
+    begin = find_rule(config.from_ or ADAM, output, "from_")
     steps = config.rounds * config.round_steps
     config = config.model_copy(update={"from_": begin.name})
     plan = Plan.make("train", config, shards, [source.uri()]).holding("from_", begin.model, begin.sha256)

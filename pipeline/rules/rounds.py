@@ -31,6 +31,7 @@ from pipeline.storage.base import Storage
 from pipeline.storage.open import open_storage
 from pipeline.work.ray import ray_session
 from pipeline.work.runner import MIN_SAMPLES_TO_JUDGE, run
+from pipeline.work.stop import StopSignals
 from pipeline.work.tally import Tally
 
 logger = logging.getLogger(__name__)
@@ -52,11 +53,14 @@ class RoundsTeacher:
     Args:
         job: The run.
         output: The run's folder.
+        signals: The run's. While it rolls out, they take effect at once: what was committed stays, and all steps
+            before have a checkpoint.
     """
 
-    def __init__(self, job: RoundsJob, output: Storage) -> None:
+    def __init__(self, job: RoundsJob, output: Storage, signals: StopSignals) -> None:
         self._job = job
         self._output = output
+        self._signals = signals
         self._source = open_storage(job.source)
         # A round is small: a few bad images may be many of its images. All rounds are judged together.
         self._runner = job.runner.model_copy(update={"max_bad_share": 1.0})
@@ -92,7 +96,8 @@ class RoundsTeacher:
         config = self._job.config
         first = (number - 1) * config.round_steps
         output = open_storage(self._output.uri(folder_of(number)))
-        tally = self._roll_out(number, state, output)
+        with self._signals.at_once():
+            tally = self._roll_out(number, state, output)
         if state.step == first:
             state.skipped += tally.rejected.total()
         self._judge(tally, last=number == config.rounds)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import logging
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -34,11 +36,29 @@ class StopSignals:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
+        self._put_in_place()
+        return self
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Within the block a signal takes effect at once: for work that loses nothing, right after a checkpoint.
+
+        Raises:
+            Stopped: A signal has come before.
+        """
+        if self.came:
+            raise Stopped
+        self._restore()
+        try:
+            yield
+        finally:
+            self._put_in_place()
+
+    def _put_in_place(self) -> None:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 if signal.getsignal(number) is not signal.SIG_IGN:
                     self._before[number] = signal.signal(number, self._put_off)
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self._restore()

@@ -49,6 +49,18 @@ def test_a_second_signal_takes_effect_at_once() -> None:
         pytest.fail("the second signal was put off, too")
 
 
+def test_work_that_loses_nothing_is_cut_off_at_once_and_not_begun_after_a_signal() -> None:
+    with pytest.raises(KeyboardInterrupt), StopSignals() as signals, signals.at_once():  # noqa: PT012
+        signal.raise_signal(signal.SIGINT)
+        pytest.fail("the signal was put off")
+    with pytest.raises(KeyboardInterrupt), StopSignals() as signals:  # noqa: PT012
+        with signals.at_once():
+            pass
+        signal.raise_signal(signal.SIGINT)
+        with signals.at_once():
+            pytest.fail("the work has begun")
+
+
 def test_a_run_that_ends_all_the_same_is_not_interrupted() -> None:
     with StopSignals():
         signal.raise_signal(signal.SIGINT)
