@@ -31,7 +31,7 @@ ROLL_OUTS = 480
 LEARNING_STEPS = 1920
 INLINE = RunnerConfig(executor="inline")
 DRAWN: dict[str, Any] = {
-    "max_steps": 50,
+    "max_steps": 100,
     "min_pixels_per_gaussian": 14,
     "max_pixels_per_gaussian": 14,
     "discount": 0.7,
@@ -85,10 +85,7 @@ def learn_online(pictures: Pictures, folder: Path, seed: int) -> dict[str, float
 def test_forty_small_rounds_are_as_good_as_online_training_and_better_than_adam(
     packaged: Pictures, tmp_path: Path
 ) -> None:
-    """Two big rounds of as many roll-outs hardly move: a stored credit does not see that all Gaussians move at once.
-
-    After 50 updates, where the roll-outs end, rules of so few roll-outs differ by a decibel from seed to seed.
-    """
+    """Two big rounds of as many roll-outs hardly move: a stored credit does not see that all Gaussians move at once."""
     config = RoundsConfig.model_validate(DRAWN)
     adam = validate_rule(fresh_rule(0), load_images(packaged.held_out, len(HELD_OUT), SIDE, 0, 1), config)
     small = learn_in_rounds(packaged, tmp_path / "small", rounds=40, images=6, fits=2, seed=0)
@@ -98,7 +95,7 @@ def test_forty_small_rounds_are_as_good_as_online_training_and_better_than_adam(
         logger.warning("%s: %s", name, {key: round(value, 2) for key, value in reached.items() if "valid" in key})
     assert small["valid_psnr_10"] >= adam["valid_psnr_10"] + 1
     assert small["valid_psnr_20"] >= adam["valid_psnr_20"] + 0.5
-    assert small["valid_psnr_50"] >= adam["valid_psnr_50"] - 1.5
+    assert small["valid_psnr_50"] >= adam["valid_psnr_50"] - 0.3
     assert small["valid_psnr_10"] >= online["valid_psnr_10"] - 0.3
     for steps in (10, 20, 50):
         assert big[f"valid_psnr_{steps}"] >= adam[f"valid_psnr_{steps}"] - 0.2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -190,6 +191,30 @@ def test_a_stop_while_rolling_out_costs_no_committed_shard(
     train_rounds(str(shards), str(tmp_path / "run"), config_of(), INLINE, str(photographs))
     assert committed.read_bytes() == before
     assert same_runs(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_rolling_out_is_not_put_off(
+    signal_number: int, shards: Path, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = plan_rounds(str(shards), str(tmp_path / "run"), config_of(), INLINE, str(photographs))
+    process = rounds_module.RollOutJob.process
+    images: list[str] = []
+
+    def interrupted(self: Any, image: Any) -> Any:
+        images.append(image.key)
+        signal.raise_signal(signal_number)
+        return process(self, image)
+
+    monkeypatch.setattr(rounds_module.RollOutJob, "process", interrupted)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            learn(job)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert len(images) == 1
+    assert not list((tmp_path / "run").glob("rounds/*/manifest/*"))
 
 
 def test_a_checkpoint_within_a_round_goes_on_with_the_rule_that_rolled_out(
