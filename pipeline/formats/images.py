@@ -282,7 +282,11 @@ def _load(image: ImageFile.ImageFile, data: bytes) -> Pixels:
 
 def _colour_space(image: ImageFile.ImageFile, data: bytes) -> bytes | Encoding | None:
     """The ICC profile or the encoding of the colours; None for sRGB."""
-    return png.colour_space_of(data) if image.format == "PNG" else image.info.get("icc_profile")
+    if image.format == "PNG":
+        return png.colour_space_of(data)
+    if image.format == "TIFF":
+        return tiff.profile_of(data)
+    return image.info.get("icc_profile")
 
 
 def _orientation(image: ImageFile.ImageFile, data: bytes) -> int:

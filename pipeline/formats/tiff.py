@@ -25,7 +25,7 @@ from pipeline.formats.samples import Pixels, gray_or_rgb, to_eight_bits
 # Numbers of tags.
 _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC, _FILL_ORDER, _ORIENTATION = 256, 257, 258, 259, 262, 266, 274
 _SAMPLES, _ROWS_PER_STRIP, _PLANAR, _PREDICTOR, _COLOUR_MAP, _INK_SET = 277, 278, 284, 317, 320, 332
-_TILE_WIDTH, _TILE_HEIGHT, _EXTRA_SAMPLES, _SAMPLE_FORMAT = 322, 323, 338, 339
+_TILE_WIDTH, _TILE_HEIGHT, _EXTRA_SAMPLES, _SAMPLE_FORMAT, _ICC_PROFILE = 322, 323, 338, 339, 34675
 _STRIPS, _TILES = (273, 279), (324, 325)  # tags of the offsets and the lengths
 
 _WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE, _CMYK, _YCBCR = 0, 1, 2, 3, 5, 6
@@ -192,6 +192,15 @@ def load(image: TiffImageFile, data: bytes) -> Pixels:
     if image.mode in ("P", "PA"):
         return _from_palette(image, _numbers(tags, _COLOUR_MAP))
     return gray_or_rgb(image)
+
+
+def profile_of(data: bytes) -> bytes | None:
+    """The ICC profile; None if there is none.
+
+    It is that of the file: `for_pillow` may have given Pillow a directory without it.
+    """
+    profile: Any = _tags(data).get(_ICC_PROFILE)
+    return profile if isinstance(profile, bytes) else None
 
 
 def ends_early(data: bytes) -> bool:

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as compute
 import pyarrow.parquet as pq
 
-from pipeline.errors import ConfigError, DamagedDataError, Reason, Rejected
+from pipeline.errors import ConfigError, DamagedDataError, Reason, Rejected, StorageError
 
 IMAGE_COLUMNS = ("image", "bytes", "image_bytes", "jpg", "jpeg", "png", "webp", "img")
 """Names of columns that are taken for images where none is named, first come first; any case."""
@@ -51,6 +51,7 @@ def image_places(stream: BinaryIO, uri: str, wanted: str | None) -> Iterator[tup
     Raises:
         ConfigError: There is no such column, its type holds no bytes, or the name is ambiguous.
         DamagedDataError: The file is not a whole Parquet file.
+        StorageError: The file cannot be read for another reason, which may pass.
     """
     with _naming_damage(uri):
         file = pq.ParquetFile(stream, page_checksum_verification=True)
@@ -96,6 +97,7 @@ class ImageRows:
     Raises:
         ConfigError: As `image_places` does.
         DamagedDataError: The file is no whole Parquet file, or has lost rows.
+        StorageError: The file cannot be read for another reason, which may pass.
     """
 
     def __init__(self, stream: BinaryIO, uri: str, wanted: str | None, row: int) -> None:
@@ -115,8 +117,7 @@ class ImageRows:
         try:
             self._column = file.read_row_group(group, columns=[name]).column(0)
         except (pa.ArrowException, OSError) as error:
-            if isinstance(error, OSError) and error.errno is not None:
-                raise  # the disk, not the file
+            _check_disk(uri, error)
             self._damage = f"{uri}: row group {group} (rows {self.first} to {self.first + self.count - 1}): {error}"
 
     def image(self, row: int, position: int | None) -> bytes:
@@ -195,4 +196,15 @@ def _naming_damage(uri: str) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError) as error:
+        _check_disk(uri, error)
         raise DamagedDataError(f"{uri} is not a Parquet file: {error}") from None
+
+
+def _check_disk(uri: str, error: Exception) -> None:
+    """Tells an error of the disk or the network from one of the file's content, which has no number.
+
+    Raises:
+        StorageError: It is the disk's.
+    """
+    if isinstance(error, OSError) and error.errno is not None:
+        raise StorageError(f"cannot read {uri}: {error.strerror or error}") from None

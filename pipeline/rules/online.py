@@ -13,6 +13,7 @@ from torch import Tensor
 from air.compute.threads import limit_torch
 from air.optimization.rule import LearnedRule
 from air.warmup import warm_up
+from pipeline import logs
 from pipeline.errors import Rejected
 from pipeline.identity import seed_of
 from pipeline.inputs.pictures import Picture, find_pictures
@@ -75,7 +76,7 @@ class Lessons:
                 max_workers=min(config.workers, config.roll_outs),
                 mp_context=get_context("spawn"),
                 initializer=_begin_worker,
-                initargs=(tuple(inputs), config),
+                initargs=(tuple(inputs), config, logs.present()),
             )
         else:
             self._pictures = find_pictures(inputs, config.max_pixels)
@@ -101,7 +102,8 @@ class _Worker(NamedTuple):
 _workers: list[_Worker] = []  # this process's own, if it is a worker
 
 
-def _begin_worker(inputs: Sequence[str], config: RuleConfig) -> None:
+def _begin_worker(inputs: Sequence[str], config: RuleConfig, settings: logs.LogSettings) -> None:
+    logs.configure(settings)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ^C at a terminal reaches all processes; the first one decides
     warm_up("fit")
     _workers.append(_Worker(find_pictures(inputs, config.max_pixels), config))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -112,3 +113,16 @@ def test_workers_that_train_log_in_json_too(say: Say, photographs: Path, tmp_pat
     ]
     told = [json.loads(line) for line in lines]
     assert any("ugly" in event["message"] and event["job"] == "train" for event in told)
+
+
+@pytest.mark.slow
+def test_workers_that_roll_out_log_in_json_too(say: Say, photographs: Path, tmp_path: Path) -> None:
+    """Each looks for the pictures itself, and finds a table that is none."""
+    pictures = tmp_path / "pictures"
+    shutil.copytree(photographs, pictures)
+    (pictures / "x.parquet").write_bytes(b"no table")
+    sizes = ("--crop", 32, "--max-steps", 8, "--roll-outs", 2, "--workers", 2, "--steps", 1)
+    valid = ("--valid", photographs, "--valid-images", 1, "--valid-side", 32, "--valid-steps", 2)
+    status, _, events = say("train", pictures, tmp_path / "run", "--phase", "rule", *sizes, *valid, *JSON)
+    assert status == 0
+    assert len({event["pid"] for event in events if "x.parquet" in event["message"]}) >= 2

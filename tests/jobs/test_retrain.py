@@ -26,6 +26,7 @@ from pipeline.training.config import TrainConfig, TrainerConfig
 from pipeline.work.lease import hold
 from tests.support.cycles import ALWAYS, TinyCycle
 from tests.support.networks import save_network
+from tests.support.toys import times_without_lease
 
 DONE, FAILED, USAGE, REFUSED = 0, 1, 2, 3
 
@@ -67,11 +68,10 @@ def test_a_cycle_from_its_first_round_to_a_refusal(cycle: TinyCycle, air, caplog
     ]
     assert version.figures["psnr"] > 5
 
-    before = {path: path.stat().st_mtime_ns for path in cycle.folder.rglob("*") if "lease" not in path.parts}
+    before = times_without_lease(cycle.folder)
     status, said = air()
     assert (status, said) == (DONE, f"{cycle.work.uri()}: nothing new; seen 1 shard in 1 round\n")
-    after = {path: path.stat().st_mtime_ns for path in cycle.folder.rglob("*") if "lease" not in path.parts}
-    assert {path for path in before if path.is_file()} == {path for path in after if path.is_file()}
+    assert times_without_lease(cycle.folder) == before
 
     cycle.deliver("monday again", 0)  # a copy under another name is not new
     assert air()[1].endswith("seen 1 shard in 1 round\n")

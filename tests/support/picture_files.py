@@ -6,7 +6,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 from pipeline.errors import Reason, Rejected
 from pipeline.formats.images import decode
@@ -67,3 +67,24 @@ FILES = {
     "tiff": saved(PICTURE, "TIFF"),
     "tiff lzw": saved(PICTURE, "TIFF", compression="tiff_lzw"),
 }
+
+
+def linear_profile() -> bytes:
+    """A made RGB profile: sRGB's with another tone curve, gamma 1.0, so that the right answer is known."""
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    count = struct.unpack_from(">I", profile, 128)[0]
+    for entry in range(count):
+        name, offset, size = struct.unpack_from(">4sII", profile, 132 + 12 * entry)
+        if name in (b"rTRC", b"gTRC", b"bTRC"):
+            # A parametric curve of type 0 is one number, the exponent (ICC.1 10.18).
+            profile[offset : offset + size] = struct.pack(">4sIHHI", b"para", 0, 0, 0, 65536).ljust(size, b"\0")
+        if name == b"desc":
+            profile[offset : offset + size] = profile[offset : offset + size].replace(
+                "sRGB".encode("utf-16-be"), b"\0x" * 4
+            )
+    return bytes(profile)
+
+
+def srgb_encoded(linear: np.ndarray) -> np.ndarray:
+    """IEC 61966-2-1."""
+    return np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)

@@ -242,6 +242,12 @@ def committed_bytes(folder: Path) -> dict[str, bytes]:
     }
 
 
+def times_without_lease(folder: Path) -> dict[Path, int]:
+    """When each file of an output folder and below last changed, in nanoseconds, but those of leases."""
+    files = (path for path in folder.rglob("*") if path.is_file() and "lease" not in path.parts)
+    return {path: path.stat().st_mtime_ns for path in files}
+
+
 def bytes_without_lease(folder: Path) -> dict[str, bytes]:
     """The bytes of all files of an output folder, by path, but those of its lease."""
     files = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}

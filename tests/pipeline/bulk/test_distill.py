@@ -27,6 +27,7 @@ from pipeline.work.audit import verify
 from pipeline.work.manifest import read_manifests
 from pipeline.work.plan import read_plan
 from tests.support.paths import AWKWARD
+from tests.support.toys import times_without_lease
 
 INLINE = RunnerConfig(executor="inline")
 QUICK = DistillConfig(predictor="grid", patch_size=7, stages=2, steps=(6, 3), joint_steps=5, views=2, min_crop=0.5)
@@ -96,15 +97,10 @@ def test_files_say_which_plan_and_model_made_them(targets: Path) -> None:
 
 
 def test_running_again_does_nothing_and_changes_nothing(shards: Path, targets: Path) -> None:
-    def files() -> dict[Path, int]:
-        """The files but for those of the lease, by the time of their last change."""
-        found = (path for path in targets.rglob("*") if path.is_file() and path.parent.name != "lease")
-        return {path: path.stat().st_mtime_ns for path in found}
-
-    before = files()
+    before = times_without_lease(targets)
     tally = distill(str(shards), str(targets), QUICK, INLINE)
     assert tally.summary["views"] == 8
-    assert before == files()
+    assert times_without_lease(targets) == before
 
 
 def test_another_run_gives_the_same_values(shards: Path, targets: Path, tmp_path: Path) -> None:

@@ -17,11 +17,13 @@ from tests.support.picture_files import (
     PICTURE,
     WIDTH,
     chunk,
+    linear_profile,
     over,
     png,
     reason_of,
     saved,
     smooth_picture,
+    srgb_encoded,
 )
 
 # Pillow's remarks on odd TIFF and EXIF tags.
@@ -199,41 +201,23 @@ def test_animations_give_their_first_frame():
 # Colour profiles.
 
 
-def icc(linear_gamma: bool = True) -> bytes:
-    """A made RGB profile: sRGB's with another tone curve, gamma 1.0, so that the right answer is known."""
-    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
-    count = struct.unpack_from(">I", profile, 128)[0]
-    for entry in range(count):
-        name, offset, size = struct.unpack_from(">4sII", profile, 132 + 12 * entry)
-        if linear_gamma and name in (b"rTRC", b"gTRC", b"bTRC"):
-            # A parametric curve of type 0 is one number, the exponent (ICC.1 10.18).
-            profile[offset : offset + size] = struct.pack(">4sIHHI", b"para", 0, 0, 0, 65536).ljust(size, b"\0")
-        if name == b"desc":
-            profile[offset : offset + size] = profile[offset : offset + size].replace(
-                "sRGB".encode("utf-16-be"), b"\0x" * 4
-            )
-    return bytes(profile)
-
-
-def srgb_encoded(linear: np.ndarray) -> np.ndarray:
-    """IEC 61966-2-1."""
-    return np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
-
-
 @pytest.mark.parametrize("format_name", ["PNG", "JPEG", "WEBP", "TIFF"])
 def test_icc_profiles_are_converted_to_srgb(format_name: str):
     flat = np.full((16, 16, 3), 64, np.uint8)
     options = {"WEBP": {"lossless": True}}.get(format_name, {})
     expected = 255 * srgb_encoded(np.array(64 / 255))  # 137
-    assert np.abs(decode(saved(flat, format_name, icc_profile=icc(), **options)) - expected).max() <= 1.5
+    assert np.abs(decode(saved(flat, format_name, icc_profile=linear_profile(), **options)) - expected).max() <= 1.5
     rgba = np.dstack([flat, np.full((16, 16), 255, np.uint8)])
     if format_name != "JPEG":
-        assert np.abs(decode(saved(rgba, format_name, icc_profile=icc(), **options)) - expected).max() <= 1.5
+        assert np.abs(decode(saved(rgba, format_name, icc_profile=linear_profile(), **options)) - expected).max() <= 1.5
 
 
 def test_icc_of_an_rgb_program_in_a_gray_file():
     expected = 255 * srgb_encoded(np.array(64 / 255))
-    assert np.abs(decode(saved(np.full((9, 9), 64, np.uint8), "PNG", icc_profile=icc())) - expected).max() <= 1.5
+    assert (
+        np.abs(decode(saved(np.full((9, 9), 64, np.uint8), "PNG", icc_profile=linear_profile())) - expected).max()
+        <= 1.5
+    )
 
 
 def test_srgb_profile_changes_nothing():
@@ -241,14 +225,14 @@ def test_srgb_profile_changes_nothing():
     assert np.abs(decode(saved(PICTURE, "PNG", icc_profile=srgb)).astype(int) - PICTURE).max() <= 1
 
 
-@pytest.mark.parametrize("profile", [b"garbage", icc()[:200], b"\0" * 1000], ids=["garbage", "cut", "zeros"])
+@pytest.mark.parametrize("profile", [b"garbage", linear_profile()[:200], b"\0" * 1000], ids=["garbage", "cut", "zeros"])
 def test_broken_icc_profiles_are_ignored(profile: bytes):
     assert np.array_equal(decode(saved(PICTURE, "PNG", icc_profile=profile)), PICTURE)
 
 
 def test_icc_profiles_for_other_pixels_are_ignored():
     cmyk = Image.fromarray(PICTURE).convert("CMYK")
-    assert np.array_equal(decode(saved(cmyk, "TIFF", icc_profile=icc())), decode(saved(cmyk, "TIFF")))
+    assert np.array_equal(decode(saved(cmyk, "TIFF", icc_profile=linear_profile())), decode(saved(cmyk, "TIFF")))
 
 
 def test_views_are_stored_without_loss():

@@ -10,7 +10,7 @@ from PIL import Image
 
 from pipeline.errors import Rejected
 from pipeline.formats.images import decode
-from tests.support.picture_files import PICTURE, reason_of, saved
+from tests.support.picture_files import PICTURE, linear_profile, reason_of, saved, srgb_encoded
 from tests.support.tiff_files import tiff
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
@@ -162,6 +162,21 @@ def test_compressions(compression: str, predictor: bool, order: str):
             assert reason_of(data) == "unsupported"  # Pillow does not read it
             continue
         assert error_of(data) <= (channels == 4), (dtype, planar, channels, big)
+
+
+@pytest.mark.parametrize("planar", ["contig", "separate"])
+def test_a_profile_is_converted_whatever_the_layout(planar: str):
+    """Samples in planes reach Pillow under a directory without the profile."""
+    samples = np.full((9, 12, 3), 64, np.uint8)
+    turned = np.moveaxis(samples, -1, 0) if planar == "separate" else samples
+    data = written(turned, photometric="rgb", planarconfig=planar, iccprofile=linear_profile())
+    assert np.abs(decode(data) - 255 * srgb_encoded(np.array(64 / 255))).max() <= 1.5
+
+
+def test_a_profile_of_16_bits_where_white_is_zero_is_read():
+    samples = np.full((9, 12), 65535 - 64 * 257, np.uint16)
+    data = written(samples, photometric="miniswhite", iccprofile=linear_profile())
+    assert np.abs(decode(data) - 255 * srgb_encoded(np.array(64 / 255))).max() <= 1.5
 
 
 @pytest.mark.parametrize("compression", ["group3", "group4", "tiff_ccitt"])

@@ -1,12 +1,13 @@
 """Images in Parquet columns: every type of bytes is read, others are named, and damaged pages cost their rows."""
 
+import errno
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.errors import ConfigError, DamagedDataError, Rejected
+from pipeline.errors import ConfigError, DamagedDataError, Rejected, StorageError
 from pipeline.inputs.sources import ItemReader, find_items
 from tests.support.paths import WILD
 
@@ -150,6 +151,20 @@ def test_a_page_of_lists_with_a_wrong_checksum_is_damage(tmp_path: Path):
     file.write_bytes(data)
     with pytest.raises(DamagedDataError, match=r"table\.parquet .*CRC"):
         read_all(file)
+
+
+@pytest.mark.parametrize("broken", ["ParquetFile", "read_row_group"])
+def test_an_error_of_the_disk_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str):
+    """It may pass, so it is neither quarantine nor the end of the unit."""
+    given = [str(write(tmp_path / "table.parquet", pa.array(DATA)))]
+    (item, *_) = find_items(given)
+
+    def fail(*arguments: object, **options: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(pq if broken == "ParquetFile" else pq.ParquetFile, broken, fail)
+    with pytest.raises(StorageError, match=r"cannot read .*table\.parquet: Input/output error"):
+        ItemReader(given).read(item)
 
 
 @needs_wild
